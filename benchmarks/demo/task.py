@@ -1,0 +1,26 @@
+"""What a task consists of, seen from one worker."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Task:
+    title: str  # "Text: byte-level transformer"
+    data: str  # one line: what was read, how it was split
+    make_model: Callable[[], nn.Module]
+    batch: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]  # this worker's training data
+    test: tuple[Tensor, Tensor]  # this worker's part of the held-out examples
+    unit: str  # what accuracy counts: "next byte", "image"
+
+    def to(self, device: torch.device) -> "Task":
+        self.test = tuple(tensor.to(device) for tensor in self.test)
+        return self
+
+
+def split(count: int, rank: int, world: int) -> slice:
+    """The rank-th of `world` contiguous parts of range(count); their sizes differ by at most one."""
+    return slice(count * rank // world, count * (rank + 1) // world)

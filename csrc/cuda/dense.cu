@@ -1,0 +1,72 @@
+// Between an aggregate and a dense tensor: sparsify and densify. A block owns one wire tile.
+#include "block.cuh"
+#include "kernels.h"
+#include "launch.h"
+
+namespace gmc::cuda {
+namespace {
+
+struct SparsifyShared {
+  uint32_t warp_sums[2][kWarps];
+};
+
+// Tile t's entries begin at 65,536 t.
+__global__ void __launch_bounds__(kThreads)
+    sparsify_kernel(const float* dense, int64_t numel, uint8_t* aggregate) {
+  static __shared__ SparsifyShared shared;
+  const int64_t begin = blockIdx.x * kTile;
+  const int64_t end = begin + kTile < numel ? begin + kTile : numel;
+  const AggregateLayout layout(numel, numel);
+  auto* indices = reinterpret_cast<uint16_t*>(aggregate + layout.indices) + begin;
+  auto* values = reinterpret_cast<float*>(aggregate + layout.values) + begin;
+  uint32_t count = 0;
+  int turn = 0;  // two sets of sums, so that one barrier a round is enough
+  for (int64_t first = begin; first < end; first += kThreads, turn ^= 1) {
+    const int64_t i = first + threadIdx.x;
+    const float value = i < end ? dense[i] : 0.0f;
+    uint32_t total;
+    const uint32_t position =
+        count + block_exclusive_sum<kThreads>(static_cast<uint32_t>(value != 0.0f), &total,
+                                              shared.warp_sums[turn]);
+    if (value != 0.0f) {
+      indices[position] = static_cast<uint16_t>(i - begin);
+      values[position] = value;
+    }
+    count += total;
+  }
+  if (threadIdx.x != 0) return;
+  reinterpret_cast<uint32_t*>(aggregate + layout.starts)[blockIdx.x] =
+      static_cast<uint32_t>(begin);
+  reinterpret_cast<uint32_t*>(aggregate + layout.counts)[blockIdx.x] = count;
+  if (blockIdx.x == 0)
+    *reinterpret_cast<AggregateHeader*>(aggregate) = {kAggregateMagic, 0,
+                                                      static_cast<uint32_t>(numel),
+                                                      static_cast<uint32_t>(numel)};
+}
+
+__global__ void __launch_bounds__(kThreads)
+    densify_kernel(Aggregate aggregate, int64_t numel, float* dense) {
+  const int64_t begin = blockIdx.x * kTile;
+  const int64_t end = begin + kTile < numel ? begin + kTile : numel;
+  const AggregateEntries entries = aggregate_entries(aggregate, numel, blockIdx.x);
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) dense[i] = 0.0f;
+  __syncthreads();
+  for (uint32_t entry = threadIdx.x; entry < entries.count; entry += kThreads) {
+    const int64_t i = begin + entries.indices[entry];
+    if (i < end) dense[i] = entries.values[entry];
+  }
+}
+
+}  // namespace
+
+cudaError_t sparsify_launch(const float* dense, int64_t numel, uint8_t* aggregate,
+                            cudaStream_t stream) {
+  return launch(sparsify_kernel, tile_count(numel), kThreads, stream, dense, numel, aggregate);
+}
+
+cudaError_t densify_launch(const Aggregate& aggregate, int64_t numel, float* dense,
+                           cudaStream_t stream) {
+  return launch(densify_kernel, tile_count(numel), kThreads, stream, aggregate, numel, dense);
+}
+
+}  // namespace gmc::cuda

@@ -1,0 +1,53 @@
+// The launchers besides compress: plain pointers and sizes in, no tensors. Arguments were checked by
+// ops.cpp; bytes that came over a wire were not, and are checked by the kernels.
+#pragma once
+
+#include "aggregate.cuh"
+#include "payload_reader.cuh"
+#include "scalar.h"
+#include "segments.h"
+
+namespace gmc::cuda {
+
+// One bucket's gathered payloads.
+struct Gathered {
+  const uint8_t* data;
+  int64_t ranks, nbytes;  // of one payload
+};
+
+// flags = the verdict over all headers.
+cudaError_t verdict_launch(const Gathered* buckets, int count, uint32_t* flags,
+                           cudaStream_t stream);
+
+// payloads: those of `ranks` ranks. skip: nullptr, or a number that is not zero for a step that is
+// skipped. aggregate: AggregateLayout(numel, aggregate_capacity(numel, k, ranks)).
+cudaError_t merge_launch(const Payload& payloads, int64_t ranks, const int32_t* skip,
+                         uint8_t* aggregate, cudaStream_t stream);
+
+struct ApplyArgs {
+  Aggregate aggregate;
+  int64_t numel;
+  Scalar lr;
+  const int32_t* skip;
+  SegmentList params;
+  SegmentPiece own;
+};
+static_assert(sizeof(ApplyArgs) <= 4096, "the limit for kernel parameters on older drivers");
+
+cudaError_t apply_launch(const ApplyArgs& args, cudaStream_t stream);
+
+// A tile whose entries contradict each other is left alone: no exception can come from here.
+cudaError_t restore_launch(float* memory, const Payload& payload, const int32_t* skip,
+                           cudaStream_t stream);
+cudaError_t mask_launch(float* momentum_buffer, const Payload& payload, const int32_t* skip,
+                        cudaStream_t stream);
+cudaError_t unpack_launch(const Payload& payload, int64_t* indices, float* values,
+                          int64_t* nonfinite, cudaStream_t stream);
+
+// aggregate: AggregateLayout(numel, numel).
+cudaError_t sparsify_launch(const float* dense, int64_t numel, uint8_t* aggregate,
+                            cudaStream_t stream);
+cudaError_t densify_launch(const Aggregate& aggregate, int64_t numel, float* dense,
+                           cudaStream_t stream);
+
+}  // namespace gmc::cuda

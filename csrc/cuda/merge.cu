@@ -1,0 +1,164 @@
+// merge: the payloads of all ranks to one aggregate, summed in rank order, without float atomics.
+//
+// A block owns one wire tile. It marks which elements any rank sent in a bitmap; a prefix over the
+// bitmap's words gives each of them its place in the merged list; a window of that list at a time is
+// then summed in shared memory, rank after rank. The list is far shorter than the tile, so that one
+// window usually holds all of it.
+#include "block.cuh"
+#include "kernels.h"
+#include "launch.h"
+
+namespace gmc::cuda {
+namespace {
+
+constexpr int kWords = kTile / 32;
+constexpr int kWordsEach = kWords / kMergeThreads;
+static_assert(kWords % kMergeThreads == 0, "each thread has as many words of the bitmap");
+
+struct MergeArgs {
+  Payload payloads;
+  int64_t ranks;
+  const int32_t* skip;
+  uint8_t* aggregate;
+  int64_t capacity;
+  float factor;  // 1 / ranks
+};
+
+struct MergeShared {
+  uint32_t present[kWords];
+  uint16_t before[kWords];  // entries in the words before
+  float sum[kMergeWindow];
+  uint32_t warp_sums[kMergeThreads / 32];
+  PayloadTile tiles[kMergeRanks];
+};
+
+__device__ __forceinline__ uint32_t position_of(const MergeShared& shared, uint32_t index) {
+  const uint32_t word = index / 32;
+  return shared.before[word] + __popc(shared.present[word] & ((1u << index % 32) - 1));
+}
+
+// Looks up this tile in up to kMergeRanks payloads. Returns whether all of them are sound.
+__device__ __forceinline__ bool open_tiles(const MergeArgs& args, int64_t first_rank,
+                                           MergeShared* shared) {
+  bool sound = true;
+  for (int64_t rank = first_rank + threadIdx.x;
+       rank < args.ranks && rank < first_rank + kMergeRanks; rank += kMergeThreads)
+    sound &= open_tile(args.payloads, rank, blockIdx.x, &shared->tiles[rank - first_rank]);
+  return sound;
+}
+
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_kernel(const __grid_constant__ MergeArgs args) {
+  static __shared__ MergeShared shared;
+  const int64_t tile = blockIdx.x;
+  const uint32_t size = tile_size(args.payloads.numel, tile);
+  const AggregateLayout layout(args.payloads.numel, args.capacity);
+  auto* header = reinterpret_cast<AggregateHeader*>(args.aggregate);  // zero so far
+  const bool skipped = args.skip && *args.skip != 0;
+  if (tile == 0 && threadIdx.x == 0) {
+    header->tag = kAggregateMagic;
+    header->capacity = static_cast<uint32_t>(args.capacity);
+    header->numel = static_cast<uint32_t>(args.payloads.numel);
+    if (skipped) atomicOr(&header->flags, kNonfinite);
+  }
+  uint32_t* const tile_start = reinterpret_cast<uint32_t*>(args.aggregate + layout.starts) + tile;
+  uint32_t* const tile_length = reinterpret_cast<uint32_t*>(args.aggregate + layout.counts) + tile;
+  if (skipped) {
+    if (threadIdx.x == 0) *tile_start = *tile_length = 0;
+    return;
+  }
+
+  // Which elements are present. An index that is out of order or range is found here, before it is
+  // used for anything.
+  for (int word = threadIdx.x; word < kWords; word += kMergeThreads) shared.present[word] = 0;
+  bool sound = true;
+  int64_t start = 0;
+  for (int64_t first = 0; first < args.ranks; first += kMergeRanks) {
+    sound &= open_tiles(args, first, &shared);
+    __syncthreads();
+    for (int64_t r = 0; r < kMergeRanks && first + r < args.ranks; ++r) {
+      const PayloadTile& payload = shared.tiles[r];
+      start += payload.start;
+      for (uint32_t entry = threadIdx.x; entry < payload.count; entry += kMergeThreads) {
+        const uint32_t index = payload.indices[entry];
+        if (payload.sound(entry, size)) {
+          atomicOr(&shared.present[index / 32], 1u << index % 32);
+        } else {
+          sound = false;
+        }
+      }
+    }
+    if (__syncthreads_or(!sound)) {
+      sound = false;
+      break;
+    }
+  }
+  if (!sound) {
+    if (threadIdx.x == 0) {
+      atomicOr(&header->flags, kDamaged);
+      *tile_start = *tile_length = 0;
+    }
+    return;
+  }
+  if (start > tile * kTile) start = tile * kTile;
+
+  const int first_word = threadIdx.x * kWordsEach;
+  uint32_t own = 0, count;
+  for (int i = 0; i < kWordsEach; ++i) own += __popc(shared.present[first_word + i]);
+  uint32_t before = block_exclusive_sum<kMergeThreads>(own, &count, shared.warp_sums);
+  for (int i = 0; i < kWordsEach; ++i) {
+    shared.before[first_word + i] = static_cast<uint16_t>(before);
+    before += __popc(shared.present[first_word + i]);
+  }
+  if (threadIdx.x == 0) {
+    *tile_start = static_cast<uint32_t>(start);
+    *tile_length = count;
+  }
+
+  auto* indices = reinterpret_cast<uint16_t*>(args.aggregate + layout.indices) + start;
+  auto* values = reinterpret_cast<float*>(args.aggregate + layout.values) + start;
+  for (uint32_t window = 0; window < count; window += kMergeWindow) {
+    for (int i = threadIdx.x; i < kMergeWindow; i += kMergeThreads) shared.sum[i] = 0.0f;
+    for (int64_t first = 0; first < args.ranks; first += kMergeRanks) {
+      if (args.ranks > kMergeRanks) open_tiles(args, first, &shared);
+      __syncthreads();
+      for (int64_t r = 0; r < kMergeRanks && first + r < args.ranks; ++r) {
+        const PayloadTile& payload = shared.tiles[r];
+        for (uint32_t entry = threadIdx.x; entry < payload.count; entry += kMergeThreads) {
+          const uint32_t place = position_of(shared, payload.indices[entry]) - window;
+          if (place < kMergeWindow)
+            shared.sum[place] = __fadd_rn(shared.sum[place], payload.value(entry));
+        }
+        __syncthreads();  // the next rank's entries may meet the same sums
+      }
+    }
+    for (int word = threadIdx.x; word < kWords; word += kMergeThreads) {
+      uint32_t position = shared.before[word];
+      for (uint32_t left = shared.present[word]; left; left &= left - 1, ++position) {
+        const uint32_t place = position - window;
+        if (place >= kMergeWindow) continue;
+        indices[position] = static_cast<uint16_t>(word * 32 + __ffs(left) - 1);
+        values[position] = __fmul_rn(shared.sum[place], args.factor);
+      }
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace
+
+cudaError_t merge_launch(const Payload& payloads, int64_t ranks, const int32_t* skip,
+                         uint8_t* aggregate, cudaStream_t stream) {
+  // Blocks that find damage set a flag in the header, whichever of them runs first.
+  const cudaError_t status = cudaMemsetAsync(aggregate, 0, sizeof(AggregateHeader), stream);
+  if (status != cudaSuccess) return status;
+  const MergeArgs args{payloads,
+                       ranks,
+                       skip,
+                       aggregate,
+                       aggregate_capacity(payloads.numel, payloads.k, ranks),
+                       static_cast<float>(1.0 / static_cast<double>(ranks))};
+  return launch(merge_kernel, tile_count(payloads.numel), kMergeThreads, stream, args);
+}
+
+}  // namespace gmc::cuda

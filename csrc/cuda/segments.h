@@ -1,0 +1,54 @@
+// The tensors of a bucket, one behind the other in its index space, as a table that kernels read.
+//
+// Short tables travel by value in the kernel's parameters: nothing to copy, and a captured graph
+// keeps its own. A longer table is written into device memory by kernels whose parameters carry it
+// in pieces: again no copy from host memory that would have to outlive the call.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "sizes.h"
+
+namespace gmc::cuda {
+
+// It ends where the next one begins. data == nullptr stands for zeros.
+struct Segment {
+  void* data;
+  uint32_t begin;
+  DType dtype;
+};
+static_assert(sizeof(Segment) == 16, "two 8-byte words");
+
+struct SegmentPiece {
+  Segment segment[kInlineSegments];
+};
+
+// Where a kernel finds its segments: in `stored`, or from place `first` of its own parameters.
+struct SegmentList {
+  const Segment* stored;
+  int first, count;
+
+  GMC_HD const Segment* begin(const SegmentPiece& own) const {
+    return stored ? stored : own.segment + first;
+  }
+};
+
+// The last of `count` segments that begins at or before i; the first begins at 0.
+GMC_HD int find_segment(const Segment* segments, int count, uint32_t i) {
+  int low = 0, high = count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (segments[middle].begin <= i) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Writes segments[0 .. count) of the host to stored[0 .. count) of the device.
+cudaError_t store_segments_launch(const Segment* segments, int count, Segment* stored,
+                                  cudaStream_t stream);
+
+}  // namespace gmc::cuda

@@ -1,0 +1,241 @@
+// Exact selection of the k largest magnitudes, ties to the lowest index, and the payload.
+//
+//   refine  which bin holds the k-th largest key; a histogram of the keys in that bin
+//   count   the k-th largest key itself; per work tile, how many entries lie above it and equal it
+//   emit    the payload in index order; residual to memory; guess and workspace for the next call
+//
+// Entries are the candidates of the pass, those of the repair, or all of memory: a flag says which.
+#include "bins.cuh"
+#include "compress.h"
+#include "launch.h"
+#include "tile.cuh"
+
+namespace gmc::cuda {
+namespace {
+
+// One work tile's entries, in index order: index and value's bits.
+struct Entries {
+  const uint2* candidates;  // nullptr: memory itself
+  const float* memory;
+  uint32_t begin, count;
+
+  __device__ Entries(const SelectArgs& args, bool from_memory, uint32_t number) {
+    const WorkTile tile(number, args.numel);
+    const uint2 found = from_memory ? make_uint2(0, tile.size) : args.workspace.tiles[number];
+    candidates = from_memory ? nullptr : args.workspace.candidates + found.x;
+    memory = args.memory;
+    begin = tile.begin;
+    count = found.y;
+  }
+
+  __device__ uint2 at(uint32_t i) const {
+    return candidates ? candidates[i] : make_uint2(begin + i, float_bits(memory[begin + i]));
+  }
+};
+
+__device__ __forceinline__ uint32_t key_of(uint2 entry) { return entry.y & 0x7fffffffu; }
+
+// The tiles of a block.
+__device__ __forceinline__ uint32_t first_tile(const SelectArgs& args, uint32_t group) {
+  return static_cast<uint32_t>(work_tile_count(args.numel) * group / gridDim.x);
+}
+
+struct RefineShared {
+  FindShared find;
+  uint32_t bins[kBins];
+};
+
+__global__ void __launch_bounds__(kThreads) refine_kernel(const __grid_constant__ SelectArgs args) {
+  static __shared__ RefineShared shared;
+  const Workspace& workspace = args.workspace;
+  Control* control = workspace.control;
+  const Source source = control->source;
+  const uint32_t base = source == kFromPass ? control->guess : control->repair_key;
+  clear_bins<kBins>(shared.bins);
+  const FoundBin found = find_bin<kBins>(
+      source == kFromPass ? workspace.pass_bins : workspace.repair_bins, args.k, &shared.find);
+  const uint32_t bin_key = base + (found.bin << kBinBits);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    control->bin_key = bin_key;
+    control->above_bin = found.above;
+  }
+  const uint32_t end = first_tile(args, blockIdx.x + 1);
+  for (uint32_t t = first_tile(args, blockIdx.x) + warp_id(); t < end; t += kWarps) {
+    const Entries entries(args, source == kFromMemory, t);
+    for (uint32_t i = lane_id(); i < entries.count; i += 32) {
+      const uint32_t low = key_of(entries.at(i)) - bin_key;
+      if (low < kBins) atomicAdd(&shared.bins[low], 1u);
+    }
+  }
+  __syncthreads();
+  flush_bins<kBins>(shared.bins, workspace.low_bins);
+}
+
+struct CountShared {
+  FindShared find;
+  unsigned long long warp_sums[kWarps];
+};
+
+__global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ SelectArgs args) {
+  static __shared__ CountShared shared;
+  const Workspace& workspace = args.workspace;
+  Control* control = workspace.control;
+  const uint32_t wanted = static_cast<uint32_t>(args.k) - control->above_bin;
+  const FoundBin found = find_bin<kBins>(workspace.low_bins, wanted, &shared.find);
+  const uint32_t threshold = control->bin_key + found.bin;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    control->threshold = threshold;
+    control->ties = wanted - found.above;
+  }
+  const bool from_memory = control->source == kFromMemory;
+  const uint32_t end = first_tile(args, blockIdx.x + 1);
+  unsigned long long sum = 0;  // entries above << 32 | ties, in lane 0
+  for (uint32_t t = first_tile(args, blockIdx.x) + warp_id(); t < end; t += kWarps) {
+    const Entries entries(args, from_memory, t);
+    uint32_t above = 0, ties = 0;
+    for (uint32_t i = lane_id(); i < entries.count; i += 32) {
+      const uint32_t key = key_of(entries.at(i));
+      above += key > threshold;
+      ties += key == threshold;
+    }
+    above = __reduce_add_sync(kAllLanes, above);
+    ties = __reduce_add_sync(kAllLanes, ties);
+    if (lane_id() == 0) {
+      workspace.selected[t] = above << 16 | ties;
+      sum += static_cast<unsigned long long>(above) << 32 | ties;
+    }
+  }
+  if (lane_id() == 0) shared.warp_sums[warp_id()] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < kWarps; ++warp) sum += shared.warp_sums[warp];
+    workspace.groups[blockIdx.x] = sum;
+  }
+}
+
+// How many of the entries met so far are taken: above << 32 | ties, of which the first are taken.
+__device__ __forceinline__ uint32_t taken(unsigned long long met, uint32_t ties) {
+  return static_cast<uint32_t>(met >> 32) + min(static_cast<uint32_t>(met), ties);
+}
+
+// Writes what a warp's tile contributes to the payload.
+__device__ __forceinline__ void emit_tile(const SelectArgs& args, const PayloadLayout& layout,
+                                          uint32_t number, unsigned long long met) {
+  const Control& control = *args.workspace.control;
+  const uint32_t threshold = control.threshold, ties = control.ties;
+  const Entries entries(args, control.source == kFromMemory, number);
+  auto* indices = reinterpret_cast<uint16_t*>(args.payload + layout.indices);
+  for (uint32_t first = 0; first < entries.count; first += 32) {
+    const bool present = first + lane_id() < entries.count;
+    const uint2 entry = present ? entries.at(first + lane_id()) : make_uint2(0, 0);
+    const bool above = present && key_of(entry) > threshold;
+    const bool tie = present && key_of(entry) == threshold;
+    const unsigned all_above = __ballot_sync(kAllLanes, above);
+    const unsigned all_ties = __ballot_sync(kAllLanes, tie);
+    const unsigned long long before =
+        met + (static_cast<unsigned long long>(__popc(all_above & lanes_below())) << 32) +
+        __popc(all_ties & lanes_below());
+    if (above || (tie && static_cast<uint32_t>(before) < ties)) {
+      const uint32_t position = taken(before, ties);
+      const float value = bits_float(entry.y);
+      indices[position] = static_cast<uint16_t>(entry.x % kTile);
+      const float sent = store_wire(args.payload + layout.values, args.wire, position, value);
+      args.memory[entry.x] = __fsub_rn(value, sent);
+    }
+    met += (static_cast<unsigned long long>(__popc(all_above)) << 32) + __popc(all_ties);
+  }
+}
+
+__device__ __forceinline__ void zero_bytes(uint8_t* payload, int64_t begin, int64_t end) {
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) payload[i] = 0;
+}
+
+// Aims at 1.25 k to 2 k candidates for the next call.
+__device__ void update_guess(Control* control, int64_t k) {
+  float slack = control->slack == 0.0f ? 0.08f : control->slack;
+  if (control->guess != 0) {
+    const int64_t found = control->found;
+    if (control->repair) {
+      ++control->repairs;
+      slack *= found < k ? 1.5f : 0.5f;
+    } else if (found > 2 * k) {
+      slack *= 0.8f;
+    } else if (found < k + k / 4) {
+      slack *= 1.25f;
+    }
+  }
+  slack = fminf(fmaxf(slack, 0.001f), 0.25f);  // the bins reach to a k-th 1.4 times the guess
+  control->slack = slack;
+  control->guess = float_bits(bits_float(control->threshold) * (1.0f - slack));
+}
+
+struct EmitShared {
+  unsigned long long warp_sums[kWarps];
+  unsigned long long next_warp_sums[kWarps];
+  unsigned long long met[kThreads];
+};
+
+__global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ SelectArgs args) {
+  static __shared__ EmitShared shared;
+  const Workspace& workspace = args.workspace;
+  const PayloadLayout layout(args.numel, args.k, args.wire);
+  auto* starts = reinterpret_cast<uint32_t*>(args.payload + layout.starts);
+  const uint32_t ties = workspace.control->ties;
+
+  unsigned long long sum = 0, met;
+  for (uint32_t group = threadIdx.x; group < blockIdx.x; group += kThreads)
+    sum += workspace.groups[group];
+  block_exclusive_sum<kThreads>(sum, &met, shared.warp_sums);
+
+  const uint32_t end = first_tile(args, blockIdx.x + 1);
+  for (uint32_t first = first_tile(args, blockIdx.x); first < end; first += kThreads) {
+    const uint32_t own = first + threadIdx.x;
+    const uint32_t selected = own < end ? workspace.selected[own] : 0;
+    unsigned long long total;
+    shared.met[threadIdx.x] =
+        met + block_exclusive_sum<kThreads>(
+                  static_cast<unsigned long long>(selected >> 16) << 32 | (selected & 0xffffu),
+                  &total, shared.next_warp_sums);
+    if (own < end && own % (kTile / kWorkTile) == 0)
+      starts[own / (kTile / kWorkTile)] = taken(shared.met[threadIdx.x], ties);
+    __syncthreads();
+    for (uint32_t t = warp_id(); t < kThreads && first + t < end; t += kWarps)
+      if (workspace.selected[first + t]) emit_tile(args, layout, first + t, shared.met[t]);
+    met += total;  // the next round writes shared.met behind the barrier in its sum
+  }
+
+  // The histograms must be zero for the next call; nobody reads them any more.
+  for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < kClearedWords;
+       i += static_cast<int64_t>(gridDim.x) * kThreads)
+    workspace.pass_bins[i] = 0;
+
+  if (blockIdx.x != gridDim.x - 1) return;
+  zero_bytes(args.payload, layout.starts + 4 * tile_count(args.numel), layout.indices);
+  zero_bytes(args.payload, layout.indices + 2 * args.k, layout.values);
+  zero_bytes(args.payload, layout.values + element_size(args.wire) * args.k, layout.nbytes);
+  if (threadIdx.x != 0) return;
+  Control* control = workspace.control;
+  // Exactly k entries, or the header says that the payload is damaged.
+  const bool complete = taken(met, ties) == args.k;
+  auto* header = reinterpret_cast<PayloadHeader*>(args.payload);
+  header->tag = complete ? payload_tag(args.wire) : 0;
+  header->nonfinite = control->nonfinite + (args.found_inf.load() != 0.0f);  // 2 N + 1 at most
+  header->k = static_cast<uint32_t>(args.k);
+  header->numel = static_cast<uint32_t>(args.numel);
+  update_guess(control, args.k);
+  control->found = 0;
+  control->refound = 0;
+  control->nonfinite = 0;
+}
+
+}  // namespace
+
+cudaError_t select_launch(const SelectArgs& args, cudaStream_t stream) {
+  const int64_t blocks = group_count(args.numel);
+  cudaError_t status = launch(refine_kernel, blocks, kThreads, stream, args);
+  if (status == cudaSuccess) status = launch(count_kernel, blocks, kThreads, stream, args);
+  if (status == cudaSuccess) status = launch(emit_kernel, blocks, kThreads, stream, args);
+  return status;
+}
+
+}  // namespace gmc::cuda

@@ -1,0 +1,57 @@
+// Sizes of blocks and work tiles. The executor's tests define small ones, so that every loop runs
+// more than once on a few thousand elements.
+#pragma once
+
+#include "payload.h"
+
+#ifndef GMC_THREADS
+#define GMC_THREADS 256
+#endif
+#ifndef GMC_GROUPS
+#define GMC_GROUPS 1024
+#endif
+#ifndef GMC_MERGE_THREADS
+#define GMC_MERGE_THREADS 512
+#endif
+#ifndef GMC_MERGE_WINDOW
+#define GMC_MERGE_WINDOW 8192
+#endif
+#ifndef GMC_MERGE_RANKS
+#define GMC_MERGE_RANKS 64
+#endif
+#ifndef GMC_INLINE_SEGMENTS
+#define GMC_INLINE_SEGMENTS 220
+#endif
+
+namespace gmc::cuda {
+
+constexpr int kThreads = GMC_THREADS;
+constexpr int kWarps = kThreads / 32;
+
+// A work tile is what one block of the pass holds in registers: a thread has kQuads times four
+// consecutive elements. It is independent of the wire's tile of 65,536 elements, but divides it.
+constexpr int kQuads = 4;
+constexpr int kPerThread = 4 * kQuads;
+constexpr int kWorkTile = kThreads * kPerThread;
+static_assert(kTile % kWorkTile == 0, "a work tile must not span two wire tiles");
+static_assert(kThreads % 32 == 0 && kWorkTile < 65536, "counts of a work tile fit in 16 bits");
+
+// The selection gives each block one run of consecutive work tiles, so that a prefix over all of
+// them is one over at most this many sums.
+constexpr int kMaxGroups = GMC_GROUPS;
+
+constexpr int kMergeThreads = GMC_MERGE_THREADS;
+constexpr int kMergeWindow = GMC_MERGE_WINDOW;  // merged entries summed at a time
+constexpr int kMergeRanks = GMC_MERGE_RANKS;    // ranks whose tile is looked up at a time
+
+// Segments that travel as kernel parameters, whose limit is 4 KiB on older drivers.
+constexpr int kInlineSegments = GMC_INLINE_SEGMENTS;
+
+GMC_HD int64_t work_tile_count(int64_t numel) { return (numel + kWorkTile - 1) / kWorkTile; }
+
+GMC_HD int64_t group_count(int64_t numel) {
+  const int64_t tiles = work_tile_count(numel);
+  return tiles < kMaxGroups ? tiles : kMaxGroups;
+}
+
+}  // namespace gmc::cuda

@@ -1,0 +1,167 @@
+// A work tile in the registers of a block, and how its candidates are put aside.
+//
+// Thread t holds, for each quad q, the four elements from tile begin + 4 * (q * kThreads + t) on: a
+// warp then reads 512 consecutive bytes with one 16-byte load per thread.
+#pragma once
+
+#include "block.cuh"
+#include "workspace.h"
+
+namespace gmc::cuda {
+
+struct WorkTile {
+  uint32_t number, begin, size;  // size < kWorkTile in the last one only
+
+  __device__ WorkTile(uint32_t number, int64_t numel)
+      : number(number),
+        begin(number * static_cast<uint32_t>(kWorkTile)),
+        size(numel - begin < kWorkTile ? static_cast<uint32_t>(numel - begin) : kWorkTile) {}
+
+  __device__ bool full() const { return size == kWorkTile; }
+  // Place of a thread's element in the tile.
+  __device__ uint32_t place(int e) const { return 4 * threadIdx.x + step(e); }
+  // The same, from the thread's first element on: known to the compiler, so that one address with
+  // constant offsets serves all of a thread's loads.
+  static __device__ constexpr int step(int e) { return e / 4 * (4 * kThreads) + e % 4; }
+};
+
+__device__ __forceinline__ bool aligned(const void* pointer, uintptr_t nbytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % nbytes == 0;
+}
+
+// Elements past the end of the bucket read as zero.
+__device__ __forceinline__ void load_floats(const float* from, const WorkTile& tile,
+                                            float (&x)[kPerThread]) {
+  from += static_cast<int64_t>(tile.begin) + 4 * threadIdx.x;
+  if (tile.full() && aligned(from, 16)) {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const float4 quad = __ldcs(reinterpret_cast<const float4*>(from + tile.step(4 * q)));
+      x[4 * q] = quad.x;
+      x[4 * q + 1] = quad.y;
+      x[4 * q + 2] = quad.z;
+      x[4 * q + 3] = quad.w;
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e)
+      x[e] = tile.place(e) < tile.size ? from[tile.step(e)] : 0.0f;
+  }
+}
+
+__device__ __forceinline__ void store_floats(float* to, const WorkTile& tile,
+                                             const float (&x)[kPerThread]) {
+  to += static_cast<int64_t>(tile.begin) + 4 * threadIdx.x;
+  if (tile.full() && aligned(to, 16)) {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q)
+      __stcs(reinterpret_cast<float4*>(to + tile.step(4 * q)),
+             make_float4(x[4 * q], x[4 * q + 1], x[4 * q + 2], x[4 * q + 3]));
+  } else {
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e)
+      if (tile.place(e) < tile.size) to[tile.step(e)] = x[e];
+  }
+}
+
+// Comparing magnitudes as floats instead of keys: the absolute value costs no instruction and, unlike
+// 16 keys, no registers.
+__device__ __forceinline__ bool finite(float x) { return fabsf(x) < bits_float(kInfKey); }
+__device__ __forceinline__ bool reaches(float x, uint32_t threshold) {
+  return fabsf(x) >= bits_float(threshold);
+}
+
+// Bit e: element e lies in the bucket and its magnitude reaches the threshold, a key.
+__device__ __forceinline__ uint32_t reaching(const WorkTile& tile, const float (&x)[kPerThread],
+                                             uint32_t threshold) {
+  uint32_t mask = 0;
+#pragma unroll
+  for (int e = 0; e < kPerThread; ++e)
+    mask |= static_cast<uint32_t>(reaches(x[e], threshold)) << e;
+  if (!tile.full()) {
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e)
+      if (tile.place(e) >= tile.size) mask &= ~(1u << e);
+  }
+  return mask;
+}
+
+struct CompactShared {
+  uint32_t warp_counts[kWarps];
+  uint32_t offset;
+};
+
+// Appends the tile's candidates in index order: one atomic per tile. Every thread of the block
+// calls it. Returns whether this tile's candidates found room; `position` says where this thread's
+// quads begin.
+struct Compaction {
+  uint32_t position[kQuads];
+  bool stored;
+};
+
+__device__ __forceinline__ Compaction reserve(const WorkTile& tile, uint32_t mask,
+                                              uint32_t* counter, const Workspace& workspace,
+                                              CompactShared* shared) {
+  // One byte per quad: a warp's quad has at most 128 candidates.
+  uint32_t counts = 0;
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q)
+    counts |= static_cast<uint32_t>(__popc(mask >> (4 * q) & 0xfu)) << (8 * q);
+  const uint32_t inclusive = warp_inclusive_sum(counts);
+  if (lane_id() == 31) shared->warp_counts[warp_id()] = inclusive;
+  __syncthreads();
+  // Sums over warps need 16 bits: quads 0 and 2 in one word, 1 and 3 in the other.
+  uint32_t even_before = 0, odd_before = 0, even = 0, odd = 0;
+#pragma unroll
+  for (unsigned warp = 0; warp < kWarps; ++warp) {
+    const uint32_t word = shared->warp_counts[warp];
+    if (warp == warp_id()) {
+      even_before = even;
+      odd_before = odd;
+    }
+    even += word & 0x00ff00ffu;
+    odd += word >> 8 & 0x00ff00ffu;
+  }
+  const uint32_t quad1 = even & 0xffffu, quad2 = quad1 + (odd & 0xffffu);
+  const uint32_t quad3 = quad2 + (even >> 16), total = quad3 + (odd >> 16);
+  if (threadIdx.x == 0) {
+    const uint32_t offset = total ? atomicAdd(counter, total) : 0;
+    workspace.tiles[tile.number] = make_uint2(offset, total);
+    shared->offset = offset;
+  }
+  __syncthreads();
+  const uint32_t offset = shared->offset;
+  const uint32_t before = inclusive - counts;
+  return {{offset + (even_before & 0xffffu) + (before & 0xffu),
+           offset + quad1 + (odd_before & 0xffffu) + (before >> 8 & 0xffu),
+           offset + quad2 + (even_before >> 16) + (before >> 16 & 0xffu),
+           offset + quad3 + (odd_before >> 16) + (before >> 24)},
+          offset + total <= workspace.capacity};
+}
+
+__device__ __forceinline__ uint32_t bin_of(uint32_t key, uint32_t base) {
+  const uint32_t bin = (key - base) >> kBinBits;
+  return bin < kBins - 1 ? bin : kBins - 1;
+}
+
+// Stores the candidates of `mask` where `reserve` said, and counts them in `bins`.
+__device__ __forceinline__ void store_candidates(const WorkTile& tile, uint32_t mask,
+                                                 const float (&x)[kPerThread], uint32_t base,
+                                                 const Compaction& compaction,
+                                                 const Workspace& workspace, uint32_t* bins) {
+  if (!compaction.stored || mask == 0) return;
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    uint32_t position = compaction.position[q];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int e = 4 * q + c;
+      if (!(mask >> e & 1)) continue;
+      workspace.candidates[position++] =
+          make_uint2(tile.begin + tile.place(e), float_bits(x[e]));
+      atomicAdd(&bins[bin_of(magnitude_key(x[e]), base)], 1u);
+    }
+  }
+}
+
+}  // namespace gmc::cuda

@@ -1,0 +1,93 @@
+// What compress keeps on the device between and during calls: the state tensor, or a temporary.
+// All zero means that nothing is known yet. Every call leaves the counters and histograms zero for
+// the next one.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "sizes.h"
+
+namespace gmc::cuda {
+
+// A candidate is binned by how far its key lies above the guess: 2048 bins of 2048 keys reach half
+// an octave. A last histogram then tells the keys of one bin apart.
+constexpr int kBinBits = 11;
+constexpr int kBins = 1 << kBinBits;
+// Without a usable guess, 2**18 keys to a bin: 32 bins to an octave.
+constexpr int kCoarseShift = 18;
+constexpr int kCoarseBins = 1 << (31 - kCoarseShift);
+
+enum Source : uint32_t { kFromPass = 0, kFromRepair = 1, kFromMemory = 2 };
+
+struct Control {
+  // Carried from call to call.
+  uint32_t guess;  // a key, expected to lie a little under the k-th largest; 0: none
+  float slack;     // guess = k-th magnitude * (1 - slack)
+  unsigned long long repairs;
+  // Zero between calls.
+  uint32_t found;      // candidates of the pass
+  uint32_t refound;    // candidates of the repair
+  uint32_t nonfinite;  // values counted as zero
+  // Written in each call before they are read.
+  uint32_t repair;       // whether the guess was of no use
+  uint32_t repair_key;   // the repair's own guess
+  Source source;         // where the selection finds its entries
+  uint32_t bin_key;      // smallest key of the bin that holds the k-th
+  uint32_t above_bin;    // entries above that bin
+  uint32_t threshold;    // the k-th largest key
+  uint32_t ties;         // how many entries equal to it are taken
+};
+static_assert(sizeof(Control) <= 256 && offsetof(Control, repairs) == 8, "repairs() reads there");
+
+struct Workspace {
+  Control* control;
+  uint32_t* pass_bins;         // [kBins] candidates of the pass
+  uint32_t* repair_bins;       // [kBins] candidates of the repair
+  uint32_t* low_bins;          // [kBins] entries in the bin that holds the k-th
+  uint32_t* coarse_bins;       // [kCoarseBins] all of memory
+  unsigned long long* groups;  // [kMaxGroups] entries above the threshold << 32 | equal to it
+  uint32_t* selected;          // [work tiles] the same of one tile, << 16
+  uint2* tiles;                // [work tiles] where its candidates begin, and how many there are
+  uint2* candidates;           // [capacity] index and value's bits
+  uint32_t capacity;
+};
+
+constexpr int64_t kControlBytes = 256;
+constexpr int64_t kClearedWords = 3 * kBins + kCoarseBins;  // from pass_bins on
+constexpr int64_t kZeroBytes = kControlBytes + 4 * kClearedWords;
+
+// Room for three times k; the guess aims at less than twice.
+inline int64_t candidate_capacity(int64_t numel, int64_t k) {
+  const int64_t wanted = 3 * k + 8192;
+  return wanted < numel ? wanted : numel;
+}
+
+inline int64_t workspace_nbytes(int64_t numel, int64_t k) {
+  const int64_t tiles = work_tile_count(numel);
+  return kZeroBytes + 8 * kMaxGroups + pad16(4 * tiles) + 8 * tiles +
+         8 * candidate_capacity(numel, k);
+}
+
+inline Workspace make_workspace(void* data, int64_t numel, int64_t k) {
+  const int64_t tiles = work_tile_count(numel);
+  auto* at = static_cast<uint8_t*>(data);
+  const auto take = [&at](int64_t nbytes) {
+    uint8_t* const begin = at;
+    at += nbytes;
+    return static_cast<void*>(begin);
+  };
+  Workspace w;
+  w.control = static_cast<Control*>(take(kControlBytes));
+  w.pass_bins = static_cast<uint32_t*>(take(4 * kBins));
+  w.repair_bins = static_cast<uint32_t*>(take(4 * kBins));
+  w.low_bins = static_cast<uint32_t*>(take(4 * kBins));
+  w.coarse_bins = static_cast<uint32_t*>(take(4 * kCoarseBins));
+  w.groups = static_cast<unsigned long long*>(take(8 * kMaxGroups));
+  w.selected = static_cast<uint32_t*>(take(pad16(4 * tiles)));
+  w.tiles = static_cast<uint2*>(take(8 * tiles));
+  w.candidates = static_cast<uint2*>(take(0));
+  w.capacity = static_cast<uint32_t>(candidate_capacity(numel, k));
+  return w;
+}
+
+}  // namespace gmc::cuda

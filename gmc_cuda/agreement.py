@@ -1,0 +1,75 @@
+"""The start-up check that all ranks hold the same model and hyperparameters.
+
+Ranks that differ would wait for each other for ever, or read each other's payloads wrongly. Here
+each rank tells the others what it has, and what went wrong on it, so that every rank raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gmc_cuda.exchange import Exchange
+
+_SHOWN = 5
+
+
+def describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What must be equal on all ranks, by the name under which a difference is reported."""
+    facts: dict[str, Any] = {
+        "optimizer": type(optimizer).__name__,
+        "number of param groups": len(optimizer.param_groups),
+    }
+    for g, group in enumerate(optimizer.param_groups):
+        facts[f"number of parameters in group {g}"] = len(group["params"])
+        for key, value in sorted(group.items()):
+            if key in ("params", "param_names"):
+                continue
+            if isinstance(value, torch.Tensor):
+                value = value.tolist()
+            facts[f"{key} of group {g}"] = value
+        for i, param in enumerate(group["params"]):
+            name = parameter_name(group, i)
+            facts[f"shape of {name}, group {g}"] = tuple(param.shape)
+            facts[f"dtype of {name}, group {g}"] = str(param.dtype)
+            facts[f"requires_grad of {name}, group {g}"] = param.requires_grad
+    return facts
+
+
+def parameter_name(group: dict[str, Any], i: int) -> str:
+    """How errors call the i-th parameter of a group."""
+    names = group.get("param_names")
+    return f"parameter {i} ('{names[i]}')" if names else f"parameter {i}"
+
+
+def check(exchange: Exchange, facts: dict[str, Any] | Exception) -> None:
+    """Raises on every rank unless all ranks hand in equal facts. Collective.
+
+    Args:
+        facts: from :func:`describe`, or the exception that this rank met on the way there.
+    """
+    everyone = exchange.gather_objects(repr(facts) if isinstance(facts, Exception) else facts)
+    if isinstance(facts, Exception):
+        raise facts
+    for rank, other in enumerate(everyone):
+        if isinstance(other, str):
+            raise RuntimeError(f"rank {rank} could not set its optimizer up: {other}")
+    differences = [
+        f"{name}: {_show(everyone[0], name)} on rank 0, {_show(other, name)} on rank {rank}"
+        for rank, other in enumerate(everyone)
+        for name in {**everyone[0], **other}
+        if _show(everyone[0], name) != _show(other, name)
+    ]
+    if differences:
+        more = len(differences) - _SHOWN
+        raise ValueError(
+            "all ranks must train the same model with the same hyperparameters, but they differ "
+            "in:\n  "
+            + "\n  ".join(differences[:_SHOWN])
+            + (f"\n  and {more} more" if more > 0 else "")
+        )
+
+
+def _show(facts: dict[str, Any], name: str) -> str:
+    return repr(facts[name]) if name in facts else "nothing"

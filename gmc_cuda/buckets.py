@@ -1,0 +1,135 @@
+"""Buckets: runs of parameters that share one flat index space 0..N-1, one memory, one payload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gmc_cuda import ops
+
+MAX_NUMEL = 2**31 - 1
+
+
+class Bucket:
+    """Parameters of one group and dtype with their float32 state, flat in storage order.
+
+    Attributes:
+        params: the parameters, in the order of the index space.
+        group: index of their param group.
+        numel: N.
+        memory: u, float32 [N].
+        momentum_buffer: m, float32 [N], with local momentum; else None.
+        aggregate: a_{t-1} for global momentum: opaque uint8 after a sparse step, float32 [N] after
+            a dense one, None before the first step and with local momentum.
+        sent_nbytes: bytes put into the collective at the last step.
+        repairs: selections that read all of memory, in states that were replaced.
+    """
+
+    def __init__(self, params: Sequence[Tensor], group: int, local_momentum: bool) -> None:
+        self.params = list(params)
+        self.group = group
+        self.sizes = [p.numel() for p in self.params]
+        self.numel = sum(self.sizes)
+        self.device = self.params[0].device
+        self.memory = torch.zeros(self.numel, device=self.device)
+        self.momentum_buffer = torch.zeros_like(self.memory) if local_momentum else None
+        self.aggregate: Tensor | None = None
+        self.sent_nbytes = 0
+        self.repairs = 0
+        self._state: Tensor | None = None
+        self._state_k = 0
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """A flat tensor's parts, each with the shape and layout of its parameter."""
+        parts = flat.split(self.sizes)
+        return [
+            part.as_strided(p.shape, p.stride(), part.storage_offset())
+            for part, p in zip(parts, self.params, strict=True)
+        ]
+
+    def flat_params(self) -> list[Tensor]:
+        """The parameters as contiguous tensors that share their storage."""
+        return [p if p.is_contiguous() else in_storage_order(p.detach()) for p in self.params]
+
+    def flat_grads(self) -> list[Tensor | None]:
+        """The gradients in the same order, None where a parameter has none."""
+        return [_flat_grad(p) for p in self.params]
+
+    def select_state(self, k: int) -> Tensor:
+        """The selection's state for this k."""
+        if self._state is None or self._state_k != k:
+            self.repairs = self.count_repairs()
+            self._state = ops.select_state(self.numel, k, self.device)
+            self._state_k = k
+        return self._state
+
+    def count_repairs(self) -> int:
+        return self.repairs + (0 if self._state is None else ops.repairs(self._state))
+
+    def sparse_aggregate(self) -> Tensor | None:
+        """a_{t-1} as compress_ takes it."""
+        if self.aggregate is not None and self.aggregate.dtype == torch.float32:
+            self.aggregate = ops.sparsify(self.aggregate)
+        return self.aggregate
+
+    def dense_aggregate(self) -> Tensor | None:
+        """a_{t-1} as float32 [N]."""
+        if self.aggregate is not None and self.aggregate.dtype == torch.uint8:
+            return ops.densify(self.aggregate, self.numel)
+        return self.aggregate
+
+
+def make_buckets(
+    params: Sequence[Tensor], group: int, cap_numel: int, local_momentum: bool
+) -> list[Bucket]:
+    """Packs parameters into buckets of at most cap_numel elements, the last parameters first.
+
+    Backward produces gradients from the last layer to the first, so the buckets come in the order
+    in which they fill. A parameter larger than the cap has a bucket of its own.
+    """
+    by_dtype: dict[torch.dtype, list[list[Tensor]]] = {}
+    for param in reversed(params):
+        if param.numel() == 0:
+            continue
+        packs = by_dtype.setdefault(param.dtype, [[]])
+        if packs[-1] and sum(p.numel() for p in packs[-1]) + param.numel() > cap_numel:
+            packs.append([])
+        packs[-1].append(param)
+    return [
+        Bucket(_aligned_first(pack), group, local_momentum)
+        for packs in by_dtype.values()
+        for pack in packs
+    ]
+
+
+def _aligned_first(params: list[Tensor]) -> list[Tensor]:
+    # A numel that is no multiple of 8 would push all tensors behind it off their 16-byte loads.
+    return sorted(params, key=lambda p: p.numel() % 8 != 0)
+
+
+def is_dense_layout(tensor: Tensor) -> bool:
+    """Whether the elements fill their storage without gaps or overlap, in any order."""
+    expected = 1
+    for size, stride in sorted(
+        zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]
+    ):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def in_storage_order(tensor: Tensor) -> Tensor:
+    """A tensor of dense layout as one-dimensional contiguous, sharing its storage."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def _flat_grad(param: Tensor) -> Tensor | None:
+    grad = param.grad
+    if grad is None or (grad.is_contiguous() and param.is_contiguous()):
+        return grad
+    if grad.stride() != param.stride():
+        grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+    return in_storage_order(grad)

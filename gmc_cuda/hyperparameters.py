@@ -1,0 +1,110 @@
+"""Checks of what a user hands to an optimizer: options, param groups, parameters, gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmc_cuda.buckets import MAX_NUMEL, is_dense_layout
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPE_NAMES = "torch.float32, torch.bfloat16 or torch.float16"
+
+
+def check_options(wire_dtype: torch.dtype, bucket_cap_mb: float, nonfinite: str) -> None:
+    if wire_dtype not in DTYPES:
+        raise TypeError(f"wire_dtype: got {wire_dtype}, must be {_DTYPE_NAMES}")
+    if not _is_number(bucket_cap_mb) or not 0 < bucket_cap_mb < math.inf:
+        raise ValueError(f"bucket_cap_mb: got {bucket_cap_mb!r}, must be a positive number of MiB")
+    if nonfinite not in ("skip", "raise"):
+        raise ValueError(f"nonfinite: got {nonfinite!r}, must be 'skip' or 'raise'")
+
+
+def check_clip_norm(clip_norm: float | None, overlap: bool) -> None:
+    if clip_norm is None:
+        return
+    if not _is_number(clip_norm) or not 0 < clip_norm < math.inf:
+        raise ValueError(f"clip_norm: got {clip_norm!r}, must be a positive number or None")
+    if overlap:
+        raise ValueError(
+            "clip_norm: got a number with overlap=True, but the norm of the whole gradient is "
+            "known only after the backward pass: use overlap=False"
+        )
+
+
+def check_group(group: dict[str, Any], g: int) -> None:
+    """Called at every step, because schedulers and users write to param groups."""
+    where = f"of param group {g}"
+    _check_range(group, "lr", where, lambda x: 0 <= x < math.inf, "at least 0")
+    _check_range(group, "momentum", where, lambda x: 0 <= x < 1, "at least 0 and below 1")
+    _check_range(group, "weight_decay", where, lambda x: 0 <= x < math.inf, "at least 0", False)
+    _check_range(group, "density", where, lambda x: 0 < x <= 1, "above 0 and at most 1", False)
+    form = group.get("momentum_form", "buffer")
+    if form not in ("buffer", "iterate"):
+        raise ValueError(f"momentum_form {where}: got {form!r}, must be 'buffer' or 'iterate'")
+
+
+def check_param(param: Tensor, name: str) -> None:
+    if param.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {param.layout}, must be dense (torch.strided)")
+    if param.dtype not in DTYPES:
+        raise TypeError(f"{name}: got {param.dtype}, must be {_DTYPE_NAMES}")
+    if param.numel() > MAX_NUMEL:
+        raise ValueError(f"{name}: got {param.numel()} elements, must be at most 2**31 - 1")
+    if not is_dense_layout(param):
+        raise ValueError(
+            f"{name}: got strides {param.stride()} for shape {tuple(param.shape)}, must fill its "
+            "storage without gaps (contiguous, channels_last or another permutation)"
+        )
+
+
+def check_gradient(param: Tensor, name: Callable[[], str]) -> None:
+    """Args: name gives the parameter's name for the message."""
+    grad = param.grad
+    if grad.layout != torch.strided:
+        raise TypeError(
+            f"gradient of {name()}: got layout {grad.layout}, must be dense (torch.strided); for "
+            "embeddings use sparse=False"
+        )
+    if grad.dtype not in DTYPES:
+        raise TypeError(f"gradient of {name()}: got {grad.dtype}, must be {_DTYPE_NAMES}")
+
+
+def check_scaler(optimizer: Any, size: int) -> None:
+    """A plain GradScaler keeps one scale for each worker, and the scales drift apart."""
+    scaled = getattr(optimizer, "found_inf", None) is not None
+    if scaled and size > 1:
+        raise RuntimeError(
+            "torch.amp.GradScaler with more than one worker would let the workers' loss scales "
+            "drift apart: use bfloat16 autocast, which needs no scaler"
+        )
+    if scaled and optimizer.overlap:
+        raise RuntimeError("GradScaler needs overlap=False: the scale is known only at step()")
+
+
+def _check_range(
+    group: dict[str, Any],
+    key: str,
+    where: str,
+    within: Callable[[float], bool],
+    range_name: str,
+    tensor_allowed: bool = True,
+) -> None:
+    value = group[key]
+    if isinstance(value, Tensor) and tensor_allowed:
+        if value.numel() != 1:
+            raise ValueError(f"{key} {where}: got shape {tuple(value.shape)}, must be one number")
+        return  # reading it could make the host wait for the device
+    if not _is_number(value):
+        what = "a number or a tensor" if tensor_allowed else "a number"
+        raise TypeError(f"{key} {where}: got {type(value).__name__}, must be {what}")
+    if not within(value):
+        raise ValueError(f"{key} {where}: got {value}, must be {range_name}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

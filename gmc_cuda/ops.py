@@ -1,0 +1,335 @@
+"""The functional layer: gradient compression operators on CPU or CUDA tensors.
+
+Every function checks its arguments and raises ``ValueError`` or ``TypeError`` naming the argument,
+what it was and what it must be, before anything is changed. None synchronises the host with a CUDA
+device. They are registered as ``torch.ops.gmc_cuda.*``; :mod:`gmc_cuda.reference` has the same
+functions in plain PyTorch.
+
+Notation, as in the GMC paper: memory u, gradient g, momentum coefficient beta, aggregate a, vector
+to compress v, what is sent c, parameters w, learning rate eta, numel N, world size p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gmc_cuda import _extension  # noqa: F401  (loads the operators)
+
+__all__ = [
+    "payload_nbytes",
+    "select_state",
+    "repairs",
+    "compress_",
+    "unpack",
+    "verdict",
+    "merge",
+    "apply_",
+    "restore_",
+    "mask_",
+    "sparsify",
+    "densify",
+]
+
+_ops = torch.ops.gmc_cuda
+
+
+def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of one rank's payload for a bucket.
+
+    A 16-byte header, then a uint32 for each tile of 65,536 elements, a uint16 for each entry and a
+    value for each entry, each section padded to 16 bytes.
+
+    Args:
+        numel: N, elements of the bucket, 1 to 2**31 - 1.
+        k: entries sent, 1 to numel.
+        wire_dtype: torch.bfloat16, torch.float16 or torch.float32.
+    """
+    return _ops.payload_nbytes(numel, k, wire_dtype)
+
+
+def select_state(numel: int, k: int, device: torch.device | str) -> Tensor:
+    """What :func:`compress_` carries from step to step: threshold guess, margin, repair count.
+
+    Returns an opaque uint8 tensor on ``device``. It decides how fast a selection is, never what is
+    selected; use one for each bucket.
+    """
+    device = torch.device(device)
+    nbytes = _ops.state_nbytes(numel, k, device)
+    return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+
+
+def repairs(state: Tensor) -> int:
+    """How many selections found the guess in ``state`` too high or too low and read all of memory.
+
+    Reads the device: do not call it inside a step.
+    """
+    return _ops.repairs(state)
+
+
+def compress_(
+    memory: Tensor,
+    grads: Sequence[Tensor | None] | None,
+    k: int,
+    *,
+    momentum: float | Tensor = 0.0,
+    aggregate: Tensor | None = None,
+    momentum_buffer: Tensor | None = None,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    params: Sequence[Tensor] | None = None,
+    maximize: bool = False,
+    grad_scale: float | Tensor | None = None,
+    found_inf: Tensor | None = None,
+    wire_dtype: torch.dtype = torch.bfloat16,
+    state: Tensor | None = None,
+) -> Tensor:
+    """Accumulates a gradient into memory and takes the k largest entries out, as a payload.
+
+    With g' = g / grad_scale (negated for ``maximize``; zero where that is not finite):
+
+    - global momentum (GMC): v = ((u + g') + weight_decay * w) + momentum * a
+    - local momentum (DGC), with ``momentum_buffer`` m: g'' = g' + weight_decay * w,
+      m = momentum * m + g'', v = u + m, or with ``nesterov`` v = (u + g'') + momentum * m
+
+    each operation rounded to float32. The k entries of largest \\|v\\| (ties to the lowest index)
+    become the payload, rounded to ``wire_dtype`` and saturated at its largest finite value; the
+    rest, rounding included, stays: u = v - c. An element whose v is not finite keeps its u and m
+    (or zero) and is counted.
+
+    Args:
+        memory: u, float32 [numel], updated in place.
+        grads: tensors (float32, bfloat16, float16; any alignment; contiguous) whose numels add up
+            to numel. None counts as zero, sized by ``params``.
+        k: entries to send, 1 to numel.
+        momentum: beta, a number or a tensor holding one.
+        aggregate: a_{t-1} from :func:`merge` or :func:`sparsify`; global momentum only.
+        momentum_buffer: m, float32 [numel], updated in place; selects local momentum.
+        nesterov: look ahead; local momentum only.
+        weight_decay: lambda; needs ``params``.
+        params: w, tensors like ``grads``.
+        maximize: ascend instead of descend.
+        grad_scale: loss scale S that the gradients carry, a number or a tensor holding one.
+        found_inf: a tensor holding one number; non-zero counts the whole gradient as zero and adds
+            one to the count of non-finite values.
+        wire_dtype: dtype of the values sent.
+        state: from :func:`select_state`; without it every call starts from nothing.
+
+    Returns:
+        The payload, uint8 [payload_nbytes(numel, k, wire_dtype)].
+    """
+    if grads is None:
+        grads = [None] * len(params or ())
+    _require_dense(grads, "grads")
+    return _ops.compress_(
+        memory,
+        list(grads),
+        k,
+        momentum=_number(momentum, "momentum"),
+        aggregate=aggregate,
+        momentum_buffer=momentum_buffer,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        params=None if params is None else list(params),
+        maximize=maximize,
+        grad_scale=None if grad_scale is None else _number(grad_scale, "grad_scale"),
+        found_inf=found_inf,
+        wire_dtype=wire_dtype,
+        state=state,
+    )
+
+
+def unpack(
+    payload: Tensor, numel: int, k: int, wire_dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reads a payload.
+
+    Returns:
+        indices (int64 [k], ascending), values (float32 [k]), and how many non-finite values the
+        sender met (int64 scalar tensor).
+
+    Raises:
+        RuntimeError: the payload is damaged (CPU).
+    """
+    return _ops.unpack(payload, numel, k, wire_dtype)
+
+
+def verdict(payloads: Sequence[Tensor]) -> Tensor:
+    """Whether this step must be skipped: the same answer on every rank, without a collective.
+
+    Args:
+        payloads: for each bucket the gathered payloads, uint8 [p, payload_nbytes].
+
+    Returns:
+        int32 [1], to be handed on as ``skip``. Zero: go on. Bit 0: some rank met a non-finite
+        value. Bit 1: a header is damaged.
+    """
+    if not payloads:
+        raise ValueError("payloads: got an empty list, must hold one tensor for each bucket")
+    return _ops.verdict(list(payloads))
+
+
+def merge(
+    payloads: Tensor,
+    numel: int,
+    k: int,
+    wire_dtype: torch.dtype = torch.bfloat16,
+    *,
+    skip: Tensor | None = None,
+) -> Tensor:
+    """a_t = (1/p) sum_k c_k, summed in rank order, so that every replica has the same bits.
+
+    Args:
+        payloads: one bucket's gathered payloads, uint8 [p, payload_nbytes].
+        skip: int32 [1] from :func:`verdict`; non-zero gives an empty aggregate.
+
+    Returns:
+        The aggregate, an opaque uint8 tensor for :func:`apply_`, :func:`compress_` and
+        :func:`densify`.
+
+    Raises:
+        RuntimeError: a payload is damaged (CPU).
+    """
+    return _ops.merge(payloads, numel, k, wire_dtype, skip=skip)
+
+
+def apply_(
+    params: Sequence[Tensor],
+    aggregate: Tensor,
+    lr: float | Tensor,
+    *,
+    skip: Tensor | None = None,
+) -> None:
+    """w -= eta * a in float32, rounded to each parameter's dtype; touches a's entries only.
+
+    Args:
+        params: contiguous float32, bfloat16 or float16 tensors, updated in place.
+        aggregate: from :func:`merge` or :func:`sparsify`, for the sum of their numels.
+        lr: eta, a number or a tensor holding one.
+        skip: int32 [1]; non-zero does nothing.
+    """
+    _require_dense(params, "params")
+    _ops.apply_(list(params), aggregate, _number(lr, "lr"), skip=skip)
+
+
+def restore_(
+    memory: Tensor,
+    payload: Tensor,
+    k: int,
+    wire_dtype: torch.dtype = torch.bfloat16,
+    *,
+    skip: Tensor | None = None,
+) -> None:
+    """Gives a payload back to the memory it was taken from: u += c.
+
+    Args:
+        memory: float32 [numel], updated in place.
+        payload: this rank's own payload, uint8 [payload_nbytes].
+        skip: int32 [1]; acts when it is non-zero. None: always.
+    """
+    _ops.restore_(memory, payload, k, wire_dtype, skip=skip)
+
+
+def mask_(
+    momentum_buffer: Tensor,
+    payload: Tensor,
+    k: int,
+    wire_dtype: torch.dtype = torch.bfloat16,
+    *,
+    skip: Tensor | None = None,
+) -> None:
+    """Momentum factor masking (DGC, section 3.3): m = 0 where this rank sent a value.
+
+    Args:
+        momentum_buffer: float32 [numel], updated in place.
+        payload: this rank's own payload, uint8 [payload_nbytes].
+        skip: int32 [1]; non-zero does nothing.
+    """
+    _ops.mask_(momentum_buffer, payload, k, wire_dtype, skip=skip)
+
+
+def sparsify(dense: Tensor) -> Tensor:
+    """An aggregate that holds the non-zero entries of ``dense``, float32 [numel].
+
+    It has room for numel entries (6 bytes each).
+    """
+    return _ops.sparsify(dense)
+
+
+def densify(aggregate: Tensor, numel: int) -> Tensor:
+    """The aggregate as a dense tensor, float32 [numel]."""
+    return _ops.densify(aggregate, numel)
+
+
+def _number(value: float | Tensor, name: str) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, must be a number or a tensor")
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _require_dense(tensors: Sequence[Tensor | None], name: str) -> None:
+    """Other layouts would reach no kernel of ours, and torch's own words name no argument."""
+    for i, tensor in enumerate(tensors):
+        if tensor is not None and tensor.layout is not torch.strided:
+            raise TypeError(
+                f"{name}[{i}]: got layout {tensor.layout}, must be a dense tensor (torch.strided)"
+            )
+
+
+@torch.library.register_fake("gmc_cuda::compress_")
+def _(memory, grads, k, *, wire_dtype, **rest):
+    for i, grad in enumerate(grads):
+        if grad is not None and grad.device != memory.device:
+            raise ValueError(
+                f"grads[{i}]: got device {grad.device}, must be {memory.device}, like memory"
+            )
+    return memory.new_empty(payload_nbytes(memory.numel(), k, wire_dtype), dtype=torch.uint8)
+
+
+@torch.library.register_fake("gmc_cuda::unpack")
+def _(payload, numel, k, wire_dtype):
+    return (
+        payload.new_empty(k, dtype=torch.int64),
+        payload.new_empty(k, dtype=torch.float32),
+        payload.new_empty((), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("gmc_cuda::verdict")
+def _(payloads):
+    return payloads[0].new_empty(1, dtype=torch.int32)
+
+
+@torch.library.register_fake("gmc_cuda::merge")
+def _(payloads, numel, k, wire_dtype, *, skip=None):
+    return payloads.new_empty(_ops.aggregate_nbytes(numel, k, payloads.size(0)))
+
+
+@torch.library.register_fake("gmc_cuda::sparsify")
+def _(dense):
+    nbytes = _ops.aggregate_nbytes(dense.numel(), dense.numel(), 1)
+    return dense.new_empty(nbytes, dtype=torch.uint8)
+
+
+@torch.library.register_fake("gmc_cuda::densify")
+def _(aggregate, numel):
+    return aggregate.new_empty(numel, dtype=torch.float32)
+
+
+@torch.library.register_fake("gmc_cuda::apply_")
+def _(params, aggregate, lr, *, skip=None):
+    return None
+
+
+@torch.library.register_fake("gmc_cuda::restore_")
+def _(memory, payload, k, wire_dtype, *, skip=None):
+    return None
+
+
+@torch.library.register_fake("gmc_cuda::mask_")
+def _(momentum_buffer, payload, k, wire_dtype, *, skip=None):
+    return None

@@ -1,0 +1,111 @@
+"""Inputs that are hard for a selection, and one call of compress_ made of them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _spike(n: int) -> Tensor:
+    values = torch.zeros(n)
+    values[n // 3] = -7.0
+    return values
+
+
+VALUES = {
+    "gaussian": torch.randn,
+    "laplace": lambda n: torch.randn(n).sign() * torch.empty(n).exponential_(),
+    "all equal": lambda n: torch.full((n,), -2.5),
+    "all zero": torch.zeros,
+    "heavy ties": lambda n: torch.randint(-3, 4, (n,)).float(),
+    "denormals": lambda n: torch.randn(n) * 1e-40,
+    "60 orders of magnitude": lambda n: torch.randn(n) * 10 ** (torch.rand(n) * 60 - 30),
+    "one spike": _spike,
+    "near overflow": lambda n: (2 * torch.rand(n) - 1) * 3e38,
+}
+NUMELS = (1, 2, 7, 33, 2048, 2049, 5000, 65536, 65537, 140_001)
+
+
+@dataclass
+class Call:
+    """Arguments of one compress_ call; `copy()` gives each backend its own."""
+
+    memory: Tensor
+    grads: list[Tensor | None]
+    k: int
+    aggregate: Tensor | None  # dense
+    momentum_buffer: Tensor | None
+    options: dict[str, Any]
+
+    def copy(self) -> Call:
+        buffer = self.momentum_buffer
+        return Call(
+            self.memory.clone(),
+            self.grads,
+            self.k,
+            self.aggregate,
+            None if buffer is None else buffer.clone(),
+            self.options,
+        )
+
+    def run(self, backend: Any, state: Tensor | None = None) -> Tensor:
+        """Calls backend.compress_; memory and momentum buffer are updated."""
+        aggregate = None if self.aggregate is None else backend.sparsify(self.aggregate)
+        return backend.compress_(
+            self.memory,
+            self.grads,
+            self.k,
+            aggregate=aggregate,
+            momentum_buffer=self.momentum_buffer,
+            state=state,
+            **self.options,
+        )
+
+
+def unaligned(values: Tensor, offset: int) -> Tensor:
+    """The same values `offset` elements behind an aligned address."""
+    room = torch.empty(values.numel() + offset, dtype=values.dtype)
+    room[offset:] = values
+    return room[offset:]
+
+
+def sample_call(seed: int, values: str, n: int, k: int) -> Call:
+    """A call with everything else drawn at random."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    make = VALUES[values]
+    cuts = sorted(draw.sample(range(1, n), min(draw.randint(0, 3), n - 1)))
+    sizes = [b - a for a, b in zip([0, *cuts], [*cuts, n], strict=True)]
+    gradient = make(n)
+    if draw.random() < 0.2:
+        gradient[draw.randrange(n)] = draw.choice([float("nan"), float("inf"), -float("inf")])
+    grads: list[Tensor | None] = [
+        unaligned(part.to(draw.choice(DTYPES)), draw.randint(0, 3))
+        for part in gradient.split(sizes)
+    ]
+    if draw.random() < 0.2:
+        grads[draw.randrange(len(grads))] = None
+    params = [torch.randn(size).to(draw.choice(DTYPES)) for size in sizes]
+    options: dict[str, Any] = {
+        "params": params,
+        "momentum": draw.choice([0.9, torch.tensor(0.5)]),
+        "weight_decay": draw.choice([0.0, 0.01]),
+        "maximize": draw.random() < 0.3,
+        "grad_scale": draw.choice([None, 3.0, torch.tensor(1024.0)]),
+        "found_inf": draw.choice([None, None, torch.tensor(0.0), torch.tensor([1.0])]),
+        "wire_dtype": draw.choice(DTYPES),
+    }
+    aggregate = momentum_buffer = None
+    if draw.random() < 0.4:
+        momentum_buffer = torch.randn(n)
+        options["nesterov"] = draw.random() < 0.5
+    elif draw.random() < 0.8:
+        aggregate = torch.randn(n) * (torch.rand(n) < 0.1)
+    memory = draw.choice([make, torch.zeros, torch.randn])(n)
+    return Call(memory, grads, k, aggregate, momentum_buffer, options)

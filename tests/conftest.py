@@ -1,0 +1,32 @@
+import hypothesis
+import pytest
+import torch
+from workers import WorkerPool
+
+hypothesis.settings.register_profile("gmc_cuda", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("gmc_cuda")
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Gloo workers, started at the first use."""
+    workers = WorkerPool()
+    yield workers
+    workers.stop()
+
+
+@pytest.fixture(autouse=True)
+def reproducible():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # the tests of threads set their own number
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    reason = "no CUDA device: " + (
+        "this torch is built without CUDA" if torch.version.cuda is None else "none is visible"
+    )
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,47 @@
+// Calls the samples from Python.
+#include "case.h"
+#include "samples.h"
+
+CUDA_CASE(sum) {
+  require(sum_launch(in.array<int>("x"), int(in.count("x")), in.output<unsigned>("total", 2),
+                     int(in.integer("blocks")), nullptr));
+}
+
+CUDA_CASE(scan) {
+  const int64_t n = in.count("x");
+  require(scan_launch(in.array<unsigned>("x"), int(n), in.output<unsigned>("out", n), nullptr));
+}
+
+CUDA_CASE(compact) {
+  const int64_t n = in.count("x");
+  require(compact_launch(in.array<float>("x"), int(n), in.output<float>("out", n),
+                         in.output<unsigned>("count", 1), nullptr));
+}
+
+CUDA_CASE(last_block) {
+  const int blocks = int(in.integer("blocks"));
+  require(last_block_launch(in.array<int>("x"), int(in.count("x")),
+                            in.output<int>("partial", blocks), in.array<unsigned>("ticket"),
+                            in.output<int>("out", 1), blocks, nullptr));
+}
+
+CUDA_CASE(warp) {
+  require(
+      warp_launch(in.array<unsigned>("x"), in.output<unsigned>("out", 32 * warp_results), nullptr));
+}
+
+CUDA_CASE(bits) {
+  require(
+      bits_launch(in.array<unsigned>("x"), in.output<unsigned>("out", 64 * bits_results), nullptr));
+}
+
+CUDA_CASE(atomics) {
+  require(atomics_launch(in.array<unsigned>("x"), in.array<unsigned>("out"), nullptr));
+}
+
+CUDA_CASE(convert) {
+  const int64_t n = in.count("x");
+  require(convert_launch(in.array<float>("x"), int(n), in.output<unsigned short>("bf16", n),
+                         in.output<unsigned short>("fp16", n), in.output<float>("from_fp16", n),
+                         nullptr));
+}

@@ -1,0 +1,33 @@
+// Launchers of the sample kernels. Each sample is correct; -DBUG_... breaks it in one way.
+#pragma once
+
+#include <cuda_runtime.h>
+
+// total[0] = sum of x[0..n-1], negative numbers counted in total[1].
+cudaError_t sum_launch(const int* x, int n, unsigned* total, int blocks, cudaStream_t stream);
+
+// out[i] = x[0] + ... + x[i], with one block; n is at most 65536.
+cudaError_t scan_launch(const unsigned* x, int n, unsigned* out, cudaStream_t stream);
+
+// The positive elements of x in order, and how many they are. x may have any alignment.
+cudaError_t compact_launch(const float* x, int n, float* out, unsigned* count, cudaStream_t stream);
+
+// out[0] = the largest of x, by the block that finishes last. partial has one element per block;
+// ticket is zero before and after.
+cudaError_t last_block_launch(const int* x, int n, int* partial, unsigned* ticket, int* out,
+                              int blocks, cudaStream_t stream);
+
+// Row l of out: what lane l of one warp got from each warp function (intrinsics.cu lists them).
+constexpr int warp_results = 16;
+cudaError_t warp_launch(const unsigned* x, unsigned* out, cudaStream_t stream);
+
+// Row t of out: bit functions of x[t] and x[t + 1]; x has 64 elements.
+constexpr int bits_results = 8;
+cudaError_t bits_launch(const unsigned* x, unsigned* out, cudaStream_t stream);
+
+// All 192 elements of x by different atomics into the ten elements of out.
+cudaError_t atomics_launch(const unsigned* x, unsigned* out, cudaStream_t stream);
+
+// x rounded to bfloat16 and to binary16, as bits, and the latter back as float.
+cudaError_t convert_launch(const float* x, int n, unsigned short* bf16, unsigned short* fp16,
+                           float* from_fp16, cudaStream_t stream);

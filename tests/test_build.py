@@ -1,0 +1,260 @@
+"""What setup.py decides, and what a build that does not fit its environment says."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gmc_cuda import _extension
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def build_toolkit():
+    """The module of that name at the root, which is no part of the installed package."""
+    spec = importlib.util.spec_from_file_location("build_toolkit", ROOT / "build_toolkit.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["build_toolkit"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["build_toolkit"]
+
+
+def write_program(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return path
+
+
+def fake_toolkit(home, version="13.0", archs=(80, 90, 100), cudart="lib64/libcudart.so"):
+    """A folder that looks like a toolkit, with an nvcc that answers the questions asked of it."""
+    listed = "\n".join(f"compute_{arch}" for arch in archs)
+    write_program(
+        home / "bin" / "nvcc",
+        f"""case "$*" in
+*--version*) echo "Cuda compilation tools, release {version}, V{version}.88" ;;
+*--dryrun*) printf '#$ _SPACE_= \\n#$ TOP=%s\\n' "{home}/bin/.." >&2 ;;
+*--list-gpu-arch*) echo "{listed}" ;;
+esac
+""",
+    )
+    for name in ("include/cuda_runtime.h", cudart):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).touch()
+    return home
+
+
+@pytest.fixture
+def find(build_toolkit, tmp_path):
+    """find_toolkits over folders of the test alone; /bin serves the scripts."""
+
+    def find(environ=None):
+        environ = {"PATH": f"{tmp_path / 'path'}:/usr/bin:/bin", **(environ or {})}
+        toolkits = build_toolkit.find_toolkits(
+            environ, search_path=[str(tmp_path / "site-packages")], usual_places=tmp_path / "usual"
+        )
+        return [t for t in toolkits if tmp_path in t.home.parents]
+
+    return find
+
+
+def test_wrapper_script_leads_to_the_toolkit_it_starts(find, tmp_path):
+    home = fake_toolkit(tmp_path / "far away" / "toolkit")
+    write_program(tmp_path / "path" / "nvcc", f'exec "{home}/bin/nvcc" "$@"\n')
+    (found,) = find()
+    assert (found.home, found.version) == (home, "13.0")
+    assert found.nvcc.exists() and found.include.exists()
+
+
+def test_link_leads_to_the_toolkit_too(build_toolkit, tmp_path):
+    home = fake_toolkit(tmp_path / "toolkit")
+    write_program(home / "bin" / "nvcc", 'echo "release 12.8"\n')  # says nothing of its folders
+    (tmp_path / "nvcc").symlink_to(home / "bin" / "nvcc")
+    assert build_toolkit.toolkit_of(tmp_path / "nvcc").home == home
+
+
+@pytest.mark.parametrize("missing", ["include/cuda_runtime.h", "lib64/libcudart.so"])
+def test_incomplete_toolkit_is_none(find, tmp_path, missing):
+    home = fake_toolkit(tmp_path / "usual" / "cuda")
+    assert len(find()) == 1
+    (home / missing).unlink()
+    assert find() == []
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+def test_named_toolkit_is_the_only_candidate(find, tmp_path, variable):
+    fake_toolkit(tmp_path / "usual" / "cuda")
+    mine = fake_toolkit(tmp_path / "mine", version="12.8")
+    assert [t.home for t in find({variable: str(mine)})] == [mine]
+    assert find({variable: str(tmp_path / "nothing here")}) == []
+
+
+def test_usual_places_newest_first_and_each_once(find, tmp_path):
+    homes = [
+        fake_toolkit(tmp_path / "usual" / f"cuda-12.{minor}", f"12.{minor}") for minor in (4, 10)
+    ]
+    (tmp_path / "usual" / "cuda").symlink_to(homes[0])
+    assert [t.version for t in find()] == [
+        "12.4",
+        "12.10",
+    ]  # the link is the administrator's choice
+    (tmp_path / "usual" / "cuda").unlink()
+    assert [t.version for t in find()] == ["12.10", "12.4"]
+
+
+def test_pip_toolkit_has_a_versioned_runtime_only(find, tmp_path):
+    home = tmp_path / "site-packages" / "nvidia" / "cu13"
+    fake_toolkit(home, cudart="lib/libcudart.so.13")
+    (found,) = find()
+    assert found.cudart == home / "lib" / "libcudart.so.13"
+
+
+def test_real_compiler_belongs_to_a_real_toolkit(build_toolkit):
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        pytest.skip("no nvcc on the path")
+    toolkit = build_toolkit.toolkit_of(nvcc)
+    assert (toolkit.include / "cuda_runtime.h").exists()
+    known = build_toolkit.run(toolkit.nvcc, "--list-gpu-arch")
+    assert build_toolkit.arch_list({}, known).startswith("8.0;9.0")
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ((75, 80, 90, 100, 120), "8.0;9.0;10.0+PTX"),
+        ((70, 80, 90), "8.0;9.0+PTX"),
+        ((52, 70, 80), "8.0+PTX"),
+        ((), "8.0+PTX"),
+    ],
+)
+def test_default_archs_are_those_the_compiler_knows(build_toolkit, known, expected):
+    listed = "\n".join(f"compute_{arch}" for arch in known)
+    assert build_toolkit.arch_list({}, listed) == expected
+    assert build_toolkit.arch_list({"TORCH_CUDA_ARCH_LIST": "native"}, listed) == expected
+    assert build_toolkit.arch_list({"TORCH_CUDA_ARCH_LIST": "8.6 9.0"}, listed) == "8.6 9.0"
+
+
+@pytest.fixture
+def plan(build_toolkit, tmp_path):
+    """make_plan with toolkits of the given versions found, and no others."""
+
+    def plan(torch_cuda, toolkits=(), **environ):
+        homes = [fake_toolkit(tmp_path / version, version) for version in toolkits]
+        found = [build_toolkit.toolkit_of(home / "bin" / "nvcc") for home in homes]
+        return build_toolkit.make_plan("2.15.0", torch_cuda, environ, find=lambda _: found)
+
+    return plan
+
+
+def test_plan_takes_the_toolkit_of_torchs_major_version(plan):
+    assert plan("13.2", ["12.8", "13.0"]).toolkit.version == "13.0"
+    assert plan("12.6", ["13.0", "12.8"]).toolkit.version == "12.8"
+    assert plan("13.2", ["13.0"], FORCE_CUDA="1").archs == "8.0;9.0;10.0+PTX"
+    assert plan("13.2", ["13.0"], FORCE_CPU="1").toolkit is None
+    assert plan("13.2", ["13.0"], FORCE_CPU="0").toolkit
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "toolkits", "reason"),
+    [
+        (None, ["13.0"], "torch 2.15.0 is a build without CUDA"),
+        ("13.2", [], "no CUDA toolkit"),
+        ("13.2", ["12.8"], "major versions must be the same"),
+    ],
+)
+def test_without_cuda_the_reason_is_said_and_force_cuda_fails(plan, torch_cuda, toolkits, reason):
+    without = plan(torch_cuda, toolkits)
+    assert without.toolkit is None and reason in without.reason
+    with pytest.raises(SystemExit, match=reason):
+        plan(torch_cuda, toolkits, FORCE_CUDA="1")
+
+
+def test_contradicting_or_unclear_switches_are_errors(plan):
+    with pytest.raises(SystemExit, match="exclude each other"):
+        plan("13.2", ["13.0"], FORCE_CUDA="1", FORCE_CPU="1")
+    with pytest.raises(SystemExit, match="FORCE_CUDA is 'yes'"):
+        plan("13.2", ["13.0"], FORCE_CUDA="yes")
+
+
+def test_record_of_this_build_agrees_with_the_binary():
+    config = _extension.build_config
+    assert config["torch"].split("+")[0].split(".")[:2] == torch.__version__.split(".")[:2]
+    assert config["with_cuda"] == hasattr(_extension.extension, "devices")
+    assert bool(config["cuda"]) == config["with_cuda"] == bool(config["arch_list"])
+    assert "-ffp-contract=off" in config["cxx_flags"] and config["openmp"]
+    assert config["summary"].startswith("gmc_cuda: built for ")
+
+
+HERE = {"torch": "2.15.0+cu132", "cuda": "13.2", "python": "3.11.7"}
+
+
+@pytest.mark.parametrize(
+    ("built", "fits"),
+    [
+        ({"torch": "2.15.0+cu132", "cuda": "13.0", "python": "3.11.2"}, True),
+        ({"torch": "2.15.1", "cuda": None, "python": "3.11.7"}, True),
+        ({"torch": "2.1.0", "cuda": None, "python": "3.11.7"}, False),
+        ({"torch": "2.13.0+cpu", "cuda": None, "python": "3.11.7"}, False),
+        ({"torch": "2.15.0", "cuda": "12.8", "python": "3.11.7"}, False),
+        ({"torch": "2.15.0", "cuda": None, "python": "3.1.0"}, False),
+    ],
+)
+def test_fits(built, fits):
+    assert _extension.fits(built, HERE) == fits
+
+
+def test_cuda_build_does_not_fit_a_torch_without_cuda():
+    built = {"torch": "2.15.0+cu132", "cuda": "13.0", "python": "3.11.7"}
+    assert not _extension.fits(built, {**HERE, "cuda": None})
+
+
+def test_another_torch_is_refused_even_if_the_extension_would_load(monkeypatch):
+    record = {**_extension.build_config, "torch": "2.9.1+cu126", "cuda": "12.6"}
+    monkeypatch.setattr(_extension, "read_record", lambda: record)
+    with pytest.raises(ImportError) as refused:
+        _extension.load()
+    message = str(refused.value)
+    assert "built for  torch 2.9.1+cu126, CUDA 12.6, Python" in message
+    assert f"you have   torch {torch.__version__}" in message
+    assert f"{sys.executable} -m pip install --no-build-isolation --no-deps" in message
+
+
+def test_the_binary_itself_is_asked_when_the_record_belongs_to_another(monkeypatch):
+    old = type("old", (), {"build_config": staticmethod(lambda: {"torch": "2.9", "python": "3.8"})})
+    monkeypatch.setattr(_extension.importlib, "import_module", lambda name: old)
+    with pytest.raises(ImportError, match=r"built for  torch 2\.9, no CUDA, Python 3\.8"):
+        _extension.load()
+
+
+def test_the_loaders_own_words_are_kept(monkeypatch):
+    def fail(name):
+        raise ImportError("libcudart.so.99: cannot open shared object file")
+
+    monkeypatch.setattr(_extension.importlib, "import_module", fail)
+    with pytest.raises(ImportError, match=r"(?s)built for .*you have .*\(the loader said: libcud"):
+        _extension.load()
+
+
+def test_never_built_says_how_to_build(tmp_path):
+    package = tmp_path / "gmc_cuda"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (tmp_path / "setup.py").touch()
+    shutil.copy(_extension.__file__, package)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        # An editable install would find the missing module in the checkout.
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in f.__module__]\n"
+        "import gmc_cuda._extension"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 1
+    assert "gmc_cuda is not built" in done.stderr
+    assert f"-m pip install --no-build-isolation --no-deps -e {tmp_path}" in done.stderr

@@ -1,0 +1,189 @@
+"""Bad input to the operators: an error that names the argument, and nothing changed."""
+
+import pytest
+import torch
+
+from gmc_cuda import ops
+
+N, K, WIRE = 100, 5, torch.bfloat16
+
+
+def compress(**changes):
+    arguments = {"memory": torch.zeros(N), "grads": [torch.ones(N)], "k": K} | changes
+    memory, grads, k = (arguments.pop(name) for name in ("memory", "grads", "k"))
+    return ops.compress_(memory, grads, k, **arguments)
+
+
+def payload():
+    return compress()
+
+
+def aggregate():
+    return ops.merge(payload().unsqueeze(0), N, K, WIRE)
+
+
+CASES = {
+    # name: (call, exception, words of the message)
+    "memory dtype": (
+        lambda: compress(memory=torch.zeros(N, dtype=torch.float64)),
+        TypeError,
+        "memory: got torch.float64, must be torch.float32",
+    ),
+    "memory shape": (
+        lambda: compress(memory=torch.zeros(10, 10)),
+        ValueError,
+        r"memory: got shape \[10, 10\], must be \[100\]",
+    ),
+    "memory empty": (
+        lambda: compress(memory=torch.zeros(0), grads=[]),
+        ValueError,
+        "memory: got 0 elements, must be between 1",
+    ),
+    "grads dtype": (
+        lambda: compress(grads=[torch.ones(N, dtype=torch.float64)]),
+        TypeError,
+        r"grads\[0\]: got torch.float64, must be torch.float32, torch.bfloat16 or torch.float16",
+    ),
+    "grads complex": (
+        lambda: compress(grads=[torch.ones(N, dtype=torch.complex64)]),
+        TypeError,
+        r"grads\[0\]: got torch.ComplexFloat",
+    ),
+    "grads sparse": (
+        lambda: compress(grads=[torch.ones(N).to_sparse()]),
+        TypeError,
+        r"grads\[0\]: got layout torch.sparse_coo, must be a dense tensor",
+    ),
+    "grads size": (
+        lambda: compress(grads=[torch.ones(60), torch.ones(30)]),
+        ValueError,
+        "grads: got 90 elements in all, must be 100 like memory",
+    ),
+    "grads not contiguous": (
+        lambda: compress(grads=[torch.ones(50), torch.ones(10, 5).t()]),
+        ValueError,
+        r"grads\[1\]: got a non-contiguous tensor of shape \[5, 10\] and strides \[1, 5\]",
+    ),
+    "grads None": (
+        lambda: compress(grads=[None]),
+        ValueError,
+        r"grads\[0\]: got None, must be a tensor when params is None",
+    ),
+    "grads against params": (
+        lambda: compress(params=[torch.ones(60), torch.ones(40)], grads=[torch.ones(N), None]),
+        ValueError,
+        r"grads\[0\]: got 100 elements, must be 60 like params\[0\]",
+    ),
+    "grads count": (
+        lambda: compress(params=[torch.ones(60), torch.ones(40)]),
+        ValueError,
+        "grads: got 1 tensors, must be 2 like params",
+    ),
+    "k zero": (lambda: compress(k=0), ValueError, "k: got 0, must be between 1 and numel = 100"),
+    "k above numel": (lambda: compress(k=101), ValueError, "k: got 101, must be between 1 and"),
+    "wire dtype": (
+        lambda: compress(wire_dtype=torch.int8),
+        TypeError,
+        "wire_dtype: got torch.Char, must be torch.float32, torch.bfloat16 or torch.float16",
+    ),
+    "momentum": (
+        lambda: compress(momentum=torch.ones(3)),
+        ValueError,
+        r"momentum: got shape \[3\], must hold one number",
+    ),
+    "momentum type": (
+        lambda: compress(momentum="0.9"),
+        TypeError,
+        "momentum: got str, must be a number or a tensor",
+    ),
+    "weight decay without params": (
+        lambda: compress(weight_decay=0.1),
+        ValueError,
+        "params: got None with weight_decay = 0.1",
+    ),
+    "aggregate of another size": (
+        lambda: compress(aggregate=ops.sparsify(torch.ones(N + 1))),
+        ValueError,
+        "aggregate: got one for 101 elements, must be for 100",
+    ),
+    "aggregate that is none": (
+        lambda: compress(aggregate=torch.zeros(1000, dtype=torch.uint8)),
+        ValueError,
+        "aggregate: got bytes that are no aggregate",
+    ),
+    "both momenta": (
+        lambda: compress(aggregate=aggregate(), momentum_buffer=torch.zeros(N)),
+        ValueError,
+        "aggregate: got a tensor beside momentum_buffer",
+    ),
+    "nesterov": (
+        lambda: compress(nesterov=True),
+        ValueError,
+        "nesterov: got True without momentum_buffer",
+    ),
+    "state": (
+        lambda: compress(state=torch.zeros(3, dtype=torch.uint8)),
+        ValueError,
+        r"state: got shape \[3\]",
+    ),
+    "device": (
+        lambda: compress(grads=[torch.ones(N, device="meta")]),
+        ValueError,
+        r"grads\[0\]: got device meta, must be cpu",
+    ),
+    "payload size": (
+        lambda: ops.unpack(payload()[:-16], N, K, WIRE),
+        ValueError,
+        r"payload: got shape \[48\], must be \[64\]",
+    ),
+    "payload dtype": (
+        lambda: ops.unpack(payload().int(), N, K, WIRE),
+        TypeError,
+        "payload: got torch.int32, must be torch.uint8",
+    ),
+    "payloads shape": (
+        lambda: ops.merge(payload(), N, K, WIRE),
+        ValueError,
+        r"payloads: got shape \[64\], must be \[world size, 64\]",
+    ),
+    "verdict of nothing": (lambda: ops.verdict([]), ValueError, "payloads: got an empty list"),
+    "skip dtype": (
+        lambda: ops.merge(payload().unsqueeze(0), N, K, WIRE, skip=torch.zeros(1)),
+        TypeError,
+        "skip: got torch.float32, must be torch.int32",
+    ),
+    "params of another size": (
+        lambda: ops.apply_([torch.zeros(N - 1)], aggregate(), 0.1),
+        ValueError,
+        "aggregate: got one for 100 elements, must be for 99",
+    ),
+    "params not contiguous": (
+        lambda: ops.apply_([torch.zeros(10, 10).t()], aggregate(), 0.1),
+        ValueError,
+        r"params\[0\]: got a non-contiguous tensor",
+    ),
+    "lr": (
+        lambda: ops.apply_([torch.zeros(N)], aggregate(), None),
+        TypeError,
+        "lr: got NoneType, must be a number or a tensor",
+    ),
+    "numel": (
+        lambda: ops.payload_nbytes(2**31, 1, WIRE),
+        ValueError,
+        "numel: got 2147483648 elements, must be between 1 and",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_message(case):
+    call, exception, words = CASES[case]
+    with pytest.raises(exception, match=words):
+        call()
+
+
+def test_an_error_changes_nothing():
+    memory, buffer = torch.ones(N), torch.ones(N)
+    with pytest.raises(ValueError):
+        ops.compress_(memory, [torch.ones(N)], K, momentum_buffer=buffer, weight_decay=0.1)
+    assert torch.equal(memory, torch.ones(N)) and torch.equal(buffer, torch.ones(N))

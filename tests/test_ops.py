@@ -1,0 +1,252 @@
+"""The operators against the reference, a float64 oracle and closed forms."""
+
+import itertools
+
+import pytest
+import torch
+from cases import DTYPES, NUMELS, VALUES, Call, sample_call
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gmc_cuda import ops, reference
+
+
+def assert_same_bytes(actual, expected, what):
+    """Bitwise equality; says where the first difference is."""
+    actual, expected = actual.contiguous().view(torch.uint8), expected.view(torch.uint8)
+    if not torch.equal(actual, expected):
+        at = int((actual != expected).nonzero()[0])
+        raise AssertionError(f"{what}: byte {at} is {actual[at]}, must be {expected[at]}")
+
+
+def assert_backends_agree(call: Call, state=None):
+    """One compress_ on both: payload, memory and momentum buffer. Returns the payload."""
+    mine, theirs = call.copy(), call.copy()
+    payload = mine.run(ops, state)
+    assert_same_bytes(payload, theirs.run(reference), "payload")
+    assert_same_bytes(mine.memory, theirs.memory, "memory")
+    if mine.momentum_buffer is not None:
+        assert_same_bytes(mine.momentum_buffer, theirs.momentum_buffer, "momentum_buffer")
+    assert mine.memory.isfinite().all()
+    return payload
+
+
+def ks(n):
+    return sorted({1, n, -(-n // 100), -(-n // 3)})
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_compress_equals_reference(values):
+    for seed, n in enumerate(NUMELS):
+        for k in ks(n):
+            assert_backends_agree(sample_call(seed * 1000 + k, values, n, k))
+
+
+@settings(max_examples=150)
+@given(
+    seed=st.integers(0, 2**31),
+    values=st.sampled_from(sorted(VALUES)),
+    n=st.integers(1, 3000),
+    share=st.floats(0, 1),
+)
+def test_compress_equals_reference_on_anything(seed, values, n, share):
+    assert_backends_agree(sample_call(seed, values, n, max(1, int(share * n))))
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("n,k", [(1, 1), (1000, 1), (1000, 10), (1000, 1000), (70_001, 700)])
+def test_selection_equals_float64_oracle(values, n, k):
+    vector = VALUES[values](n)
+    memory = torch.zeros(n)
+    payload = ops.compress_(memory, [vector], k, wire_dtype=torch.float32)
+    magnitude = vector.double().abs().tolist()
+    oracle = sorted(sorted(range(n), key=lambda i: (-magnitude[i], i))[:k])
+    indices, sent, nonfinite = ops.unpack(payload, n, k, torch.float32)
+    assert indices.tolist() == oracle
+    assert torch.equal(sent, vector[indices] + 0.0)
+    assert nonfinite == 0
+    assert torch.equal(memory.index_put((indices,), sent), vector + 0.0)
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_guess_decides_only_the_speed(values):
+    """The same state through changes of scale: guesses far too high and far too low."""
+    n, k = 140_001, 1400
+    state = ops.select_state(n, k, "cpu")
+    for seed, scale in enumerate([1, 1, 1, 1e-3, 1e3, 1, 0, 1, 1e30, 1e-30]):
+        call = sample_call(seed, values, n, k)
+        call.memory.mul_(scale)
+        for grad in call.grads:
+            if grad is not None:
+                grad.mul_(scale)
+        assert_backends_agree(call, state)
+    if values == "gaussian":
+        assert ops.repairs(state) >= 2
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_threads_share_the_work_without_changing_it(threads):
+    torch.set_num_threads(threads)
+    for seed, values in enumerate(VALUES):
+        n = 65536 * 5 + 4321
+        call = sample_call(seed, values, n, n // 50)
+        payload = assert_backends_agree(call)
+        aggregate = ops.merge(payload.unsqueeze(0), n, call.k, call.options["wire_dtype"])
+        indices, sent, _ = ops.unpack(payload, n, call.k, call.options["wire_dtype"])
+        assert torch.equal(ops.densify(aggregate, n)[indices], sent + 0.0)
+        params = [torch.zeros(n - 9), torch.zeros(9)]
+        ops.apply_(params, aggregate, 1.0)
+        assert torch.equal(torch.cat(params), -ops.densify(aggregate, n) + 0.0)
+
+
+def test_guess_holds_on_steady_data():
+    n, k = 200_000, 2000
+    state = ops.select_state(n, k, "cpu")
+    for _ in range(20):
+        ops.compress_(torch.randn(n), [torch.randn(n)], k, state=state)
+    assert ops.repairs(state) == 0
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(-100, 100), min_size=2, max_size=300), st.data())
+def test_nothing_is_lost_on_integers(integers, data):
+    """Invariant 6: memory + sent = what came in, exactly."""
+    n = len(integers)
+    k = data.draw(st.integers(1, n))
+    gradient = torch.tensor(integers, dtype=torch.float32)
+    memory = torch.arange(n, dtype=torch.float32)
+    before = memory.clone()
+    wire = data.draw(st.sampled_from(DTYPES))
+    payload = ops.compress_(memory, [gradient], k, wire_dtype=wire)
+    sent = ops.densify(ops.merge(payload.unsqueeze(0), n, k, wire), n)
+    assert torch.equal(memory + sent, before + gradient)
+
+
+def test_wire_saturates_and_memory_keeps_the_rest():
+    memory = torch.zeros(2)
+    payload = ops.compress_(memory, [torch.tensor([1e6, -1e-6])], 2, wire_dtype=torch.float16)
+    _, sent, _ = ops.unpack(payload, 2, 2, torch.float16)
+    assert sent.tolist() == [65504.0, pytest.approx(-1e-6, rel=0.1)]
+    assert memory[0] == 1e6 - 65504
+
+
+def test_float32_overflow_keeps_the_old_memory_and_is_counted():
+    memory = torch.tensor([3e38, 1.0, float("nan")])
+    payload = ops.compress_(memory, [torch.tensor([3e38, 1.0, 1.0])], 1, wire_dtype=torch.float32)
+    indices, values, nonfinite = ops.unpack(payload, 3, 1, torch.float32)
+    assert (indices.item(), nonfinite.item()) == (0, 2)
+    assert values.item() == torch.tensor(3e38)
+    assert memory.tolist() == [0.0, 2.0, 0.0]
+
+
+def test_payload_sizes():
+    assert ops.payload_nbytes(10**8, 10**6, torch.bfloat16) <= 4.1e6
+    assert ops.payload_nbytes(10**8, 10**5, torch.bfloat16) <= 4.5e5
+    for n, wire in itertools.product(NUMELS, DTYPES):
+        for k in ks(n):
+            assert ops.payload_nbytes(n, k, wire) == reference.payload_nbytes(n, k, wire)
+
+
+def payloads_of(p, n, k, wire):
+    return torch.stack([ops.compress_(torch.randn(n), [torch.randn(n)], k, wire_dtype=wire)
+                        for _ in range(p)])  # fmt: skip
+
+
+@pytest.mark.parametrize("wire", DTYPES)
+@pytest.mark.parametrize("p,n,k", [(1, 100, 3), (3, 70_000, 700), (8, 5000, 5000), (2, 1, 1)])
+def test_merge_apply_restore_mask_equal_reference(p, n, k, wire):
+    payloads = payloads_of(p, n, k, wire)
+    params = [torch.randn(n // 3).bfloat16(), torch.randn(n - n // 3 - n // 5)]
+    params.append(torch.randn(n // 5).half())
+    memory, buffer = torch.randn(n), torch.randn(n)
+    outcomes = []
+    for backend in (ops, reference):
+        aggregate = backend.merge(payloads, n, k, wire)
+        moved = [param.clone() for param in params]
+        backend.apply_(moved, aggregate, 0.1)
+        restored, masked = memory.clone(), buffer.clone()
+        backend.restore_(restored, payloads[0], k, wire)
+        backend.mask_(masked, payloads[0], k, wire)
+        outcomes.append([backend.densify(aggregate, n), *moved, restored, masked])
+    for name, mine, theirs in zip(
+        ["aggregate", "params[0]", "params[1]", "params[2]", "memory", "buffer"],
+        *outcomes,
+        strict=True,
+    ):
+        assert_same_bytes(mine, theirs, name)
+
+
+def test_skip():
+    n, k, wire = 1000, 10, torch.bfloat16
+    payloads = payloads_of(2, n, k, wire)
+    go, stop = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    assert ops.densify(ops.merge(payloads, n, k, wire, skip=stop), n).count_nonzero() == 0
+    aggregate = ops.merge(payloads, n, k, wire, skip=go)
+    assert ops.densify(aggregate, n).count_nonzero() > 0
+    for operator, state in [
+        (lambda x, skip: ops.apply_([x], aggregate, 1.0, skip=skip), go),
+        (lambda x, skip: ops.restore_(x, payloads[0], k, wire, skip=skip), stop),
+        (lambda x, skip: ops.mask_(x, payloads[0], k, wire, skip=skip), go),
+    ]:
+        vector = torch.ones(n)
+        operator(vector, stop if state is go else go)
+        assert torch.equal(vector, torch.ones(n))
+        operator(vector, state)
+        assert not torch.equal(vector, torch.ones(n))
+
+
+def test_verdict():
+    healthy = payloads_of(2, 1000, 10, torch.bfloat16)
+    assert ops.verdict([healthy]).tolist() == [0]
+    gradient = torch.ones(1000)
+    gradient[5] = float("inf")
+    sick = ops.compress_(torch.zeros(1000), [gradient], 10)
+    gathered = torch.stack([healthy[0], sick])
+    for backend in (ops, reference):
+        assert backend.verdict([healthy, gathered]).tolist() == [1]
+    healthy[1, 0] ^= 1
+    assert ops.verdict([gathered, healthy]).item() & 2
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**31), st.integers(1, 100_000))
+def test_sparsify_densify_round_trip(seed, n):
+    torch.manual_seed(seed)
+    dense = torch.randn(n) * (torch.rand(n) < 0.3)
+    assert torch.equal(ops.densify(ops.sparsify(dense), n), dense)
+
+
+OPERATORS = "compress_ compress_dgc unpack verdict merge apply_ restore_ mask_ sparsify densify"
+
+
+@pytest.mark.parametrize("name", OPERATORS.split())
+def test_opcheck(name):
+    n, k, wire = 300, 30, torch.bfloat16
+    beta, lr = torch.tensor(0.9), torch.tensor(0.1)
+    skip = torch.zeros(1, dtype=torch.int32)
+    dense = torch.randn(n)
+    aggregate = ops.sparsify(dense)
+    payload = ops.compress_(torch.zeros(n), [dense], k)
+    gathered = payload.unsqueeze(0)
+    rule = {"momentum": beta, "wire_dtype": wire, "state": ops.select_state(n, k, "cpu")}
+    arguments = {
+        "compress_": ((torch.zeros(n), [dense, None], k),
+                      rule | {"aggregate": None, "params": [dense[:200], dense[:100]]}),
+        "compress_dgc": ((torch.zeros(n), [dense], k), rule | {"momentum_buffer": torch.zeros(n)}),
+        "unpack": ((payload, n, k, wire), {}),
+        "verdict": (([gathered],), {}),
+        "merge": ((gathered, n, k, wire), {"skip": skip}),
+        "apply_": (([torch.zeros(n)], aggregate, lr), {"skip": skip}),
+        "restore_": ((torch.zeros(n), payload, k, wire), {"skip": skip}),
+        "mask_": ((torch.zeros(n), payload, k, wire), {"skip": skip}),
+        "sparsify": ((dense,), {}),
+        "densify": ((aggregate, n), {}),
+    }  # fmt: skip
+    args, kwargs = arguments[name]
+    if name == "compress_":
+        args = (args[0], [dense[:200], None], k)
+    operator = getattr(torch.ops.gmc_cuda, name.removesuffix("dgc")).default
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if name not in ("merge", "sparsify"):  # an aggregate has gaps that nothing writes or reads
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, args, kwargs, test_utils=checks)

@@ -1,0 +1,86 @@
+"""overlap=True: the same steps, sent during the backward pass."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from problems import flat, same_on_all_ranks
+
+import gmc_cuda
+
+CAP = 300 * 4 / 2**20  # MiB: several buckets
+
+
+def network():
+    torch.manual_seed(3)
+    layers = [torch.nn.Linear(10, 20), torch.nn.Tanh(), torch.nn.Linear(20, 20), torch.nn.Tanh()]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(20, 4))
+
+
+def batch(rank, step):
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(8, 10, generator=generator)
+
+
+def compare(group, make, density):
+    """Overlapped, with gradient accumulation and a layer that some ranks do not use."""
+    rank = dist.get_rank(group)
+    models = [network(), network()]
+    optimizers = [
+        make(m.parameters(), lr=0.1, density=density, process_group=group, bucket_cap_mb=CAP,
+             overlap=overlap)
+        for m, overlap in zip(models, (False, True), strict=True)
+    ]  # fmt: skip
+    assert len(optimizers[0]._buckets) > 1
+    for step in range(12):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            with optimizer.no_sync():
+                model(batch(rank, step)).square().mean().backward()
+            used = model[2:] if (step + rank) % 3 == 0 else model
+            inputs = torch.ones(4, 10 if used is model else 20) * batch(rank, step)[0, 0]
+            used(inputs).square().mean().backward()
+            if optimizer.overlap and (step + rank) % 3 != 0:
+                assert all(p.grad is None for p in model.parameters())
+            optimizer.step()
+        assert torch.equal(flat(list(models[0].parameters())), flat(list(models[1].parameters())))
+    assert same_on_all_ranks(group, list(models[1].parameters()))
+    assert optimizers[0].stats() == optimizers[1].stats()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
+@pytest.mark.parametrize("density", [0.05, 1.0])
+def test_overlap_gives_the_same_bits(pool, size, make, density):
+    pool.run(size, compare, make, density)
+
+
+def test_second_backward_without_no_sync_is_an_error():
+    model = network()
+    gmc_cuda.GMC(model.parameters(), lr=0.1, overlap=True)  # its hooks keep it alive
+    model(batch(0, 0)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"wrap every backward pass but the last in .*no_sync"):
+        model(batch(0, 1)).sum().backward()
+
+
+def test_clipping_after_an_overlapped_backward_finds_no_gradient():
+    model = network()
+    optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1, overlap=True)
+    model(batch(0, 0)).sum().backward()
+    assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) == 0
+    optimizer.step()
+
+
+def test_what_cannot_be_done_between_backward_and_step():
+    model = network()
+    optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1, overlap=True)
+    state = optimizer.state_dict()
+    model(batch(0, 0)).sum().backward()
+    with pytest.raises(RuntimeError, match="load_state_dict between backward"):
+        optimizer.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="add_param_group between backward"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
+
+
+def test_local_clipping_needs_the_whole_gradient():
+    with pytest.raises(ValueError, match="clip_norm: got a number with overlap=True"):
+        gmc_cuda.DGC(network().parameters(), lr=0.1, clip_norm=1.0, overlap=True)
