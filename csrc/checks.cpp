@@ -108,7 +108,11 @@ void check_aggregate(const at::Tensor& aggregate, at::Device device, int64_t num
   for (int64_t tile = 0; sound && tile < tile_count(numel); ++tile) {
     const int64_t start = reinterpret_cast<const uint32_t*>(data + layout.starts)[tile];
     const int64_t count = reinterpret_cast<const uint32_t*>(data + layout.counts)[tile];
-    sound = start + count <= header->capacity && count <= kTile;
+    sound = start + count <= header->capacity;
+    if (!sound || count == 0) continue;
+    const auto* indices = reinterpret_cast<const uint16_t*>(data + layout.indices) + start;
+    for (int64_t i = 1; i < count; ++i) sound &= indices[i] > indices[i - 1];
+    sound &= tile * kTile + indices[count - 1] < numel;
   }
   TORCH_CHECK_VALUE(sound, "aggregate: got damaged bytes, must come from merge or sparsify");
 }

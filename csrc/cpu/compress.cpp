@@ -2,6 +2,7 @@
 // then exact selection among them. Traffic per element: memory read and written, gradient read
 // (12 bytes for float32), parameters when there is weight decay, the momentum buffer for DGC.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 
@@ -21,29 +22,71 @@ constexpr int64_t kChunk = 2048;  // elements worked on at a time: a few buffers
 struct State {
   uint32_t has_guess;
   uint32_t guess;  // a key, expected to lie a little under the k-th largest
-  float slack;     // guess = k-th magnitude * (1 - slack)
-  uint32_t reserved;
+  float slack;     // guess = expected k-th magnitude * (1 - slack)
+  float kth;       // the k-th magnitude of the last step
   uint64_t repairs;
 };
 static_assert(sizeof(State) <= kStateBytes, "the state has a fixed size");
 
 struct Candidates {
-  std::unique_ptr<uint32_t[]> index, key;
+  std::unique_ptr<uint32_t[]> index, bits;
   int64_t count = 0, capacity = 0;
   uint64_t nonfinite = 0;
   bool overflow = false;
 
+  void clear() {
+    count = 0;
+    overflow = false;
+  }
+
+  // Makes room for `more` candidates, and for what collect may write behind them.
   void reserve(int64_t more) {
+    more += 16;
     if (count + more <= capacity) return;
     const int64_t larger = std::max(count + more, 2 * capacity);
-    std::unique_ptr<uint32_t[]> wider_index(new uint32_t[larger]), wider_key(new uint32_t[larger]);
-    std::copy_n(index.get(), count, wider_index.get());
-    std::copy_n(key.get(), count, wider_key.get());
-    index = std::move(wider_index);
-    key = std::move(wider_key);
+    for (auto* list : {&index, &bits}) {
+      std::unique_ptr<uint32_t[]> wider(new uint32_t[larger]);
+      std::copy_n(list->get(), count, wider.get());
+      *list = std::move(wider);
+    }
     capacity = larger;
   }
 };
+
+// How many candidates all parts hold together.
+struct Count {
+  int64_t total = 0;
+  bool overflow = false;
+
+  bool enough(int64_t k) const { return !overflow && total >= k; }
+};
+
+Count count(const std::vector<Candidates>& parts) {
+  Count sum;
+  for (const Candidates& part : parts) {
+    sum.total += part.count;
+    sum.overflow |= part.overflow;
+  }
+  return sum;
+}
+
+// Appends the elements of [begin, end) whose key reaches the threshold, until there are far more
+// than k. next_grads: gradients that the next chunk will read.
+void collect(const CompressArgs& args, int64_t begin, int64_t end, uint32_t threshold,
+             Candidates* out, const char* next_grads = nullptr, int64_t grad_size = 0) {
+  if (out->overflow) return;
+  out->reserve(end - begin);
+  out->count += loops().collect(args.memory + begin, end - begin, static_cast<uint32_t>(begin),
+                                threshold, out->index.get() + out->count,
+                                out->bits.get() + out->count, next_grads, grad_size);
+  out->overflow = out->count > 4 * args.k + kTile;
+}
+
+void collect_all(const CompressArgs& args, int64_t begin, int64_t end, uint32_t threshold,
+                 Candidates* out) {
+  for (int64_t i = begin; i < end; i += kChunk)
+    collect(args, i, std::min(i + kChunk, end), threshold, out);
+}
 
 // Calls function(segment, offset in the segment, offset in the chunk, length) for the pieces that
 // make up [begin, end), starting the search at *first and leaving it at the last piece's segment.
@@ -83,72 +126,92 @@ class Pass {
 
  private:
   void chunk(int64_t begin, int64_t n, Candidates* out) {
-    float* memory = args_.memory + begin;
-    load_gradient(begin, n, out);
+    float* value = args_.memory + begin;
+    uint32_t largest = 0;
+    const auto keep_largest = [&](uint32_t key) { largest = std::max(largest, key); };
     if (args_.momentum_buffer) {
-      add_decay(begin, n);
-      loops_.local_momentum(value_, buffer_, memory, args_.momentum_buffer + begin, args_.momentum,
-                            args_.nesterov, n);
+      load_gradient(begin, n, out);
+      add_decay(grad_, begin, n, -0.0f);
+      keep_largest(loops_.local_momentum(value, before_, args_.momentum_buffer + begin,
+                                         buffer_before_, grad_, args_.momentum, args_.nesterov, n));
     } else {
-      loops_.add_memory(value_, memory, n);
-      add_decay(begin, n);
-      if (args_.aggregate) add_global_momentum(begin, n);
+      keep_largest(accumulate(value, begin, n, out));
+      keep_largest(add_decay(value, begin, n, 0.0f));
+      if (args_.aggregate) keep_largest(add_global_momentum(value, begin, n));
     }
-    if (!loops_.settle(value_, n)) keep_finite(begin, n, out);
-    if (args_.momentum_buffer)
-      std::memcpy(args_.momentum_buffer + begin, buffer_, n * sizeof(float));
-    std::memcpy(memory, value_, n * sizeof(float));
-    if (collecting_ && !out->overflow) {
-      out->reserve(n);
-      out->count += loops_.collect(value_, n, static_cast<uint32_t>(begin), threshold_,
-                                   out->index.get() + out->count, out->key.get() + out->count);
-      out->overflow = out->count > 4 * args_.k + kTile;
-    }
+    if (largest >= kInfKey) keep_finite(value, begin, n, out);
+    if (collecting_) collect(args_, begin, begin + n, threshold_, out, next_grads_, grad_size_);
+  }
+
+  uint32_t accumulate(float* value, int64_t begin, int64_t n, Candidates* out) {
+    uint32_t largest = 0;
+    for_each_piece(args_.grads, &grad_segment_, begin, begin + n,
+                   [&](const Segment& grad, int64_t i, int64_t at, int64_t length) {
+                     const bool zero = !grad.data || args_.found_inf;
+                     const void* data = zero ? static_cast<const void*>(kZeros) : element(grad, i);
+                     const DType dtype = zero ? DType::kFloat32 : grad.dtype;
+                     uint32_t nonfinite = 0;
+                     largest = std::max(largest,
+                                        loops_.accumulate(value + at, before_ + at, data, dtype,
+                                                          args_.grad_factor, length, &nonfinite));
+                     out->nonfinite += nonfinite;
+                     next_grads_ = zero ? nullptr : element(grad, i + length);
+                     grad_size_ = element_size(dtype);
+                   });
+    return largest;
   }
 
   void load_gradient(int64_t begin, int64_t n, Candidates* out) {
     for_each_piece(args_.grads, &grad_segment_, begin, begin + n,
                    [&](const Segment& grad, int64_t i, int64_t at, int64_t length) {
                      if (!grad.data || args_.found_inf) {
-                       std::fill_n(value_ + at, length, 0.0f);
+                       std::fill_n(grad_ + at, length, 0.0f);
                      } else {
                        out->nonfinite += loops_.load_gradient(
-                           value_ + at, element(grad, i), grad.dtype, args_.grad_factor, length);
+                           grad_ + at, element(grad, i), grad.dtype, args_.grad_factor, length);
                      }
                    });
   }
 
-  void add_decay(int64_t begin, int64_t n) {
+  uint32_t add_decay(float* value, int64_t begin, int64_t n, float zero) {
+    uint32_t largest = 0;
     for_each_piece(args_.params, &param_segment_, begin, begin + n,
                    [&](const Segment& param, int64_t i, int64_t at, int64_t length) {
-                     loops_.add_decay(value_ + at, element(param, i), param.dtype,
-                                      args_.weight_decay, length);
+                     largest = std::max(largest,
+                                        loops_.add_decay(value + at, element(param, i), param.dtype,
+                                                         args_.weight_decay, zero, length));
                    });
+    return largest;
   }
 
-  void add_global_momentum(int64_t begin, int64_t n) {
+  uint32_t add_global_momentum(float* value, int64_t begin, int64_t n) {
     if (begin % kTile == 0) {
       entries_ = aggregate_entries(args_.aggregate, args_.numel, begin / kTile);
       next_entry_ = 0;
     }
-    const int64_t tile = begin / kTile * kTile;
-    for (; next_entry_ < entries_.count; ++next_entry_) {
-      const int64_t i = tile + entries_.indices[next_entry_] - begin;
-      if (static_cast<uint64_t>(i) >= static_cast<uint64_t>(n)) break;
-      value_[i] = value_[i] + args_.momentum * entries_.values[next_entry_];
-    }
+    const int64_t origin = begin % kTile;
+    const uint16_t* next = entries_.indices + next_entry_;
+    const uint16_t* last = entries_.indices + entries_.count;
+    const int64_t count = std::lower_bound(next, last, origin + n) - next;
+    const uint32_t largest = loops_.add_entries(value, origin, next, entries_.values + next_entry_,
+                                                count, args_.momentum);
+    next_entry_ += count;
+    return largest;
   }
 
   // An overflow of float32 (or a non-finite parameter) leaves the element as it was.
-  void keep_finite(int64_t begin, int64_t n, Candidates* out) {
+  void keep_finite(float* value, int64_t begin, int64_t n, Candidates* out) {
     const auto finite_or_zero = [](float x) { return is_finite(x) ? x : 0.0f; };
     for (int64_t i = 0; i < n; ++i) {
-      if (is_finite(value_[i])) continue;
-      value_[i] = finite_or_zero(args_.memory[begin + i]);
-      if (args_.momentum_buffer) buffer_[i] = finite_or_zero(args_.momentum_buffer[begin + i]);
+      if (is_finite(value[i])) continue;
+      value[i] = finite_or_zero(before_[i]);
+      if (args_.momentum_buffer)
+        args_.momentum_buffer[begin + i] = finite_or_zero(buffer_before_[i]);
       ++out->nonfinite;
     }
   }
+
+  static constexpr float kZeros[kChunk] = {};
 
   const CompressArgs& args_;
   const Loops& loops_;
@@ -157,8 +220,11 @@ class Pass {
   size_t grad_segment_ = 0, param_segment_ = 0;
   AggregateEntries entries_{};
   int64_t next_entry_ = 0;
-  alignas(64) float value_[kChunk];
-  alignas(64) float buffer_[kChunk];
+  const char* next_grads_ = nullptr;
+  int64_t grad_size_ = 0;
+  alignas(64) float before_[kChunk];
+  alignas(64) float buffer_before_[kChunk];
+  alignas(64) float grad_[kChunk];
 };
 
 // Writes the selected entries of one part after another; the residual stays in memory.
@@ -177,23 +243,53 @@ class Emitter {
     values_ = args.payload + layout.values;
   }
 
-  void emit(const uint32_t* index, const uint32_t* key, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      if (key[i] < threshold_) continue;
-      if (key[i] == threshold_ && ties_-- <= 0) continue;
-      start_tiles(index[i] / kTile + 1);
-      float& value = memory_[index[i]];
-      indices_[position_] = static_cast<uint16_t>(index[i] % kTile);
-      value -= store_wire(values_, wire_, position_, value);
-      ++position_;
+  // Leaves only the selected entries among the candidates.
+  void emit(Candidates* candidates) {
+    candidates->count =
+        keep_selected(candidates->index.get(), candidates->bits.get(), candidates->count);
+    switch (wire_) {
+      case DType::kBFloat16:
+        return write<DType::kBFloat16>(*candidates);
+      case DType::kFloat16:
+        return write<DType::kFloat16>(*candidates);
+      default:
+        return write<DType::kFloat32>(*candidates);
     }
   }
 
+  // Tiles before `end` that have not begun yet begin after all entries written so far.
   void start_tiles(int64_t end) {
     for (; next_tile_ < end; ++next_tile_) starts_[next_tile_] = static_cast<uint32_t>(position_);
   }
 
  private:
+  // Without branches, because whether a candidate is selected cannot be predicted.
+  int64_t keep_selected(uint32_t* index, uint32_t* bits, int64_t count) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t key = bits[i] & 0x7fffffffu;
+      const bool tie = key == threshold_;
+      index[kept] = index[i];
+      bits[kept] = bits[i];
+      kept += (key > threshold_) | (tie & (ties_ > 0));
+      ties_ -= tie;
+    }
+    return kept;
+  }
+
+  template <DType wire>
+  void write(const Candidates& selected) {
+    for (int64_t i = 0; i < selected.count; ++i) {
+      const uint32_t index = selected.index[i];
+      const float value = bits_float(selected.bits[i]);
+      start_tiles(index / kTile + 1);
+      indices_[position_] = static_cast<uint16_t>(index % kTile);
+      // Memory is only written here: its lines need not arrive before the work goes on.
+      memory_[index] = value - store_wire(values_, wire, position_, value);
+      ++position_;
+    }
+  }
+
   float* memory_;
   const DType wire_;
   const uint32_t threshold_;
@@ -211,19 +307,23 @@ void zero_padding(uint8_t* payload, const PayloadLayout& layout, int64_t starts_
 }
 
 // Aims at 1.25 k to 2 k candidates for the next step.
-void update_guess(State* state, uint32_t threshold, bool repaired, bool overflow, int64_t count,
+void update_guess(State* state, uint32_t threshold, bool repaired, const Count& guessed,
                   int64_t k) {
   if (state->slack == 0.0f) state->slack = 0.08f;
   if (repaired) {
-    state->slack *= overflow ? 0.5f : 1.5f;
+    state->slack *= guessed.overflow ? 0.5f : 1.5f;
     ++state->repairs;
-  } else if (state->has_guess && count > 2 * k) {
+  } else if (state->has_guess && guessed.total > 2 * k) {
     state->slack *= 0.8f;
-  } else if (state->has_guess && count < k + k / 4) {
+  } else if (state->has_guess && guessed.total < k + k / 4) {
     state->slack *= 1.25f;
   }
   state->slack = std::clamp(state->slack, 0.001f, 0.9f);
-  state->guess = float_bits(bits_float(threshold) * (1.0f - state->slack));
+  // While memory fills up, the k-th magnitude grows by a little less from step to step.
+  const float kth = bits_float(threshold);
+  const float growth = state->kth > 0.0f ? std::sqrt(kth / state->kth) : 1.0f;
+  state->kth = kth;
+  state->guess = float_bits(kth * std::clamp(growth, 0.8f, 1.25f) * (1.0f - state->slack));
   state->has_guess = state->guess != 0;
 }
 
@@ -241,40 +341,38 @@ void compress(const CompressArgs& args) {
     Pass(args, state->guess, state->has_guess).run(begin(part), begin(part + 1), &found[part]);
   });
 
-  int64_t count = 0;
   uint64_t nonfinite = args.found_inf;
-  bool overflow = false;
-  for (const Candidates& candidates : found) {
-    count += candidates.count;
-    nonfinite += candidates.nonfinite;
-    overflow |= candidates.overflow;
-  }
-  const bool from_candidates = state->has_guess && !overflow && count >= args.k;
+  for (const Candidates& candidates : found) nonfinite += candidates.nonfinite;
+  const Count guessed = count(found);
+  const bool repaired = state->has_guess && !guessed.enough(args.k);
 
-  std::vector<KeySpan> spans(parts);
-  for (int64_t part = 0; part < parts; ++part) {
-    if (from_candidates) {
-      spans[part] = {found[part].key.get(), found[part].count};
-    } else {
-      spans[part] = {reinterpret_cast<const uint32_t*>(args.memory + begin(part)),
-                     begin(part + 1) - begin(part)};
-    }
+  std::vector<KeySpan> memory(parts), keys(parts);
+  bool from_candidates = state->has_guess && !repaired;
+  if (!from_candidates) {
+    for (int64_t part = 0; part < parts; ++part)
+      memory[part] = {reinterpret_cast<const uint32_t*>(args.memory + begin(part)),
+                      begin(part + 1) - begin(part)};
+    const uint32_t bound = lower_bound(memory, args.k);
+    for_each_part(parts, [&](int64_t part) {
+      found[part].clear();
+      collect_all(args, begin(part), begin(part + 1), bound, &found[part]);
+    });
+    from_candidates = count(found).enough(args.k);  // not where too many magnitudes are alike
   }
-  const Selection selection = select(spans, args.k);
+  for (int64_t part = 0; part < parts; ++part)
+    keys[part] = {found[part].bits.get(), found[part].count};
+  const Selection selection = select(from_candidates ? keys : memory, args.k);
 
   for_each_part(parts, [&](int64_t part) {
     Emitter emitter(args, selection, part, first(part));
     if (from_candidates) {
-      emitter.emit(found[part].index.get(), found[part].key.get(), found[part].count);
+      emitter.emit(&found[part]);
     } else {
-      Candidates chunk;
-      chunk.reserve(kChunk);
       for (int64_t i = begin(part); i < begin(part + 1); i += kChunk) {
-        const int64_t n = std::min(kChunk, begin(part + 1) - i);
-        const int64_t reached =
-            loops().collect(args.memory + i, n, static_cast<uint32_t>(i), selection.threshold,
-                            chunk.index.get(), chunk.key.get());
-        emitter.emit(chunk.index.get(), chunk.key.get(), reached);
+        found[part].clear();
+        collect_all(args, i, std::min(i + kChunk, begin(part + 1)), selection.threshold,
+                    &found[part]);
+        emitter.emit(&found[part]);
       }
     }
     emitter.start_tiles(first(part + 1));
@@ -287,8 +385,7 @@ void compress(const CompressArgs& args) {
                              static_cast<uint32_t>(std::min<uint64_t>(nonfinite, UINT32_MAX)),
                              static_cast<uint32_t>(args.k), static_cast<uint32_t>(args.numel)};
   std::memcpy(args.payload, &header, sizeof header);
-  update_guess(state, selection.threshold, state->has_guess && !from_candidates, overflow, count,
-               args.k);
+  update_guess(state, selection.threshold, repaired, guessed, args.k);
 }
 
 int64_t state_repairs(const uint8_t* state) {

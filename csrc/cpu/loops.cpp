@@ -1,6 +1,10 @@
 // loops.h, compiled for three instruction sets. Results do not depend on which one runs: every
 // operation is rounded on its own (-ffp-contract=off), and none is reordered.
 #include <ATen/Version.h>
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define GMC_X86_DISPATCH
+#include <immintrin.h>
+#endif
 
 #include <string>
 
@@ -15,20 +19,22 @@ namespace baseline {
 #undef GMC_TARGET
 }  // namespace baseline
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define GMC_X86_DISPATCH 1
-
+#ifdef GMC_X86_DISPATCH
 namespace avx2 {
+#define GMC_AVX2
 #define GMC_TARGET __attribute__((target("avx2")))
 #include "loops.h"
 #undef GMC_TARGET
+#undef GMC_AVX2
 }  // namespace avx2
 
 namespace avx512 {
+#define GMC_AVX512
 #define GMC_TARGET \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,popcnt,prefer-vector-width=512")))
 #include "loops.h"
 #undef GMC_TARGET
+#undef GMC_AVX512
 }  // namespace avx512
 #endif
 

@@ -15,9 +15,15 @@ namespace {
 // A tile's sums, and which of its places hold one.
 class TileSum {
  public:
-  void add(int64_t i, float value) {
-    sum_[i] += value;
-    present_[i / 64] |= uint64_t{1} << (i % 64);
+  void add(const PayloadEntries& entries, DType wire) {
+    switch (wire) {
+      case DType::kBFloat16:
+        return add_as<DType::kBFloat16>(entries);
+      case DType::kFloat16:
+        return add_as<DType::kFloat16>(entries);
+      default:
+        return add_as<DType::kFloat32>(entries);
+    }
   }
 
   // Writes sum * factor in ascending order and leaves everything zero again.
@@ -32,6 +38,15 @@ class TileSum {
   }
 
  private:
+  template <DType wire>
+  void add_as(const PayloadEntries& entries) {
+    for (int64_t entry = 0; entry < entries.count; ++entry) {
+      const int64_t i = entries.indices[entry];
+      sum_[i] += load_value(entries.values, wire, entry);
+      present_[i / 64] |= uint64_t{1} << (i % 64);
+    }
+  }
+
   std::vector<float> sum_ = std::vector<float>(kTile);
   std::vector<uint64_t> present_ = std::vector<uint64_t>(kTile / 64);
 };
@@ -67,8 +82,7 @@ void merge(const PayloadArgs& payloads, int64_t ranks, bool skip, uint8_t* aggre
       for (int64_t rank = 0; rank < ranks; ++rank) {
         const PayloadEntries entries = readers[rank].tile(tile);
         start += entries.start;
-        for (int64_t i = 0; i < entries.count; ++i)
-          sum.add(entries.indices[i], readers[rank].value(entries, i));
+        sum.add(entries, payloads.wire);
       }
       AggregateTileWriter out(aggregate, numel, capacity, tile, std::min(start, tile * kTile));
       sum.drain(factor, &out);

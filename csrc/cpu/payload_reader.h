@@ -46,13 +46,7 @@ class PayloadReader {
                                  data_ + layout_.values + start * element_size(wire_), start,
                                  end - start};
     const int64_t size = tile + 1 < tiles ? kTile : numel_ - tile * kTile;
-    int64_t previous = -1;
-    bool sound = true;
-    for (int64_t i = 0; i < entries.count; ++i) {
-      sound &= entries.indices[i] > previous && is_finite(value(entries, i));
-      previous = entries.indices[i];
-    }
-    if (!sound || previous >= size)
+    if (!ascending(entries, size) || !finite(entries))
       fail("tile " + std::to_string(tile) + " holds indices or values out of range");
     return entries;
   }
@@ -62,6 +56,25 @@ class PayloadReader {
   }
 
  private:
+  static bool ascending(const PayloadEntries& entries, int64_t size) {
+    bool sound = true;
+    for (int64_t i = 1; i < entries.count; ++i)
+      sound &= entries.indices[i] > entries.indices[i - 1];
+    return sound && (entries.count == 0 || entries.indices[entries.count - 1] < size);
+  }
+
+  bool finite(const PayloadEntries& entries) const {
+    const auto below = [&](const auto* words, uint32_t magnitude, uint32_t infinity) {
+      bool sound = true;
+      for (int64_t i = 0; i < entries.count; ++i) sound &= (words[i] & magnitude) < infinity;
+      return sound;
+    };
+    if (wire_ == DType::kFloat32)
+      return below(reinterpret_cast<const uint32_t*>(entries.values), 0x7fffffffu, kInfKey);
+    const auto* halves = reinterpret_cast<const uint16_t*>(entries.values);
+    return below(halves, 0x7fffu, wire_ == DType::kBFloat16 ? 0x7f80u : 0x7c00u);
+  }
+
   [[noreturn]] void fail(const std::string& what) const {
     throw DamagedPayload("payload of rank " + std::to_string(rank_) + " is damaged: " + what);
   }

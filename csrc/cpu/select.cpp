@@ -25,30 +25,61 @@ void count_digits(const KeySpan& span, Digit digit, uint32_t prefix, uint32_t* b
   }
 }
 
+// Per part, how many keys lie in each bin of a digit.
+class Histogram {
+ public:
+  explicit Histogram(int64_t parts) : parts_(parts), bins_(parts * kBins) {}
+
+  void count(const std::vector<KeySpan>& spans, Digit digit, uint32_t prefix) {
+    std::fill(bins_.begin(), bins_.end(), 0u);
+    for_each_part(parts_, [&](int64_t part) {
+      count_digits(spans[part], digit, prefix, &bins_[part * kBins]);
+    });
+  }
+
+  uint32_t at(int64_t part, int64_t bin) const { return bins_[part * kBins + bin]; }
+
+  // The bin that holds the wanted-th largest; calls pass(bin) for each above it.
+  template <class Function>
+  int64_t find(Digit digit, int64_t* wanted, const Function& pass) const {
+    for (int64_t bin = (int64_t{1} << digit.bits) - 1; bin > 0; --bin) {
+      int64_t total = 0;
+      for (int64_t part = 0; part < parts_; ++part) total += at(part, bin);
+      if (total >= *wanted) return bin;
+      *wanted -= total;
+      pass(bin);
+    }
+    return 0;
+  }
+
+ private:
+  const int64_t parts_;
+  std::vector<uint32_t> bins_;
+};
+
 }  // namespace
+
+uint32_t lower_bound(const std::vector<KeySpan>& spans, int64_t k) {
+  Histogram histogram(static_cast<int64_t>(spans.size()));
+  histogram.count(spans, kDigits[0], 0);
+  const int64_t bin = histogram.find(kDigits[0], &k, [](int64_t) {});
+  return static_cast<uint32_t>(bin) << kDigits[0].shift;
+}
 
 Selection select(const std::vector<KeySpan>& spans, int64_t k) {
   const int64_t parts = static_cast<int64_t>(spans.size());
-  std::vector<uint32_t> bins(parts * kBins);
+  Histogram histogram(parts);
   std::vector<int64_t> above(parts, 0);
   Selection selection{0, std::vector<int64_t>(parts), std::vector<int64_t>(parts)};
   int64_t wanted = k;  // entries still to be found below the bins passed so far
 
   for (const Digit digit : kDigits) {
-    std::fill(bins.begin(), bins.end(), 0u);
-    for_each_part(parts, [&](int64_t part) {
-      count_digits(spans[part], digit, selection.threshold, &bins[part * kBins]);
+    histogram.count(spans, digit, selection.threshold);
+    const int64_t found = histogram.find(digit, &wanted, [&](int64_t bin) {
+      for (int64_t part = 0; part < parts; ++part) above[part] += histogram.at(part, bin);
     });
-    int64_t bin = (int64_t{1} << digit.bits) - 1;
-    for (;; --bin) {
-      int64_t total = 0;
-      for (int64_t part = 0; part < parts; ++part) total += bins[part * kBins + bin];
-      if (total >= wanted || bin == 0) break;
-      wanted -= total;
-      for (int64_t part = 0; part < parts; ++part) above[part] += bins[part * kBins + bin];
-    }
-    selection.threshold = selection.threshold << digit.bits | static_cast<uint32_t>(bin);
-    for (int64_t part = 0; part < parts; ++part) selection.ties[part] = bins[part * kBins + bin];
+    selection.threshold = selection.threshold << digit.bits | static_cast<uint32_t>(found);
+    for (int64_t part = 0; part < parts; ++part) selection.ties[part] = histogram.at(part, found);
   }
 
   int64_t position = 0;

@@ -6,8 +6,7 @@
 
 namespace gmc::cpu {
 
-// The keys of one part, in index order: either a candidate list's or a stretch of memory itself
-// (whose sign bits are ignored).
+// The values of one part, in index order, as bits: a candidate list or a stretch of memory itself.
 struct KeySpan {
   const uint32_t* words;
   int64_t size;
@@ -20,7 +19,9 @@ struct Selection {
   std::vector<int64_t> position;  // per part: where its first entry goes among the k
 };
 
-// The spans together must hold at least k keys.
+// Both need spans that together hold at least k keys. lower_bound costs one pass over them and
+// gives a key that at least k reach, usually not many more.
+uint32_t lower_bound(const std::vector<KeySpan>& spans, int64_t k);
 Selection select(const std::vector<KeySpan>& spans, int64_t k);
 
 }  // namespace gmc::cpu
