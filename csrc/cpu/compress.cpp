@@ -22,8 +22,8 @@ constexpr int64_t kChunk = 2048;  // elements worked on at a time: a few buffers
 struct State {
   uint32_t has_guess;
   uint32_t guess;  // a key, expected to lie a little under the k-th largest
-  float slack;     // guess = expected k-th magnitude * (1 - slack)
   float kth;       // the k-th magnitude of the last step
+  float caution;   // above 1 after repairs: widens the distance between the two
   uint64_t repairs;
 };
 static_assert(sizeof(State) <= kStateBytes, "the state has a fixed size");
@@ -70,15 +70,49 @@ Count count(const std::vector<Candidates>& parts) {
   return sum;
 }
 
-// Appends the elements of [begin, end) whose key reaches the threshold, until there are far more
-// than k. next_grads: gradients that the next chunk will read.
+// What the wire dtype loses of a value.
+template <DType wire>
+float wire_residual(float value) {
+  uint32_t sent;
+  return value - store_wire(&sent, wire, 0, value);
+}
+
+template <DType wire>
+void take_out_as(float* memory, const uint32_t* index, const uint32_t* bits, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) memory[index[i]] = wire_residual<wire>(bits_float(bits[i]));
+}
+
+// Leaves in memory what it will hold if these values are sent: their lines are in the cache now,
+// and most will be. Those that are not are put back.
+void take_out(const CompressArgs& args, const uint32_t* index, const uint32_t* bits,
+              int64_t count) {
+  switch (args.wire) {
+    case DType::kBFloat16:
+      return take_out_as<DType::kBFloat16>(args.memory, index, bits, count);
+    case DType::kFloat16:
+      return take_out_as<DType::kFloat16>(args.memory, index, bits, count);
+    default:
+      return take_out_as<DType::kFloat32>(args.memory, index, bits, count);
+  }
+}
+
+void put_back(const CompressArgs& args, const Candidates& taken) {
+  for (int64_t i = 0; i < taken.count; ++i) args.memory[taken.index[i]] = bits_float(taken.bits[i]);
+}
+
+// Takes the elements of [begin, end) whose key reaches the threshold out of memory, until there
+// are far more than k. next_grads: gradients that the next chunk will read.
 void collect(const CompressArgs& args, int64_t begin, int64_t end, uint32_t threshold,
              Candidates* out, const char* next_grads = nullptr, int64_t grad_size = 0) {
   if (out->overflow) return;
   out->reserve(end - begin);
-  out->count += loops().collect(args.memory + begin, end - begin, static_cast<uint32_t>(begin),
-                                threshold, out->index.get() + out->count,
-                                out->bits.get() + out->count, next_grads, grad_size);
+  uint32_t* index = out->index.get() + out->count;
+  uint32_t* bits = out->bits.get() + out->count;
+  const int64_t count =
+      loops().collect(args.memory + begin, end - begin, static_cast<uint32_t>(begin), threshold,
+                      index, bits, next_grads, grad_size);
+  take_out(args, index, bits, count);
+  out->count += count;
   out->overflow = out->count > 4 * args.k + kTile;
 }
 
@@ -227,12 +261,11 @@ class Pass {
   alignas(64) float grad_[kChunk];
 };
 
-// Writes the selected entries of one part after another; the residual stays in memory.
+// Writes the selected entries of one part after another, and puts the other candidates back.
 class Emitter {
  public:
   Emitter(const CompressArgs& args, const Selection& selection, int64_t part, int64_t first_tile)
-      : memory_(args.memory),
-        wire_(args.wire),
+      : args_(args),
         threshold_(selection.threshold),
         ties_(selection.ties[part]),
         position_(selection.position[part]),
@@ -245,9 +278,8 @@ class Emitter {
 
   // Leaves only the selected entries among the candidates.
   void emit(Candidates* candidates) {
-    candidates->count =
-        keep_selected(candidates->index.get(), candidates->bits.get(), candidates->count);
-    switch (wire_) {
+    put_back(args_, separate(candidates));
+    switch (args_.wire) {
       case DType::kBFloat16:
         return write<DType::kBFloat16>(*candidates);
       case DType::kFloat16:
@@ -263,35 +295,43 @@ class Emitter {
   }
 
  private:
-  // Without branches, because whether a candidate is selected cannot be predicted.
-  int64_t keep_selected(uint32_t* index, uint32_t* bits, int64_t count) {
-    int64_t kept = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t key = bits[i] & 0x7fffffffu;
+  // Keeps the selected and returns the others. Without branches, because whether a candidate is
+  // selected cannot be predicted.
+  Candidates separate(Candidates* candidates) {
+    uint32_t* index = candidates->index.get();
+    uint32_t* bits = candidates->bits.get();
+    Candidates others;
+    others.reserve(candidates->count);
+    int64_t selected = 0;
+    for (int64_t i = 0; i < candidates->count; ++i) {
+      const uint32_t this_index = index[i], this_bits = bits[i];
+      const uint32_t key = this_bits & 0x7fffffffu;
       const bool tie = key == threshold_;
-      index[kept] = index[i];
-      bits[kept] = bits[i];
-      kept += (key > threshold_) | (tie & (ties_ > 0));
+      const bool take = (key > threshold_) | (tie & (ties_ > 0));
       ties_ -= tie;
+      others.index[others.count] = this_index;
+      others.bits[others.count] = this_bits;
+      others.count += !take;
+      index[selected] = this_index;
+      bits[selected] = this_bits;
+      selected += take;
     }
-    return kept;
+    candidates->count = selected;
+    return others;
   }
 
   template <DType wire>
   void write(const Candidates& selected) {
     for (int64_t i = 0; i < selected.count; ++i) {
       const uint32_t index = selected.index[i];
-      const float value = bits_float(selected.bits[i]);
       start_tiles(index / kTile + 1);
       indices_[position_] = static_cast<uint16_t>(index % kTile);
-      // Memory is only written here: its lines need not arrive before the work goes on.
-      memory_[index] = value - store_wire(values_, wire, position_, value);
+      store_wire(values_, wire, position_, bits_float(selected.bits[i]));
       ++position_;
     }
   }
 
-  float* memory_;
-  const DType wire_;
+  const CompressArgs& args_;
   const uint32_t threshold_;
   int64_t ties_, position_, next_tile_;
   uint32_t* starts_;
@@ -306,24 +346,32 @@ void zero_padding(uint8_t* payload, const PayloadLayout& layout, int64_t starts_
   std::memset(payload + values_end, 0, layout.nbytes - values_end);
 }
 
-// Aims at 1.25 k to 2 k candidates for the next step.
+// How far, as a share, the guess should lie below the k-th magnitude: so that 1.2 k candidates
+// would have been found, if their number grows exponentially with the distance.
+float distance_for_some_more(const State& state, float kth, int64_t candidates, int64_t k) {
+  const float distance = 1.0f - bits_float(state.guess) / kth;
+  const float surplus = static_cast<float>(candidates) / static_cast<float>(k);
+  return distance * std::log(1.2f) / std::log(std::max(surplus, 1.02f));
+}
+
 void update_guess(State* state, uint32_t threshold, bool repaired, const Count& guessed,
                   int64_t k) {
-  if (state->slack == 0.0f) state->slack = 0.08f;
-  if (repaired) {
-    state->slack *= guessed.overflow ? 0.5f : 1.5f;
-    ++state->repairs;
-  } else if (state->has_guess && guessed.total > 2 * k) {
-    state->slack *= 0.8f;
-  } else if (state->has_guess && guessed.total < k + k / 4) {
-    state->slack *= 1.25f;
-  }
-  state->slack = std::clamp(state->slack, 0.001f, 0.9f);
-  // While memory fills up, the k-th magnitude grows by a little less from step to step.
   const float kth = bits_float(threshold);
+  float distance = 0.05f;
+  if (state->has_guess && !repaired)
+    distance = distance_for_some_more(*state, kth, guessed.total, k);
+  // A repair costs far more than some candidates too many.
+  state->caution = std::max(1.0f, 0.97f * state->caution);
+  if (repaired) {
+    ++state->repairs;
+    if (!guessed.overflow) state->caution = std::min(2.0f * state->caution, 16.0f);
+  }
+  // While memory fills up, the k-th magnitude grows by a little less from step to step.
   const float growth = state->kth > 0.0f ? std::sqrt(kth / state->kth) : 1.0f;
+  const float expected = kth * std::clamp(growth, 0.8f, 1.25f);
   state->kth = kth;
-  state->guess = float_bits(kth * std::clamp(growth, 0.8f, 1.25f) * (1.0f - state->slack));
+  state->guess =
+      float_bits(expected * (1.0f - std::clamp(distance * state->caution, 0.001f, 0.9f)));
   state->has_guess = state->guess != 0;
 }
 
@@ -352,12 +400,15 @@ void compress(const CompressArgs& args) {
     for (int64_t part = 0; part < parts; ++part)
       memory[part] = {reinterpret_cast<const uint32_t*>(args.memory + begin(part)),
                       begin(part + 1) - begin(part)};
+    for_each_part(parts, [&](int64_t part) { put_back(args, found[part]); });
     const uint32_t bound = lower_bound(memory, args.k);
     for_each_part(parts, [&](int64_t part) {
       found[part].clear();
       collect_all(args, begin(part), begin(part + 1), bound, &found[part]);
     });
-    from_candidates = count(found).enough(args.k);  // not where too many magnitudes are alike
+    from_candidates = count(found).enough(args.k);
+    if (!from_candidates)  // too many magnitudes are alike
+      for_each_part(parts, [&](int64_t part) { put_back(args, found[part]); });
   }
   for (int64_t part = 0; part < parts; ++part)
     keys[part] = {found[part].bits.get(), found[part].count};
