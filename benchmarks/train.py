@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Train with GMC next to dense momentum SGD, DGC and memory SGD, on real data.
 
-    python benchmarks/train.py                              four workers on this machine, language model
-    python benchmarks/train.py --task digits --non-iid      a few seconds per run, few classes per worker
-    torchrun --nproc-per-node=4 benchmarks/train.py ...     the same under torchrun, on one machine or many
+    python benchmarks/train.py                           a language model, four workers started here
+    python benchmarks/train.py --task digits --non-iid   digits, few classes on each worker
+    torchrun --nproc-per-node=4 benchmarks/train.py ...  the same on one machine or on many
 
 Started plainly it is the supervisor of the workers it starts; started with RANK in the environment
 (by that supervisor or by torchrun) it is one worker. See --help for the options.

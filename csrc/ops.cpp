@@ -21,8 +21,8 @@ constexpr bool kWithCuda = true;
 constexpr bool kWithCuda = false;
 #endif
 
-// Which kernels an op takes. Guarded by `if constexpr (kWithCuda)`, calls of the CUDA kernels vanish
-// from builds without them.
+// Which kernels an op takes. Guarded by `if constexpr (kWithCuda)`, calls of the CUDA kernels
+// vanish from builds without them.
 bool on_gpu(const Tensor& tensor, const char* op) {
   if (tensor.device().is_cpu()) return false;
   if (!kWithCuda)
@@ -211,7 +211,8 @@ std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& payload, int64_t numel, 
 }
 
 Tensor verdict(at::TensorList payloads) {
-  TORCH_CHECK_VALUE(!payloads.empty(), "payloads: got an empty list, must hold one tensor a bucket");
+  TORCH_CHECK_VALUE(!payloads.empty(),
+                    "payloads: got an empty list, must hold one tensor a bucket");
   const at::Device device = payloads[0].device();
   for (size_t i = 0; i < payloads.size(); ++i) {
     check_tensor(payloads[i], item("payloads", i), device, at::kByte);

@@ -68,6 +68,15 @@ class Bucket:
     def count_repairs(self) -> int:
         return self.repairs + (0 if self._state is None else ops.repairs(self._state))
 
+    def keep_aggregate(self, aggregate: Tensor) -> None:
+        """Makes this a_{t-1} of the next step."""
+        if not (aggregate.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.aggregate = aggregate
+        elif self.aggregate is None or self.aggregate.shape != aggregate.shape:
+            raise RuntimeError("make a step of the same density before capturing one in a graph")
+        else:  # a replay reads what the capture read, so it must be in the same place
+            self.aggregate.copy_(aggregate)
+
     def sparse_aggregate(self) -> Tensor | None:
         """a_{t-1} as compress_ takes it."""
         if self.aggregate is not None and self.aggregate.dtype == torch.float32:

@@ -42,7 +42,7 @@ def accumulate(
     a_{t-1}, float32 [numel]. Returns v (float32 [numel]), the new momentum buffer (or None) and
     the number of non-finite values met (int64 scalar tensor).
     """
-    beta = torch.as_tensor(momentum, dtype=torch.float32, device=memory.device)
+    beta = torch.as_tensor(momentum, dtype=torch.float32)
     sizes = [p.numel() for p in params] if params is not None else [None] * len(grads)
     grad = torch.cat(
         [
@@ -52,7 +52,7 @@ def accumulate(
     )
     nonfinite = torch.zeros((), dtype=torch.int64, device=memory.device)
     if grad_scale is not None:
-        grad = grad * torch.as_tensor(grad_scale, device=memory.device).float().reciprocal()
+        grad = grad * torch.as_tensor(grad_scale).float().reciprocal()
     if maximize:
         grad = -grad
     if found_inf is not None:
@@ -64,7 +64,7 @@ def accumulate(
     decay = None
     if weight_decay != 0:
         flat = torch.cat([p.detach().reshape(-1).float() for p in params])
-        decay = torch.tensor(weight_decay, dtype=torch.float32, device=memory.device) * flat
+        decay = torch.tensor(weight_decay, dtype=torch.float32) * flat
 
     if momentum_buffer is None:
         value = memory + grad

@@ -15,7 +15,7 @@ from torch import Tensor
 from gmc_cuda.buckets import Bucket
 
 if TYPE_CHECKING:
-    from gmc_cuda.optim import CompressedSGD
+    from gmc_cuda.compressed_sgd import CompressedSGD
 
 ParamState = dict[str, Tensor]
 

@@ -66,7 +66,7 @@ class SparseStep:
         ops.apply_(bucket.flat_params(), self.aggregate, lr, skip=skip)
         self.give_back(skip)
         if bucket.momentum_buffer is None:
-            bucket.aggregate = self.aggregate
+            bucket.keep_aggregate(self.aggregate)
         elif self.masking:
             ops.mask_(bucket.momentum_buffer, self.payload, self.k, self.wire_dtype, skip=skip)
 
@@ -116,7 +116,7 @@ class DenseStep:
         for param, move in zip(bucket.flat_params(), moves, strict=True):
             param.sub_(move.view(param.shape))
         if bucket.momentum_buffer is None:
-            bucket.aggregate = self.aggregate
+            bucket.keep_aggregate(self.aggregate)
 
 
 Step = SparseStep | DenseStep

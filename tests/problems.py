@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gmc_cuda.optim import CompressedSGD
+from gmc_cuda.compressed_sgd import CompressedSGD
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -7,10 +7,10 @@ from statistics import mean
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-from demo.methods import LABELS  # noqa: E402
-from demo.task import Task  # noqa: E402
+from demo.methods import LABELS
+from demo.task import Task
 
 # Okabe and Ito's colours, told apart by colour-blind readers; dashes for curves that coincide.
 STYLES = {
@@ -37,7 +37,11 @@ def save(path: Path, task: Task, options: argparse.Namespace, results: dict) -> 
             if len(runs) > 1:
                 axes.fill_between(x[first:], low[first:], high[first:], alpha=0.15, linewidth=0,
                                   color=style["color"])  # fmt: skip
+    if options.task == "digits":
+        by_step.set_yscale("log")  # its loss falls by a factor of 30
+        by_step.yaxis.set_major_formatter("{x:g}")
     by_bytes.set_xscale("log")
+    by_bytes.xaxis.set_major_formatter("{x:g}")
     by_step.set(xlabel="steps", ylabel="held-out loss (nats)", title="per step")
     by_bytes.set(xlabel="MB sent by one worker (log scale)", title="per byte sent")
     by_step.legend(frameon=False)

@@ -5,13 +5,15 @@ with them for the K entries sent. (A second group with density=1.0 would send th
 """
 
 import argparse
+import math
 
-import gmc_cuda
 import torch
 from torch import nn
 
+import gmc_cuda
+
 LABELS = {"dmsgd": "dense momentum SGD", "gmc": "GMC", "dgc": "DGC", "memsgd": "memory SGD"}
-WARMUP_DENSITY = 0.25
+WARMUP_DENSITY, WARMUP_STAGES = 0.25, 4  # as DGC's 25, 6.25, 1.56, 0.4, then 0.1 percent
 
 
 def make(method: str, model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
@@ -27,13 +29,11 @@ def make(method: str, model: nn.Module, options: argparse.Namespace) -> torch.op
     return gmc_cuda.DGC(model.parameters(), momentum_masking=method == "dgc", **common)
 
 
-def make_schedulers(method: str, optimizer, options: argparse.Namespace) -> list:
-    """What is stepped after every optimizer step: stagewise lr, density warm-up."""
-    schedulers = [
-        torch.optim.lr_scheduler.MultiStepLR(optimizer, options.schedule, gamma=options.gamma)
-    ]
+def make_schedulers(method: str, optimizer, options: argparse.Namespace) -> list[tuple]:
+    """(n, scheduler): the scheduler is stepped after every n-th optimizer step."""
+    stagewise = torch.optim.lr_scheduler.MultiStepLR(optimizer, options.schedule, options.gamma)
+    schedulers = [(1, stagewise)]
     if options.warmup and method != "dmsgd":
-        schedulers.append(
-            gmc_cuda.DensityWarmup(optimizer, options.warmup, start=WARMUP_DENSITY)
-        )
+        warmup = gmc_cuda.DensityWarmup(optimizer, WARMUP_STAGES, WARMUP_DENSITY)
+        schedulers.append((math.ceil(options.warmup / WARMUP_STAGES), warmup))
     return schedulers

@@ -7,12 +7,12 @@ METHODS = {
     "dmsgd": "dense momentum SGD (GMC with density 1)",
     "gmc": "GMC: sparse, global momentum",
     "dgc": "DGC: sparse, local momentum with momentum factor masking",
-    "memsgd": "memory SGD with local momentum (DGC without masking), as the GMC paper compares with",
+    "memsgd": "memory SGD with local momentum (DGC without masking), as in the GMC paper",
 }
 
 # lr is the same for all methods: what a table compares is the method, not the tuning.
 TASK_DEFAULTS = {
-    "text": {"steps": 600, "seeds": 1, "batch": 8, "lr": 0.1},
+    "text": {"steps": 600, "seeds": 1, "batch": 4, "lr": 0.08},
     "digits": {"steps": 500, "seeds": 3, "batch": 16, "lr": 0.05},
 }
 
@@ -63,40 +63,96 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--task", choices=list(TASK_DEFAULTS), default="text",
+    add(
+        "--task",
+        choices=list(TASK_DEFAULTS),
+        default="text",
         help="text: byte-level transformer on the Python standard library's sources (default); "
-        "digits: small convolutional network on scikit-learn's digits")
-    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
-        help=f"any of {', '.join(METHODS)} (default: all)")
-    add("--workers", type=_positive_int, default=None, metavar="N",
-        help="workers to start on this machine (default 4); under torchrun, its world size")
-    add("--density", type=_density, default=0.01, metavar="D",
-        help="share of entries sent by the sparse methods, 0 < D <= 1 (default 0.01)")
-    add("--non-iid", action="store_true",
-        help="digits: each worker gets few classes; text: each worker gets its own files")
+        "digits: small convolutional network on scikit-learn's digits",
+    )
+    add(
+        "--methods",
+        nargs="+",
+        choices=list(METHODS),
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"any of {', '.join(METHODS)} (default: all)",
+    )
+    add(
+        "--workers",
+        type=_positive_int,
+        default=None,
+        metavar="N",
+        help="workers to start on this machine (default 4); under torchrun, its world size",
+    )
+    add(
+        "--density",
+        type=_density,
+        default=0.01,
+        metavar="D",
+        help="share of entries sent by the sparse methods, 0 < D <= 1 (default 0.01)",
+    )
+    add(
+        "--non-iid",
+        action="store_true",
+        help="digits: each worker gets few classes; text: each worker gets its own files",
+    )
     add("--steps", type=_positive_int, metavar="N", help=_by_task("steps per run", "steps"))
-    add("--seeds", type=_positive_int, metavar="N",
-        help=_by_task("runs per method, with seeds 0 to N-1; the table shows mean and standard "
-                      "deviation", "seeds"))
+    add(
+        "--seeds",
+        type=_positive_int,
+        metavar="N",
+        help=_by_task(
+            "runs per method, with seeds 0 to N-1; the table shows mean and standard deviation",
+            "seeds",
+        ),
+    )
     add("--batch", type=_positive_int, metavar="N", help=_by_task("examples per worker", "batch"))
     add("--lr", type=_positive_float, help=_by_task("learning rate, of all methods", "lr"))
-    add("--momentum", type=_below_one, default=0.9, metavar="BETA",
-        help="0 <= BETA < 1 (default 0.9)")
+    add(
+        "--momentum",
+        type=_below_one,
+        default=0.9,
+        metavar="BETA",
+        help="0 <= BETA < 1 (default 0.9)",
+    )
     add("--weight-decay", type=_non_negative_float, default=0.0, metavar="W", help="(default 0)")
-    add("--schedule", type=_positive_int, nargs="*", metavar="STEP",
+    add(
+        "--schedule",
+        type=_positive_int,
+        nargs="*",
+        metavar="STEP",
         help="stagewise learning rate: multiply it by --gamma at these steps (default: at 75 and "
-        "90 percent of the steps; no number: constant)")
+        "90 percent of the steps; no number: constant)",
+    )
     add("--gamma", type=_positive_float, default=0.1, help="factor of --schedule (default 0.1)")
-    add("--warmup", type=_non_negative_int, default=0, metavar="STEPS",
-        help="lower the density of the sparse methods exponentially from 0.25 to --density over "
-        "this many steps (default 0: none)")
-    add("--wire-dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
-        help="type of the values sent by the sparse methods (default bfloat16)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
+    add(
+        "--warmup",
+        type=_non_negative_int,
+        default=0,
+        metavar="STEPS",
+        help="lower the density of the sparse methods from 0.25 to --density over this many steps, "
+        "in four stages as in DGC (default 0: none)",
+    )
+    add(
+        "--wire-dtype",
+        choices=["bfloat16", "float16", "float32"],
+        default="bfloat16",
+        help="type of the values sent by the sparse methods (default bfloat16)",
+    )
+    add(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
         help="cpu uses gloo, cuda uses NCCL; auto (default) is cuda if there is a GPU per worker "
-        "and gmc_cuda has CUDA kernels")
-    add("--output", default="demo-output", metavar="FOLDER",
-        help="where the PNG and the JSON file go (default ./demo-output)")
+        "and gmc_cuda has CUDA kernels",
+    )
+    add(
+        "--output",
+        default="demo-output",
+        metavar="FOLDER",
+        help="where the PNG and the JSON file go (default ./demo-output)",
+    )
     return parser
 
 

@@ -5,8 +5,9 @@ import platform
 from datetime import datetime, timezone
 from pathlib import Path
 
-import gmc_cuda
 import torch
+
+import gmc_cuda
 
 
 def provenance(device: torch.device) -> dict:
@@ -15,7 +16,9 @@ def provenance(device: torch.device) -> dict:
         "hardware": {
             "processor": _processor(),
             "cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "memory_gib": round(
+                os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1
+            ),
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         },
         "versions": {

@@ -37,30 +37,34 @@ def print_start(task: Task, options: argparse.Namespace, device: torch.device) -
 
 def print_end(task: Task, options: argparse.Namespace, results: Results) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    for heading in ("loss\nat start", "loss\nat end", "accuracy\n%", "MB sent per\nstep, worker",
-                    "less than\ndense", "ms per\nstep"):  # fmt: skip
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("method", no_wrap=True, vertical="bottom")
+    for heading in ("loss", "accuracy\n%", "MB sent\nby a worker\nper step",
+                    "less\nthan\ndense", "ms\nper\nstep"):  # fmt: skip
+        table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
     for method, runs in results.items():
         table.add_row(
             LABELS[method],
-            f"{mean(run.curve[0].loss for run in runs):.2f}",
             _spread([run.loss for run in runs], 3),
             _spread([100 * run.accuracy for run in runs], 1),
             f"{mean(run.bytes_per_step for run in runs) / 1e6:.3g}",
             f"{_reduction(runs):.3g}x",
             f"{1e3 * mean(run.seconds_per_step for run in runs):.0f}",
         )
-    console = Console(width=None if Console().is_terminal else 100, highlight=False)
+    console = Console(width=80, highlight=False)
     console.print()
     console.print(table)
-    spread = "; ± is the standard deviation over seeds" if options.seeds > 1 else ""
+    start = mean(run.curve[0].loss for runs in results.values() for run in runs)
     print(
-        f"Loss and accuracy ({task.unit}) are on held-out data{spread}.\n"
-        "MB is the payload that a worker hands to the collective; dense is 4 bytes per parameter.\n"
-        f"The time is of {options.workers} workers sharing {_cores()} on one machine: it says "
-        "nothing about slow networks,\nwhich is where sending less pays."
+        f"Loss and accuracy ({task.unit}) are on held-out data; the loss was {start:.2f} before\n"
+        "training. MB is the payload that a worker hands to the collective."
     )
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == options.workers:
+        print(
+            f"Time: {options.workers} workers share one machine ({_cores()}) with no network "
+            "between them; it says\nnothing about slow networks, which is where sending less pays."
+        )
+    if options.seeds > 1:
+        print(f"Values are means over {options.seeds} seeds, ± their standard deviation.")
     for line in _remarks(results):
         print(line)
 
@@ -108,8 +112,8 @@ def _remarks(results: Results) -> list[str]:
             if method != "dmsgd"
         ]
         lines.append(
-            f"Mean accuracy in points from dense: {', '.join(gaps)}; the seeds of dense span "
-            f"{max(dense) - min(dense):.2f}."
+            f"Mean accuracy in points from dense: {', '.join(gaps)};\n"
+            f"between its seeds, dense itself varies by {max(dense) - min(dense):.2f}."
         )
     return lines
 

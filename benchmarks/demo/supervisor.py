@@ -24,8 +24,11 @@ def run(count: int, command: list[str]) -> int:
     """Run `count` workers to their end; returns the exit status. Prints at most one message."""
     missing = [n for n in ("torch", "gmc_cuda") if importlib.util.find_spec(n) is None]
     if missing:
-        return _say(f"{' and '.join(missing)} not found by {sys.executable}: run `make demo`, or "
-                    "`pip install --no-build-isolation .` in the repository", 1)
+        return _say(
+            f"{' and '.join(missing)} not found by {sys.executable}: run `make demo`, or "
+            "`pip install --no-build-isolation .` in the repository",
+            1,
+        )
     stopped_by = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: stopped_by.append(received))
@@ -37,7 +40,7 @@ def run(count: int, command: list[str]) -> int:
                 codes = [worker.poll() for worker in workers]
                 if any(codes):
                     time.sleep(GRACE_SECONDS)
-                    cause = _cause(workers, folder)
+                    cause = find_cause(workers, folder)
                     break
                 if None not in codes:
                     return 0
@@ -92,7 +95,7 @@ def _end(workers: list[subprocess.Popen]) -> None:
         worker.stdin.close()
 
 
-def _cause(workers: list[subprocess.Popen], folder: str) -> str:
+def find_cause(workers: list[subprocess.Popen], folder: str) -> str:
     """One message for the worker that failed first, as far as can be told.
 
     A worker that only lost its connection is a victim; a signal or any other error comes first.

@@ -22,5 +22,5 @@ class Task:
 
 
 def split(count: int, rank: int, world: int) -> slice:
-    """The rank-th of `world` contiguous parts of range(count); their sizes differ by at most one."""
+    """The rank-th of `world` contiguous parts of range(count), equal in size within one."""
     return slice(count * rank // world, count * (rank + 1) // world)

@@ -75,8 +75,9 @@ def train(
         optimizer.zero_grad()
         _loss(model(inputs), targets).backward()
         optimizer.step()
-        for scheduler in schedulers:
-            scheduler.step()
+        for every, scheduler in schedulers:
+            if step % every == 0:
+                scheduler.step()
         sent += optimizer.stats()["bytes_per_step"]
         if step in points or step == 1:
             if step > 1:

@@ -31,7 +31,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _work(options: argparse.Namespace) -> None:
-    import torch
     import torch.distributed as dist
 
     from demo import digits, methods, text, training
@@ -97,8 +96,9 @@ def pick_device(wanted: str):
 
 def _has_kernels() -> bool:
     """Whether this build of gmc_cuda runs on CUDA tensors."""
-    import gmc_cuda
     import torch
+
+    import gmc_cuda
 
     try:
         ones = torch.ones(1, device="cuda")

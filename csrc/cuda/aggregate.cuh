@@ -26,8 +26,8 @@ __device__ __forceinline__ AggregateEntries aggregate_entries(const Aggregate& a
   const auto* header = reinterpret_cast<const AggregateHeader*>(aggregate.data);
   const int64_t capacity = header->capacity;
   const AggregateLayout layout(numel, capacity);
-  if (header->tag != kAggregateMagic || (header->flags & kDamaged) != 0 ||
-      header->numel != numel || layout.nbytes != aggregate.nbytes)
+  if (header->tag != kAggregateMagic || (header->flags & kDamaged) != 0 || header->numel != numel ||
+      layout.nbytes != aggregate.nbytes)
     return {nullptr, nullptr, 0};
   const int64_t start = reinterpret_cast<const uint32_t*>(aggregate.data + layout.starts)[tile];
   const int64_t count = reinterpret_cast<const uint32_t*>(aggregate.data + layout.counts)[tile];

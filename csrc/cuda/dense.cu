@@ -35,13 +35,11 @@ __global__ void __launch_bounds__(kThreads)
     count += total;
   }
   if (threadIdx.x != 0) return;
-  reinterpret_cast<uint32_t*>(aggregate + layout.starts)[blockIdx.x] =
-      static_cast<uint32_t>(begin);
+  reinterpret_cast<uint32_t*>(aggregate + layout.starts)[blockIdx.x] = static_cast<uint32_t>(begin);
   reinterpret_cast<uint32_t*>(aggregate + layout.counts)[blockIdx.x] = count;
   if (blockIdx.x == 0)
-    *reinterpret_cast<AggregateHeader*>(aggregate) = {kAggregateMagic, 0,
-                                                      static_cast<uint32_t>(numel),
-                                                      static_cast<uint32_t>(numel)};
+    *reinterpret_cast<AggregateHeader*>(aggregate) = {
+        kAggregateMagic, 0, static_cast<uint32_t>(numel), static_cast<uint32_t>(numel)};
 }
 
 __global__ void __launch_bounds__(kThreads)

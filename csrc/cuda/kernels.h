@@ -1,5 +1,5 @@
-// The launchers besides compress: plain pointers and sizes in, no tensors. Arguments were checked by
-// ops.cpp; bytes that came over a wire were not, and are checked by the kernels.
+// The launchers besides compress: plain pointers and sizes in, no tensors. Arguments were checked
+// by ops.cpp; bytes that came over a wire were not, and are checked by the kernels.
 #pragma once
 
 #include "aggregate.cuh"

@@ -1,9 +1,9 @@
 // merge: the payloads of all ranks to one aggregate, summed in rank order, without float atomics.
 //
 // A block owns one wire tile. It marks which elements any rank sent in a bitmap; a prefix over the
-// bitmap's words gives each of them its place in the merged list; a window of that list at a time is
-// then summed in shared memory, rank after rank. The list is far shorter than the tile, so that one
-// window usually holds all of it.
+// bitmap's words gives each of them its place in the merged list; a window of that list at a time
+// is then summed in shared memory, rank after rank. The list is far shorter than the tile, so that
+// one window usually holds all of it.
 #include "block.cuh"
 #include "kernels.h"
 #include "launch.h"

@@ -6,9 +6,9 @@
 
 namespace gmc::cuda {
 
-// x += beta * a. The tile's entries are one run of its wire tile's. Every thread probes one place of
-// those; the count of probes that lie before the tile says where to begin, one step of probes too
-// early at most. `stage` is kWorkTile floats of shared memory.
+// x += beta * a. The tile's entries are one run of its wire tile's. Every thread probes one place
+// of those; the count of probes that lie before the tile says where to begin, one step of probes
+// too early at most. `stage` is kWorkTile floats of shared memory.
 __device__ __forceinline__ void add_global_momentum(const Aggregate& aggregate, float momentum,
                                                     int64_t numel, const WorkTile& tile,
                                                     float* stage, float (&x)[kPerThread]) {

@@ -66,8 +66,7 @@ cudaError_t mask_launch(float* momentum_buffer, const Payload& payload, const in
 
 cudaError_t unpack_launch(const Payload& payload, int64_t* indices, float* values,
                           int64_t* nonfinite, cudaStream_t stream) {
-  const cudaError_t status =
-      launch(nonfinite_kernel, 1, 1, stream, payload.data, nonfinite);
+  const cudaError_t status = launch(nonfinite_kernel, 1, 1, stream, payload.data, nonfinite);
   if (status != cudaSuccess) return status;
   return launch(entries_kernel<Unpack>, tile_count(payload.numel), kThreads, stream, payload,
                 static_cast<const int32_t*>(nullptr), false, Unpack{indices, values});

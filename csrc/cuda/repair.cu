@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t repair_launch(const SelectArgs& args, cudaStream_t stream) {
-  const int64_t blocks = group_count(args.numel);
+  const int64_t tiles = work_tile_count(args.numel);
+  const int64_t blocks = tiles < kRepairBlocks ? tiles : kRepairBlocks;
   const cudaError_t status = launch(coarse_kernel, blocks, kThreads, stream, args);
   if (status != cudaSuccess) return status;
   return launch(recompact_kernel, blocks, kThreads, stream, args);

@@ -14,8 +14,7 @@ struct Scalar {
 
   GMC_HD float load() const {
     if (!data) return value;
-    if (type == ScalarType::kFloat64)
-      return static_cast<float>(*static_cast<const double*>(data));
+    if (type == ScalarType::kFloat64) return static_cast<float>(*static_cast<const double*>(data));
     return load_value(data, static_cast<DType>(type), 0);
   }
 };

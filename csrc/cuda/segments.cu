@@ -1,8 +1,7 @@
-#include "segments.h"
-
 #include <algorithm>
 
 #include "launch.h"
+#include "segments.h"
 
 namespace gmc::cuda {
 namespace {

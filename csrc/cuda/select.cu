@@ -172,7 +172,7 @@ __device__ void update_guess(Control* control, int64_t k) {
 struct EmitShared {
   unsigned long long warp_sums[kWarps];
   unsigned long long next_warp_sums[kWarps];
-  unsigned long long met[kThreads];
+  unsigned long long met[kScanTiles];
 };
 
 __global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ SelectArgs args) {
@@ -188,18 +188,21 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ 
   block_exclusive_sum<kThreads>(sum, &met, shared.warp_sums);
 
   const uint32_t end = first_tile(args, blockIdx.x + 1);
-  for (uint32_t first = first_tile(args, blockIdx.x); first < end; first += kThreads) {
+  for (uint32_t first = first_tile(args, blockIdx.x); first < end; first += kScanTiles) {
     const uint32_t own = first + threadIdx.x;
-    const uint32_t selected = own < end ? workspace.selected[own] : 0;
+    const bool placing = threadIdx.x < kScanTiles && own < end;
+    const uint32_t selected = placing ? workspace.selected[own] : 0;
     unsigned long long total;
-    shared.met[threadIdx.x] =
+    const unsigned long long before =
         met + block_exclusive_sum<kThreads>(
                   static_cast<unsigned long long>(selected >> 16) << 32 | (selected & 0xffffu),
                   &total, shared.next_warp_sums);
-    if (own < end && own % (kTile / kWorkTile) == 0)
-      starts[own / (kTile / kWorkTile)] = taken(shared.met[threadIdx.x], ties);
+    if (placing) {
+      shared.met[threadIdx.x] = before;
+      if (own % (kTile / kWorkTile) == 0) starts[own / (kTile / kWorkTile)] = taken(before, ties);
+    }
     __syncthreads();
-    for (uint32_t t = warp_id(); t < kThreads && first + t < end; t += kWarps)
+    for (uint32_t t = warp_id(); t < kScanTiles && first + t < end; t += kWarps)
       if (workspace.selected[first + t]) emit_tile(args, layout, first + t, shared.met[t]);
     met += total;  // the next round writes shared.met behind the barrier in its sum
   }

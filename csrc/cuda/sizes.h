@@ -10,6 +10,12 @@
 #ifndef GMC_GROUPS
 #define GMC_GROUPS 1024
 #endif
+#ifndef GMC_REPAIR_BLOCKS
+#define GMC_REPAIR_BLOCKS 512
+#endif
+#ifndef GMC_SCAN_TILES
+#define GMC_SCAN_TILES GMC_THREADS
+#endif
 #ifndef GMC_MERGE_THREADS
 #define GMC_MERGE_THREADS 512
 #endif
@@ -39,6 +45,11 @@ static_assert(kThreads % 32 == 0 && kWorkTile < 65536, "counts of a work tile fi
 // The selection gives each block one run of consecutive work tiles, so that a prefix over all of
 // them is one over at most this many sums.
 constexpr int kMaxGroups = GMC_GROUPS;
+constexpr int kScanTiles = GMC_SCAN_TILES;  // of such a run, tiles placed at a time
+static_assert(kScanTiles <= kThreads, "one thread places one tile");
+
+// The repair usually has nothing to do, so its blocks should all start, and end, at once.
+constexpr int kRepairBlocks = GMC_REPAIR_BLOCKS;
 
 constexpr int kMergeThreads = GMC_MERGE_THREADS;
 constexpr int kMergeWindow = GMC_MERGE_WINDOW;  // merged entries summed at a time

@@ -84,8 +84,7 @@ std::vector<Segment> table_of(const std::vector<cpu::Segment>& segments) {
 // Puts a table into the kernel's own parameters from place *used on, or, if it is too long for
 // that, into `stored`, which must outlive the launches.
 SegmentList place_table(const std::vector<Segment>& table, SegmentPiece* own, int* used,
-                        at::Tensor* stored, const at::TensorOptions& options,
-                        cudaStream_t stream) {
+                        at::Tensor* stored, const at::TensorOptions& options, cudaStream_t stream) {
   const int count = static_cast<int>(table.size());
   if (*used + count <= kInlineSegments) {
     std::copy(table.begin(), table.end(), own->segment + *used);
@@ -121,8 +120,8 @@ void compress(const CompressTensors& tensors) {
     args.momentum_buffer = tensors.momentum_buffer->mutable_data_ptr<float>();
   at::Tensor stored_grads, stored_params;
   int used = 0;
-  args.grads = place_table(table_of(tensors.grads), &args.own, &used, &stored_grads, options,
-                           place.stream);
+  args.grads =
+      place_table(table_of(tensors.grads), &args.own, &used, &stored_grads, options, place.stream);
   args.params = place_table(table_of(tensors.params), &args.own, &used, &stored_params, options,
                             place.stream);
   args.numel = numel;
@@ -180,8 +179,8 @@ void apply(const std::vector<cpu::Segment>& params, const at::Tensor& aggregate,
   args.skip = skip_of(skip);
   at::Tensor stored;
   int used = 0;
-  args.params = place_table(table_of(params), &args.own, &used, &stored, aggregate.options(),
-                            place.stream);
+  args.params =
+      place_table(table_of(params), &args.own, &used, &stored, aggregate.options(), place.stream);
   C10_CUDA_CHECK(apply_launch(args, place.stream));
 }
 

@@ -64,8 +64,8 @@ __device__ __forceinline__ void store_floats(float* to, const WorkTile& tile,
   }
 }
 
-// Comparing magnitudes as floats instead of keys: the absolute value costs no instruction and, unlike
-// 16 keys, no registers.
+// Comparing magnitudes as floats instead of keys: the absolute value costs no instruction and,
+// unlike 16 keys, no registers.
 __device__ __forceinline__ bool finite(float x) { return fabsf(x) < bits_float(kInfKey); }
 __device__ __forceinline__ bool reaches(float x, uint32_t threshold) {
   return fabsf(x) >= bits_float(threshold);
@@ -76,8 +76,7 @@ __device__ __forceinline__ uint32_t reaching(const WorkTile& tile, const float (
                                              uint32_t threshold) {
   uint32_t mask = 0;
 #pragma unroll
-  for (int e = 0; e < kPerThread; ++e)
-    mask |= static_cast<uint32_t>(reaches(x[e], threshold)) << e;
+  for (int e = 0; e < kPerThread; ++e) mask |= static_cast<uint32_t>(reaches(x[e], threshold)) << e;
   if (!tile.full()) {
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e)
@@ -157,8 +156,7 @@ __device__ __forceinline__ void store_candidates(const WorkTile& tile, uint32_t 
     for (int c = 0; c < 4; ++c) {
       const int e = 4 * q + c;
       if (!(mask >> e & 1)) continue;
-      workspace.candidates[position++] =
-          make_uint2(tile.begin + tile.place(e), float_bits(x[e]));
+      workspace.candidates[position++] = make_uint2(tile.begin + tile.place(e), float_bits(x[e]));
       atomicAdd(&bins[bin_of(magnitude_key(x[e]), base)], 1u);
     }
   }

@@ -29,13 +29,13 @@ struct Control {
   uint32_t refound;    // candidates of the repair
   uint32_t nonfinite;  // values counted as zero
   // Written in each call before they are read.
-  uint32_t repair;       // whether the guess was of no use
-  uint32_t repair_key;   // the repair's own guess
-  Source source;         // where the selection finds its entries
-  uint32_t bin_key;      // smallest key of the bin that holds the k-th
-  uint32_t above_bin;    // entries above that bin
-  uint32_t threshold;    // the k-th largest key
-  uint32_t ties;         // how many entries equal to it are taken
+  uint32_t repair;      // whether the guess was of no use
+  uint32_t repair_key;  // the repair's own guess
+  Source source;        // where the selection finds its entries
+  uint32_t bin_key;     // smallest key of the bin that holds the k-th
+  uint32_t above_bin;   // entries above that bin
+  uint32_t threshold;   // the k-th largest key
+  uint32_t ties;        // how many entries equal to it are taken
 };
 static_assert(sizeof(Control) <= 256 && offsetof(Control, repairs) == 8, "repairs() reads there");
 

@@ -140,6 +140,24 @@ def test_conversions_equal_torch():
     np.testing.assert_array_equal(out["from_fp16"], exact.half().float().numpy())
 
 
+def test_atomics_let_other_threads_run():
+    with program("plain") as samples:
+        for seed in range(1, 9):
+            out = samples.call("turns", seed=seed, turn=np.zeros(1, np.uint32))["out"]
+            assert out.tolist() == list(range(63, -1, -1))
+
+
+@pytest.mark.parametrize("broken", ["sum", "scan"])  # static and dynamic shared memory
+def test_unwritten_shared_memory_is_junk(broken):
+    x = np.arange(64, dtype=np.int32)
+    for seed in range(4):
+        with program("plain", broken, "UNINITIALISED") as samples:  # a new process: zeros elsewhere
+            if broken == "sum":
+                assert samples.call("sum", seed=seed, x=x, blocks=1)["total"][1] != 0
+            else:
+                assert samples.call("scan", seed=seed, x=x.view(np.uint32))["out"][0] != 0
+
+
 # Each bug: the check that must fail, the flavour that sees it under any seed, and its report.
 # No report: the result is wrong.
 BUGS = {
@@ -153,7 +171,6 @@ BUGS = {
     "OUT_OF_BOUNDS_STATIC": (check_sum, "address", "global-buffer-overflow"),
     "OUT_OF_BOUNDS_GLOBAL": (check_scan, "address", "heap-buffer-overflow"),
     "MISALIGNED": (check_compact, "address", "misaligned address"),
-    "UNINITIALISED": (check_sum, "plain", None),
     "SPIN": (check_last_block, "plain", "watchdog: one block"),
     "SILENT_SPIN": (check_last_block, "plain", "watchdog: one block"),
     "EARLY_EXIT": (check_scan, "plain", "has left the kernel"),
@@ -206,6 +223,15 @@ def test_report_names_kernel_block_and_thread():
     assert "scan_kernel<64>" in text and "block (0, 0, 0)" in text
     assert "thread (0, 0, 0) waits in __syncthreads at " in text and "scan.cu:" in text
     assert "thread (6, 0, 0) has left the kernel" in text
+
+
+def test_report_of_the_address_sanitizer_names_them_too():
+    for bug in ("OUT_OF_BOUNDS_SHARED", "OUT_OF_BOUNDS_GLOBAL"):
+        with program("address", "scan", bug) as samples, pytest.raises(KernelFault) as caught:
+            samples.call("scan", seed=0, x=np.ones(64 + 6, np.uint32))
+        text = str(caught.value)
+        thread = 63 if bug == "OUT_OF_BOUNDS_SHARED" else 6
+        assert "scan_kernel<64>" in text and f"block (0, 0, 0), thread ({thread}, 0, 0)" in text
 
 
 def test_a_seed_repeats_its_schedule():

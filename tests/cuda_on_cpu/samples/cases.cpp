@@ -39,6 +39,10 @@ CUDA_CASE(atomics) {
   require(atomics_launch(in.array<unsigned>("x"), in.array<unsigned>("out"), nullptr));
 }
 
+CUDA_CASE(turns) {
+  require(turns_launch(in.array<unsigned>("turn"), in.output<unsigned>("out", 64), nullptr));
+}
+
 CUDA_CASE(convert) {
   const int64_t n = in.count("x");
   require(convert_launch(in.array<float>("x"), int(n), in.output<unsigned short>("bf16", n),

@@ -65,6 +65,13 @@ __global__ void atomics_kernel(const unsigned* x, unsigned* out) {
   } while (seen != expected);
 }
 
+// The threads of a block take turns from the last to the first.
+__global__ void turns_kernel(unsigned* turn, unsigned* out) {
+  while (atomicAdd(turn, 0u) != blockDim.x - 1 - threadIdx.x) {
+  }
+  out[threadIdx.x] = atomicAdd(turn, 1u);
+}
+
 __global__ void convert_kernel(const float* x, int n, unsigned short* bf16, unsigned short* fp16,
                                float* from_fp16) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -99,6 +106,14 @@ cudaError_t atomics_launch(const unsigned* x, unsigned* out, cudaStream_t stream
   config.blockDim = 64;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, atomics_kernel, x, out);
+}
+
+cudaError_t turns_launch(unsigned* turn, unsigned* out, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = 1;
+  config.blockDim = 64;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, turns_kernel, turn, out);
 }
 
 cudaError_t convert_launch(const float* x, int n, unsigned short* bf16, unsigned short* fp16,

@@ -17,7 +17,11 @@ __global__ void __launch_bounds__(threads)
 #ifdef BUG_EARLY_EXIT
     if (i >= n) return;
 #endif
+#ifdef BUG_UNINITIALISED
+    if (i > 0) row[t] = i < n ? x[i] : 0;
+#else
     row[t] = i < n ? x[i] : 0;
+#endif
     __syncthreads();
     for (int step = 1; step < threads; step *= 2) {
 #ifdef BUG_OUT_OF_BOUNDS_SHARED

@@ -1,0 +1,159 @@
+// Calls the launchers of csrc/cuda from Python; kernel_ops.py is the other end.
+#include <algorithm>
+
+#include "case.h"
+#include "cuda/compress.h"
+#include "cuda/kernels.h"
+
+using namespace gmc;
+using namespace gmc::cuda;
+using cuda_on_cpu::Case;
+
+namespace {
+
+// A number by value, or in an array, which stands for device memory: float32 as such, float64.
+Scalar number(Case& in, const char* name, float otherwise) {
+  const std::string array = std::string(name) + "_array";
+  if (in.has(array.c_str())) return {in.array<double>(array.c_str()), ScalarType::kFloat64, 0.0f};
+  return scalar(in.has(name) ? static_cast<float>(in.number(name)) : otherwise);
+}
+
+// Arrays <prefix>0, <prefix>1, ... whose element counts and dtype codes (-1: None) are listed.
+std::vector<Segment> segments(Case& in, const std::string& prefix) {
+  std::vector<Segment> list;
+  const std::string sizes = prefix + "_sizes", dtypes = prefix + "_dtypes";
+  if (!in.has(sizes.c_str())) return list;
+  int64_t begin = 0;
+  for (int64_t i = 0; i < in.count(sizes.c_str()); ++i) {
+    const int64_t dtype = in.array<int64_t>(dtypes.c_str())[i];
+    const std::string name = prefix + std::to_string(i);
+    void* data = nullptr;
+    if (dtype == 0) data = in.array<float>(name.c_str());
+    if (dtype > 0) data = in.array<uint16_t>(name.c_str());
+    const auto code = static_cast<DType>(std::max<int64_t>(dtype, 0));
+    list.push_back({data, static_cast<uint32_t>(begin), code});
+    begin += in.array<int64_t>(sizes.c_str())[i];
+  }
+  return list;
+}
+
+// As tensors.cpp does it: in the kernel's own parameters if there is room.
+SegmentList place(const std::vector<Segment>& list, SegmentPiece* own, int* used) {
+  const int count = static_cast<int>(list.size());
+  if (*used + count <= kInlineSegments) {
+    std::copy(list.begin(), list.end(), own->segment + *used);
+    *used += count;
+    return {nullptr, *used - count, count};
+  }
+  Segment* stored = nullptr;
+  require(cudaMalloc(&stored, count * sizeof(Segment)));
+  require(store_segments_launch(list.data(), count, stored, nullptr));
+  return {stored, 0, count};
+}
+
+void release(const SegmentList& list) {
+  if (list.stored) require(cudaFree(const_cast<Segment*>(list.stored)));
+}
+
+Payload payload(Case& in, const char* name) {
+  return {in.array<uint8_t>(name), in.integer("numel"), in.integer("k"),
+          static_cast<DType>(in.integer("wire"))};
+}
+
+Aggregate aggregate(Case& in) {
+  if (!in.has("aggregate")) return {nullptr, 0};
+  return {in.array<uint8_t>("aggregate"), in.count("aggregate")};
+}
+
+const int32_t* skip(Case& in) { return in.has("skip") ? in.array<int32_t>("skip") : nullptr; }
+
+}  // namespace
+
+CUDA_CASE(state_nbytes) {
+  *in.output<int64_t>("nbytes", 1) = workspace_nbytes(in.integer("numel"), in.integer("k"));
+}
+
+CUDA_CASE(compress) {
+  CompressArgs args = {};
+  args.memory = in.array<float>("memory");
+  if (in.has("momentum_buffer")) args.momentum_buffer = in.array<float>("momentum_buffer");
+  int used = 0;
+  args.grads = place(segments(in, "grad"), &args.own, &used);
+  args.params = place(segments(in, "param"), &args.own, &used);
+  args.numel = in.count("memory");
+  args.k = in.integer("k");
+  args.momentum = number(in, "momentum", 0.0f);
+  args.grad_scale = number(in, "grad_scale", 1.0f);
+  args.found_inf = number(in, "found_inf", 0.0f);
+  args.weight_decay = static_cast<float>(in.number("weight_decay"));
+  args.maximize = in.integer("maximize") != 0;
+  args.nesterov = in.integer("nesterov") != 0;
+  args.aggregate = aggregate(in);
+  args.wire = static_cast<DType>(in.integer("wire"));
+  args.workspace = make_workspace(in.array<uint8_t>("state"), args.numel, args.k);
+  args.payload = in.output<uint8_t>("payload", PayloadLayout(args.numel, args.k, args.wire).nbytes);
+  require(compress_launch(args, nullptr));
+  release(args.grads);
+  release(args.params);
+  *in.output<int64_t>("repairs", 1) = static_cast<int64_t>(args.workspace.control->repairs);
+}
+
+CUDA_CASE(verdict) {
+  std::vector<Gathered> buckets;
+  for (int64_t b = 0; b < in.integer("buckets"); ++b) {
+    const std::string name = "payloads" + std::to_string(b);
+    const int64_t ranks = in.array<int64_t>("ranks")[b];
+    buckets.push_back({in.array<uint8_t>(name.c_str()), ranks, in.count(name.c_str()) / ranks});
+  }
+  require(verdict_launch(buckets.data(), static_cast<int>(buckets.size()),
+                         in.output<uint32_t>("flags", 1), nullptr));
+}
+
+CUDA_CASE(merge) {
+  const Payload payloads = payload(in, "payloads");
+  const int64_t ranks = in.integer("ranks");
+  const int64_t capacity = aggregate_capacity(payloads.numel, payloads.k, ranks);
+  auto* out = in.output<uint8_t>("aggregate", AggregateLayout(payloads.numel, capacity).nbytes);
+  require(merge_launch(payloads, ranks, skip(in), out, nullptr));
+}
+
+CUDA_CASE(apply) {
+  ApplyArgs args = {};
+  args.aggregate = aggregate(in);
+  args.numel = in.integer("numel");
+  args.lr = number(in, "lr", 0.0f);
+  args.skip = skip(in);
+  int used = 0;
+  args.params = place(segments(in, "param"), &args.own, &used);
+  require(apply_launch(args, nullptr));
+  release(args.params);
+}
+
+CUDA_CASE(restore) {
+  require(restore_launch(in.array<float>("memory"), payload(in, "payload"), skip(in), nullptr));
+}
+
+CUDA_CASE(mask) {
+  require(
+      mask_launch(in.array<float>("momentum_buffer"), payload(in, "payload"), skip(in), nullptr));
+}
+
+CUDA_CASE(unpack) {
+  const Payload from = payload(in, "payload");
+  auto* indices = in.output<int64_t>("indices", from.k);
+  auto* values = in.output<float>("values", from.k);
+  std::fill_n(indices, from.k, int64_t{-1});
+  std::fill_n(values, from.k, 0.0f);
+  require(unpack_launch(from, indices, values, in.output<int64_t>("nonfinite", 1), nullptr));
+}
+
+CUDA_CASE(sparsify) {
+  const int64_t numel = in.count("dense");
+  auto* out = in.output<uint8_t>("aggregate", AggregateLayout(numel, numel).nbytes);
+  require(sparsify_launch(in.array<float>("dense"), numel, out, nullptr));
+}
+
+CUDA_CASE(densify) {
+  const int64_t numel = in.integer("numel");
+  require(densify_launch(aggregate(in), numel, in.output<float>("dense", numel), nullptr));
+}

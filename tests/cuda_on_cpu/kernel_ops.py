@@ -1,0 +1,221 @@
+"""The operators of gmc_cuda.ops, executed by the kernels of csrc/cuda on the CPU.
+
+Kernels is called like gmc_cuda.ops with CPU tensors, so that a test can compare the two.
+"""
+
+from functools import cache
+
+import numpy as np
+import torch
+from compilation import CUDA_SOURCES, HERE, build
+from program import At, Program
+
+from gmc_cuda import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # their position is their code
+# Small, so that a few thousand elements take several blocks, groups and rounds of every loop.
+SMALL = {
+    "GMC_THREADS": 64,
+    "GMC_GROUPS": 3,
+    "GMC_REPAIR_BLOCKS": 2,
+    "GMC_SCAN_TILES": 2,
+    "GMC_MERGE_THREADS": 64,
+    "GMC_MERGE_WINDOW": 96,
+    "GMC_MERGE_RANKS": 2,
+    "GMC_INLINE_SEGMENTS": 3,
+}
+WORK_TILE = 16 * SMALL["GMC_THREADS"]
+
+
+@cache
+def program(flavour, small=True):
+    """The program with every kernel of the package, compiled on first use.
+
+    small: with the sizes above, not those that users get.
+    """
+    sources = sorted((CUDA_SOURCES / "cuda").glob("*.cu"))
+    sources = [path for path in sources if path.stem != "device"]  # a probe for real devices
+    defines = [f"{name}={value}" for name, value in SMALL.items()] if small else []
+    return Program(
+        build(
+            [*sources, HERE / "kernel_cases.cpp"],
+            flavour,
+            defines=defines,
+            include=[CUDA_SOURCES],
+        )
+    )
+
+
+def to_numpy(tensor):
+    """An array with the tensor's bytes; bf16 and fp16 as uint16."""
+    tensor = tensor.detach().reshape(-1)
+    if tensor.dtype in DTYPES[1:]:
+        tensor = tensor.view(torch.int16)
+        return tensor.numpy().view(np.uint16).copy()
+    return tensor.numpy().copy()
+
+
+def from_numpy(array, dtype):
+    if dtype in DTYPES[1:]:
+        return torch.from_numpy(array.view(np.int16).copy()).view(dtype)
+    return torch.from_numpy(array.copy())
+
+
+class Kernels:
+    """gmc_cuda.ops over one Program; every call runs under the given seed of the schedule."""
+
+    def __init__(self, running, seed=1, offset=0):
+        self.running, self.seed, self.offset = running, seed, offset
+
+    def _call(self, case, **arrays):
+        return self.running.call(case, seed=self.seed, **arrays)
+
+    def _segments(self, prefix, tensors, sizes):
+        """Each tensor begins `offset` elements past an aligned address."""
+        arrays = {
+            f"{prefix}_sizes": np.array(sizes, np.int64),
+            f"{prefix}_dtypes": np.array(
+                [-1 if t is None else DTYPES.index(t.dtype) for t in tensors], np.int64
+            ),
+        }
+        for i, tensor in enumerate(tensors):
+            if tensor is not None:
+                array = to_numpy(tensor)
+                arrays[f"{prefix}{i}"] = At(array, self.offset * array.itemsize)
+        return arrays
+
+    def select_state(self, numel, k):
+        nbytes = self._call("state_nbytes", numel=numel, k=k)["nbytes"][0]
+        return torch.zeros(int(nbytes), dtype=torch.uint8)
+
+    def compress_(
+        self,
+        memory,
+        grads,
+        k,
+        *,
+        momentum=0.0,
+        aggregate=None,
+        momentum_buffer=None,
+        nesterov=False,
+        weight_decay=0.0,
+        params=None,
+        maximize=False,
+        grad_scale=None,
+        found_inf=None,
+        wire_dtype=torch.bfloat16,
+        state=None,
+    ):
+        sizes = [p.numel() for p in params] if params is not None else [g.numel() for g in grads]
+        if state is None:
+            state = self.select_state(memory.numel(), k)
+        arrays = self._segments("grad", grads, sizes)
+        if weight_decay:
+            arrays |= self._segments("param", params, sizes)
+        for name, value in [
+            ("momentum", momentum),
+            ("grad_scale", grad_scale),
+            ("found_inf", found_inf),
+        ]:
+            if isinstance(value, torch.Tensor):
+                arrays[f"{name}_array"] = value.reshape(1).double().numpy()
+            elif value is not None:
+                arrays[name] = float(value)
+        for name, tensor in [("aggregate", aggregate), ("momentum_buffer", momentum_buffer)]:
+            if tensor is not None:
+                arrays[name] = to_numpy(tensor)
+        out = self._call(
+            "compress",
+            memory=At(to_numpy(memory), 4 * self.offset),
+            k=k,
+            weight_decay=float(weight_decay),
+            maximize=int(maximize),
+            nesterov=int(nesterov),
+            wire=DTYPES.index(wire_dtype),
+            state=to_numpy(state),
+            **arrays,
+        )
+        memory.copy_(torch.from_numpy(out["memory"]))
+        state.copy_(torch.from_numpy(out["state"]))
+        if momentum_buffer is not None:
+            momentum_buffer.copy_(torch.from_numpy(out["momentum_buffer"]))
+        self.repairs = int(out["repairs"][0])
+        return torch.from_numpy(out["payload"])
+
+    def _payload(self, name, payload, numel, k, wire_dtype, skip=None):
+        arrays = {name: to_numpy(payload), "numel": numel, "k": k}
+        if skip is not None:
+            arrays["skip"] = to_numpy(skip)
+        return arrays | {"wire": DTYPES.index(wire_dtype)}
+
+    def verdict(self, payloads):
+        arrays = {f"payloads{i}": to_numpy(p) for i, p in enumerate(payloads)}
+        ranks = np.array([p.size(0) for p in payloads], np.int64)
+        out = self._call("verdict", buckets=len(payloads), ranks=ranks, **arrays)
+        return torch.from_numpy(out["flags"].view(np.int32))
+
+    def merge(self, payloads, numel, k, wire_dtype=torch.bfloat16, *, skip=None):
+        arrays = self._payload("payloads", payloads, numel, k, wire_dtype, skip)
+        out = self._call("merge", ranks=payloads.size(0), **arrays)
+        return torch.from_numpy(out["aggregate"])
+
+    def apply_(self, params, aggregate, lr, *, skip=None):
+        arrays = self._segments("param", params, [p.numel() for p in params])
+        if isinstance(lr, torch.Tensor):
+            arrays["lr_array"] = lr.reshape(1).double().numpy()
+        else:
+            arrays["lr"] = float(lr)
+        if skip is not None:
+            arrays["skip"] = to_numpy(skip)
+        numel = sum(p.numel() for p in params)
+        out = self._call("apply", numel=numel, aggregate=to_numpy(aggregate), **arrays)
+        for i, param in enumerate(params):
+            param.copy_(from_numpy(out[f"param{i}"], param.dtype).view_as(param))
+
+    def restore_(self, memory, payload, k, wire_dtype=torch.bfloat16, *, skip=None):
+        arrays = self._payload("payload", payload, memory.numel(), k, wire_dtype, skip)
+        memory.copy_(
+            torch.from_numpy(self._call("restore", memory=to_numpy(memory), **arrays)["memory"])
+        )
+
+    def mask_(self, momentum_buffer, payload, k, wire_dtype=torch.bfloat16, *, skip=None):
+        numel = momentum_buffer.numel()
+        arrays = self._payload("payload", payload, numel, k, wire_dtype, skip)
+        out = self._call("mask", momentum_buffer=to_numpy(momentum_buffer), **arrays)
+        momentum_buffer.copy_(torch.from_numpy(out["momentum_buffer"]))
+
+    def unpack(self, payload, numel, k, wire_dtype=torch.bfloat16):
+        out = self._call("unpack", **self._payload("payload", payload, numel, k, wire_dtype))
+        return tuple(torch.from_numpy(out[name]) for name in ("indices", "values", "nonfinite"))
+
+    def sparsify(self, dense):
+        return torch.from_numpy(self._call("sparsify", dense=to_numpy(dense))["aggregate"])
+
+    def densify(self, aggregate, numel):
+        out = self._call("densify", aggregate=to_numpy(aggregate), numel=numel)
+        return torch.from_numpy(out["dense"])
+
+
+def assert_same_bytes(kernels, expected, what):
+    """Bit for bit; says where the first difference lies."""
+    kernels, expected = (t.contiguous().reshape(-1) for t in (kernels, expected))
+    same = kernels.view(torch.uint8) == expected.view(torch.uint8)
+    if not bool(same.all()):
+        byte = int((~same).nonzero()[0])
+        i = byte // kernels.element_size()
+        raise AssertionError(
+            f"{what}: {int((~same).sum())} bytes differ, first at element {i}: kernels have "
+            f"{kernels[i].item()!r}, the CPU op has {expected[i].item()!r}"
+        )
+
+
+def assert_same_aggregate(kernels, expected, numel):
+    """Header, starts, counts and the entries themselves; the gaps between tiles hold anything."""
+    tiles = -(-numel // 65536)
+    padded = -(-4 * tiles // 16) * 16
+    assert_same_bytes(kernels[: 16 + 4 * tiles], expected[: 16 + 4 * tiles], "aggregate's starts")
+    counts = slice(16 + padded, 16 + padded + 4 * tiles)
+    assert_same_bytes(kernels[counts], expected[counts], "aggregate's counts")
+    assert_same_bytes(
+        ops.densify(kernels, numel), ops.densify(expected, numel), "aggregate's entries"
+    )

@@ -1,0 +1,367 @@
+"""The operators on CUDA tensors: the same bytes as the CPU ops; graphs, streams, no waiting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DTYPES, NUMELS, VALUES, Call, sample_call
+
+from gmc_cuda import ops
+
+
+def missing():
+    """Why these tests cannot run here, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        ops.sparsify(torch.zeros(1, device="cuda"))
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu():
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+
+
+pytestmark = pytest.mark.gpu
+WIRES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def on_gpu(value):
+    """A copy on the GPU that lies as far from an aligned address as the original."""
+    if isinstance(value, (list, tuple)):
+        return [on_gpu(item) for item in value]
+    if isinstance(value, dict):
+        return {name: on_gpu(item) for name, item in value.items()}
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dim() == 0:
+        return value.cuda()
+    offset = value.storage_offset() % 8
+    room = torch.empty(value.numel() + offset, dtype=value.dtype, device="cuda")
+    room[offset:] = value.reshape(-1)
+    return room[offset:].view(value.shape)
+
+
+def gpu_call(call: Call) -> Call:
+    return Call(
+        on_gpu(call.memory),
+        on_gpu(call.grads),
+        call.k,
+        on_gpu(call.aggregate),
+        on_gpu(call.momentum_buffer),
+        on_gpu(call.options),
+    )
+
+
+def assert_same_bytes(gpu, cpu, what):
+    """Bit for bit; says where the first difference lies."""
+    gpu, cpu = gpu.detach().cpu().contiguous().reshape(-1), cpu.detach().contiguous().reshape(-1)
+    same = gpu.view(torch.uint8) == cpu.view(torch.uint8)
+    if not bool(same.all()):
+        i = int((~same).nonzero()[0]) // gpu.element_size()
+        raise AssertionError(f"{what}: element {i} is {gpu[i].item()!r}, not {cpu[i].item()!r}")
+
+
+def assert_backends_agree(call: Call, state=None):
+    mine, theirs = gpu_call(call), call.copy()
+    payload = mine.run(ops, state)
+    expected = theirs.run(ops)
+    assert_same_bytes(payload, expected, "payload")
+    assert_same_bytes(mine.memory, theirs.memory, "memory")
+    if mine.momentum_buffer is not None:
+        assert_same_bytes(mine.momentum_buffer, theirs.momentum_buffer, "momentum_buffer")
+    return payload
+
+
+def ks(n):
+    return sorted({1, n, -(-n // 100), -(-n // 3)})
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_compress_equals_cpu(values):
+    for seed, n in enumerate(NUMELS):
+        for k in ks(n):
+            assert_backends_agree(sample_call(seed * 1000 + k, values, n, k))
+
+
+@pytest.mark.parametrize("n", [1_000_003, 4096 * 1024 * 2 + 17])
+def test_compress_equals_cpu_at_size(n):
+    """Several tiles to a group, several rounds of the last kernel."""
+    for seed, k in enumerate((n // 1000, n // 100, n // 3)):
+        assert_backends_agree(sample_call(seed, "gaussian", n, k))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 0.5, 0.97, 1.0, 1.1, 1.7, 1e20])
+def test_any_guess_gives_the_same(scale):
+    n, k = 300_000, 3000
+    state = ops.select_state(n, k, "cuda")
+    torch.manual_seed(0)
+    for factor in (1.0, 1.0, scale, scale):
+        gradient = torch.randn(n) * factor
+        memory, expected = torch.zeros(n, device="cuda"), torch.zeros(n)
+        payload = ops.compress_(memory, [gradient.cuda()], k, state=state)
+        assert_same_bytes(payload, ops.compress_(expected, [gradient], k), "payload")
+        assert_same_bytes(memory, expected, "memory")
+    assert ops.repairs(state) == (0 if 0.97 <= scale <= 1.1 else 1)
+
+
+def test_many_tensors():
+    """More than travel in a kernel's parameters."""
+    torch.manual_seed(1)
+    sizes = torch.randint(1, 900, (700,)).tolist()
+    n = sum(sizes)
+    params = [torch.randn(size).to(DTYPES[i % 3]) for i, size in enumerate(sizes)]
+    grads = [
+        None if i % 50 == 7 else torch.randn(size).to(DTYPES[(i + 1) % 3])
+        for i, size in enumerate(sizes)
+    ]
+    options = {"params": params, "weight_decay": 0.1, "wire_dtype": torch.float16}
+    assert_backends_agree(Call(torch.randn(n), grads, n // 100, torch.randn(n), None, options))
+    aggregate = torch.randn(n) * (torch.rand(n) < 0.1)
+    moved = on_gpu(params)
+    ops.apply_(moved, ops.sparsify(aggregate.cuda()), 0.1)
+    ops.apply_(params, ops.sparsify(aggregate), 0.1)
+    for mine, theirs in zip(moved, params, strict=True):
+        assert_same_bytes(mine, theirs, "params")
+
+
+def payloads_of(ranks, n, k, wire):
+    shared = torch.randn(n)
+    return torch.stack(
+        [
+            ops.compress_(torch.zeros(n), [shared + torch.randn(n)], k, wire_dtype=wire)
+            for _ in range(ranks)
+        ]
+    )
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize(
+    "ranks,n,k", [(1, 1, 1), (2, 900, 900), (8, 200_000, 2000), (67, 70_000, 700), (3, 140_001, 70)]
+)
+def test_everything_else_equals_cpu(ranks, n, k, wire):
+    torch.manual_seed(ranks)
+    payloads = payloads_of(ranks, n, k, wire)
+    for skip in (None, 0, 1):
+        flag = None if skip is None else torch.tensor([skip], dtype=torch.int32)
+        aggregate = ops.merge(payloads.cuda(), n, k, wire, skip=on_gpu(flag))
+        expected = ops.merge(payloads, n, k, wire, skip=flag)
+        assert aggregate.numel() == expected.numel()
+        assert_same_bytes(ops.densify(aggregate, n), ops.densify(expected, n), "aggregate")
+        assert_same_bytes(ops.densify(aggregate.cpu(), n), ops.densify(expected, n), "read on CPU")
+        for dtype in DTYPES:
+            param = torch.randn(n).to(dtype)
+            moved = param.cuda()
+            ops.apply_([moved], aggregate, torch.tensor(0.1, device="cuda"), skip=on_gpu(flag))
+            ops.apply_([param], expected, 0.1, skip=flag)
+            assert_same_bytes(moved, param, "params")
+        for op in (ops.restore_, ops.mask_):
+            theirs = torch.randn(n)
+            mine = theirs.cuda()
+            op(mine, payloads[0].cuda(), k, wire, skip=on_gpu(flag))
+            op(theirs, payloads[0], k, wire, skip=flag)
+            assert_same_bytes(mine, theirs, op.__name__)
+    for mine, theirs in zip(
+        ops.unpack(payloads[0].cuda(), n, k, wire), ops.unpack(payloads[0], n, k, wire), strict=True
+    ):
+        assert_same_bytes(mine, theirs, "unpack")
+    assert ops.verdict([payloads.cuda()]).item() == 0
+    payloads[-1, 4] = 1
+    assert ops.verdict([payloads.cuda()] * 200).item() == 1
+
+
+def test_damaged_payloads():
+    """Called damaged where the CPU op raises; the next step and the device go on."""
+    n, k, wire = 66_000, 12, torch.float16
+    torch.manual_seed(2)
+    payloads = payloads_of(2, n, k, wire)
+    for byte in range(payloads.size(1)):
+        broken = payloads.clone()
+        broken[1, byte] ^= 0xFF
+        aggregate = ops.merge(broken.cuda(), n, k, wire)
+        try:
+            expected = ops.densify(ops.merge(broken, n, k, wire), n)
+        except RuntimeError:
+            expected = torch.zeros(n)
+            assert int(aggregate[4:8].view(torch.int32)) & 2, byte
+        assert_same_bytes(ops.densify(aggregate, n), expected, f"byte {byte}")
+        memory = torch.zeros(n, device="cuda")
+        ops.restore_(memory, broken[1].cuda(), k, wire)
+        assert bool(memory.isfinite().all())
+        assert ops.verdict([broken.cuda()]).item() == ops.verdict([broken]).item()
+
+
+def test_capture_and_replay_of_compress():
+    n, k = 200_000, 2000
+    torch.manual_seed(3)
+    memory, gradient = torch.zeros(n, device="cuda"), torch.randn(n, device="cuda")
+    scale = torch.tensor(2.0, device="cuda")
+    state = ops.select_state(n, k, "cuda")
+    expected = torch.zeros(n)
+
+    def run():
+        return ops.compress_(memory, [gradient], k, state=state, grad_scale=scale)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    ops.compress_(expected, [gradient.cpu()], k, grad_scale=2.0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        payload = run()
+    for step in range(4):
+        gradient.copy_(torch.randn(n) * (1 + step % 2 * 100))  # replays with and without repair
+        scale.fill_(1.0 + step)
+        graph.replay()
+        cpu = ops.compress_(expected, [gradient.cpu()], k, grad_scale=1.0 + step)
+        assert_same_bytes(payload, cpu, "payload")
+        assert_same_bytes(memory, expected, "memory")
+
+
+def test_capture_without_state_and_with_many_tensors():
+    """Temporaries come from torch's allocator, and the table of tensors from the graph itself."""
+    torch.manual_seed(4)
+    grads = [torch.randn(50, device="cuda") for _ in range(600)]
+    n = 50 * len(grads)
+    memory, expected = torch.zeros(n, device="cuda"), torch.zeros(n)
+    ops.compress_(torch.zeros_like(memory), grads, 300)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        payload = ops.compress_(memory, grads, 300)
+    for _ in range(2):
+        for gradient in grads:
+            gradient.normal_()
+        graph.replay()
+        cpu = ops.compress_(expected, [gradient.cpu() for gradient in grads], 300)
+        assert_same_bytes(payload, cpu, "payload")
+        assert_same_bytes(memory, expected, "memory")
+
+
+def test_capture_and_replay_of_merge_and_apply():
+    ranks, n, k = 4, 150_000, 1500
+    torch.manual_seed(5)
+    payloads = payloads_of(ranks, n, k, torch.bfloat16)
+    static = payloads.cuda()
+    param = torch.randn(n, device="cuda")
+    expected = param.cpu()
+    lr = torch.tensor(0.1, device="cuda")
+
+    def run():
+        skip = ops.verdict([static])
+        ops.apply_([param], ops.merge(static, n, k, skip=skip), lr, skip=skip)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    ops.apply_([expected], ops.merge(payloads, n, k), 0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for step in range(4):
+        payloads = payloads_of(ranks, n, k, torch.bfloat16)
+        payloads[1, 4] = step == 2  # a skipped step
+        static.copy_(payloads)
+        lr.fill_(0.1 * step)
+        graph.replay()
+        if step != 2:
+            ops.apply_([expected], ops.merge(payloads, n, k), lr.cpu())
+        assert_same_bytes(param, expected, "params")
+
+
+def test_two_streams():
+    """Buckets on two streams at once share nothing."""
+    n, k = 3_000_000, 30_000
+    torch.manual_seed(6)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    gradients = [[torch.randn(n) for _ in range(4)] for _ in streams]
+    on_device = on_gpu(gradients)
+    memories = [torch.zeros(n, device="cuda") for _ in streams]
+    states = [ops.select_state(n, k, "cuda"), None]
+    payloads = [[], []]
+    torch.cuda.synchronize()
+    for step in range(4):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                payloads[i].append(
+                    ops.compress_(memories[i], [on_device[i][step]], k, state=states[i])
+                )
+    torch.cuda.synchronize()
+    for i in range(2):
+        expected = torch.zeros(n)
+        for step in range(4):
+            cpu = ops.compress_(expected, [gradients[i][step]], k)
+            assert_same_bytes(payloads[i][step], cpu, "payload")
+        assert_same_bytes(memories[i], expected, "memory")
+
+
+def test_no_op_waits_for_the_device():
+    n, k = 100_000, 1000
+    torch.manual_seed(7)
+    payloads = payloads_of(2, n, k, torch.bfloat16).cuda()
+    call = gpu_call(sample_call(1, "gaussian", n, k))
+    call.options |= {"grad_scale": torch.tensor(2.0, device="cuda")}
+    param, memory = torch.randn(n, device="cuda"), torch.zeros(n, device="cuda")
+    found_inf = torch.zeros(1, device="cuda")
+    state = ops.select_state(n, k, "cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call.run(ops)
+        for _ in range(3):
+            payload = ops.compress_(memory, [param], k, state=state, found_inf=found_inf)
+        skip = ops.verdict([payloads])
+        aggregate = ops.merge(payloads, n, k, skip=skip)
+        ops.apply_([param], aggregate, 0.1, skip=skip)
+        ops.restore_(memory, payload, k, skip=skip)
+        ops.mask_(memory, payload, k, skip=skip)
+        ops.unpack(payload, n, k)
+        ops.densify(ops.sparsify(memory), n)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_other_device_is_current():
+    """Ops run on their tensors' device, whichever is current."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    torch.manual_seed(8)
+    gradient = torch.randn(10_000)
+    with torch.cuda.device(0):
+        memory = torch.zeros(10_000, device="cuda:1")
+        payload = ops.compress_(memory, [gradient.to("cuda:1")], 100)
+    assert_same_bytes(payload, ops.compress_(torch.zeros(10_000), [gradient], 100), "payload")
+
+
+@pytest.mark.parametrize("k", [1, 2_147_484, 40_000_000])
+def test_largest_bucket(k):
+    """2**31 - 1 elements: k of them, none smaller than one that stayed."""
+    n = 2**31 - 1
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    gradient = torch.empty(n, dtype=torch.bfloat16, device="cuda")
+    state = ops.select_state(n, k, "cuda")
+    memory = torch.zeros(n, device="cuda")
+    for seed in range(2):  # without a guess, then with one
+        gradient.normal_(generator=torch.Generator("cuda").manual_seed(seed))
+        gradient[-1] = 100.0
+        payload = ops.compress_(memory, [gradient], k, wire_dtype=torch.float32, state=state)
+        indices, values, nonfinite = ops.unpack(payload, n, k, torch.float32)
+        assert nonfinite.item() == 0
+        assert int(indices[-1]) == n - 1
+        assert bool((indices[1:] > indices[:-1]).all())
+        assert not bool(memory[indices].any())
+        largest = max(float(part.abs().max()) for part in memory.split(2**28))
+        assert float(values.abs().min()) >= largest
+    aggregate = ops.merge(payload.unsqueeze(0), n, k, torch.float32)
+    del memory, state
+    ops.apply_([gradient], aggregate, 1.0)
+    assert int(gradient[-1].float()) == 100 - int(values[-1])

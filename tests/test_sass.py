@@ -1,0 +1,132 @@
+"""The compiler's report on the pass for sm_90: no spills, no stack frame, 16-byte loads and stores.
+
+Reads what costs no GPU. Compiles csrc/cuda/pass.cu as setup.py does; needs nvcc, and a disassembler
+(the toolkit's, or the one in triton's wheel) for machine code. Without one, PTX says less.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PASS = ROOT / "csrc" / "cuda" / "pass.cu"
+KERNELS = {
+    # mangled part of the name: 16-byte loads of float32 inputs per thread, and stores
+    "GlobalMomentumILb0": (8, 4),
+    "GlobalMomentumILb1": (12, 4),
+    "LocalMomentumILb0": (12, 8),
+    "LocalMomentumILb1": (16, 8),
+}
+
+
+@cache
+def nvcc():
+    sys.path.insert(0, str(ROOT))
+    try:
+        from build_toolkit import find_toolkits
+    finally:
+        sys.path.remove(str(ROOT))
+    found = find_toolkits(os.environ)
+    return found[0].nvcc if found else None
+
+
+@cache
+def disassembler():
+    """cuobjdump, or None."""
+    candidates = [shutil.which("cuobjdump")]
+    if nvcc():
+        candidates.append(str(nvcc().with_name("cuobjdump")))
+    spec = importlib.util.find_spec("triton")
+    if spec and spec.origin:
+        candidates.append(str(Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"))
+    return next((path for path in candidates if path and Path(path).exists()), None)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """arch -> (the compiler's report, the folder with pass.cubin and pass.ptx); each once."""
+    if nvcc() is None:
+        pytest.skip("no nvcc: the compiler's report cannot be read")
+    folder = tmp_path_factory.mktemp("sass")
+
+    @cache
+    def compile_for(arch):
+        out = folder / arch
+        out.mkdir()
+        command = [nvcc(), "-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc'}"]
+        command += ["-Xptxas", "-v", f"-arch={arch}", "-cubin", "-o", out / "pass.cubin"]
+        command += ["--keep", "--keep-dir", out, PASS]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr, out
+
+    return compile_for
+
+
+@pytest.fixture(scope="module")
+def machine_code(compiled):
+    """Each kernel's machine code for sm_90, or None without a disassembler."""
+    if disassembler() is None:
+        return None
+    command = [disassembler(), "--dump-sass", str(compiled("sm_90")[1] / "pass.cubin")]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return by_kernel(listing, r"Function : ")
+
+
+def by_kernel(listing, begin):
+    """The part of a listing that belongs to each kernel of KERNELS."""
+    parts = re.split(begin, listing)[1:]
+    found = {name: part for part in parts for name in KERNELS if name in part.split("\n")[0]}
+    assert found.keys() == KERNELS.keys()
+    return found
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_no_spills_and_no_stack(arch, compiled):
+    for name, part in by_kernel(compiled(arch)[0], r"Compiling entry function ").items():
+        match = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", part)
+        assert match and match.groups() == ("0", "0", "0"), f"{name}: {match and match[0]}"
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_wide_loads_and_stores(name, compiled, machine_code):
+    loads, stores = KERNELS[name]
+    if machine_code:
+        code = machine_code[name]
+        patterns = r"\bLDG\.E[.\w]*\.128", r"\bSTG\.E[.\w]*\.128"
+        assert not re.search(r"\b(LDL|STL)\b", code)
+    else:
+        listing = (compiled("sm_90")[1] / "pass.ptx").read_text()
+        code = by_kernel(listing, r"\.entry ")[name]
+        patterns = r"ld\.global[.\w]*\.v4", r"st\.global[.\w]*\.v4"
+    assert len(re.findall(patterns[0], code)) >= loads
+    assert len(re.findall(patterns[1], code)) >= stores
+
+
+def test_all_loads_before_the_first_use(machine_code):
+    """Memory's and the gradient's four loads each are issued back to back."""
+    if machine_code is None:
+        pytest.skip("no cuobjdump (a toolkit's or triton's): PTX does not show the order")
+    code = machine_code["GlobalMomentumILb0"]
+    lines = [line for line in code.split("\n") if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line)]
+    places = [i for i, line in enumerate(lines) if re.search(r"\bLDG\.E[.\w]*\.128", line)]
+    memory, gradient = places[:4], places[4:8]
+    for run in (memory, gradient):
+        assert run == list(range(run[0], run[0] + 4))
+    loaded = {
+        int(register) + i
+        for place in memory
+        for register in re.findall(r"\.128 R(\d+),", lines[place])
+        for i in range(4)
+    }
+    between = lines[memory[-1] + 1 : gradient[0]]
+    arithmetic = [line for line in between if re.search(r"\bF(ADD|MUL|FMA)\b", line)]
+    used = {int(r) for line in arithmetic for r in re.findall(r"\bR(\d+)\b", line)}
+    assert not used & loaded, "memory is waited for before the gradient is asked for"
