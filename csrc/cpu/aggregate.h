@@ -20,7 +20,7 @@ inline AggregateEntries aggregate_entries(const uint8_t* aggregate, int64_t nume
           reinterpret_cast<const float*>(aggregate + layout.values) + start, count};
 }
 
-// Writes one tile's entries in ascending order, from `start` on.
+// Writes one tile's entries in ascending order, from `start` on; finish() ends it.
 class AggregateTileWriter {
  public:
   AggregateTileWriter(uint8_t* aggregate, int64_t numel, int64_t capacity, int64_t tile,
@@ -30,19 +30,21 @@ class AggregateTileWriter {
     indices_ = reinterpret_cast<uint16_t*>(aggregate + layout.indices) + start;
     values_ = reinterpret_cast<float*>(aggregate + layout.values) + start;
     reinterpret_cast<uint32_t*>(aggregate + layout.starts)[tile] = static_cast<uint32_t>(start);
-    *count_ = 0;
   }
 
   void append(int64_t local_index, float value) {
-    indices_[*count_] = static_cast<uint16_t>(local_index);
-    values_[*count_] = value;
-    ++*count_;
+    indices_[written_] = static_cast<uint16_t>(local_index);
+    values_[written_] = value;
+    ++written_;
   }
+
+  void finish() const { *count_ = static_cast<uint32_t>(written_); }
 
  private:
   uint32_t* count_;
   uint16_t* indices_;
   float* values_;
+  int64_t written_ = 0;
 };
 
 }  // namespace gmc::cpu

@@ -23,7 +23,8 @@ struct State {
   uint32_t has_guess;
   uint32_t guess;  // a key, expected to lie a little under the k-th largest
   float kth;       // the k-th magnitude of the last step
-  float caution;   // above 1 after repairs: widens the distance between the two
+  float growth;    // of the k-th magnitude from step to step, as a share, smoothed
+  float caution;   // above 1 after repairs: widens the distance between guess and k-th magnitude
   uint64_t repairs;
 };
 static_assert(sizeof(State) <= kStateBytes, "the state has a fixed size");
@@ -356,22 +357,23 @@ float distance_for_some_more(const State& state, float kth, int64_t candidates, 
 
 void update_guess(State* state, uint32_t threshold, bool repaired, const Count& guessed,
                   int64_t k) {
-  const float kth = bits_float(threshold);
-  float distance = 0.05f;
-  if (state->has_guess && !repaired)
-    distance = distance_for_some_more(*state, kth, guessed.total, k);
   // A repair costs far more than some candidates too many.
   state->caution = std::max(1.0f, 0.97f * state->caution);
   if (repaired) {
     ++state->repairs;
     if (!guessed.overflow) state->caution = std::min(2.0f * state->caution, 16.0f);
   }
-  // While memory fills up, the k-th magnitude grows by a little less from step to step.
-  const float growth = state->kth > 0.0f ? std::sqrt(kth / state->kth) : 1.0f;
-  const float expected = kth * std::clamp(growth, 0.8f, 1.25f);
+  const float kth = bits_float(threshold);
+  float distance = 0.05f;
+  if (state->has_guess && !repaired && kth > 0.0f)
+    distance = distance_for_some_more(*state, kth, guessed.total, k);
+  distance = std::clamp(distance * state->caution, 0.001f, 0.9f);
+  // While memory fills up, the k-th magnitude grows by nearly the same amount in each step.
+  const bool known = state->kth > 0.0f && kth > 0.0f;
+  const float growth = known ? std::clamp(1.0f - state->kth / kth, -0.2f, 0.5f) : 0.0f;
+  state->growth = 0.5f * (state->growth + growth);
   state->kth = kth;
-  state->guess =
-      float_bits(expected * (1.0f - std::clamp(distance * state->caution, 0.001f, 0.9f)));
+  state->guess = float_bits(kth * (1.0f + state->growth) * (1.0f - distance));
   state->has_guess = state->guess != 0;
 }
 

@@ -26,15 +26,17 @@ class TileSum {
     }
   }
 
-  // Writes sum * factor in ascending order and leaves everything zero again.
-  void drain(float factor, AggregateTileWriter* out) {
+  // Writes sum * factor in ascending order and leaves everything zero again. The writer goes by
+  // value: through a pointer, its count would go through memory for each entry.
+  AggregateTileWriter drain(float factor, AggregateTileWriter out) {
     for (int64_t word = 0; word < kTile / 64; ++word) {
       for (; present_[word]; present_[word] &= present_[word] - 1) {
         const int64_t i = word * 64 + __builtin_ctzll(present_[word]);
-        out->append(i, sum_[i] * factor);
+        out.append(i, sum_[i] * factor);
         sum_[i] = 0.0f;
       }
     }
+    return out;
   }
 
  private:
@@ -85,7 +87,8 @@ void merge(const PayloadArgs& payloads, int64_t ranks, bool skip, uint8_t* aggre
         sum.add(entries, payloads.wire);
       }
       AggregateTileWriter out(aggregate, numel, capacity, tile, std::min(start, tile * kTile));
-      sum.drain(factor, &out);
+      out = sum.drain(factor, out);
+      out.finish();
     }
   });
   write_header(aggregate, numel, capacity, 0);
@@ -99,6 +102,7 @@ void sparsify(const float* dense, int64_t numel, uint8_t* aggregate) {
       AggregateTileWriter out(aggregate, numel, numel, tile, tile * kTile);
       for (int64_t i = tile * kTile; i < tile_end(tile, numel); ++i)
         if (dense[i] != 0.0f) out.append(i - tile * kTile, dense[i]);
+      out.finish();
     }
   });
   write_header(aggregate, numel, numel, 0);
