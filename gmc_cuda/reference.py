@@ -59,8 +59,9 @@ def accumulate(
         overflowed = found_inf.reshape(()) != 0
         grad = torch.where(overflowed, 0.0, grad)
         nonfinite += overflowed
-    nonfinite += (~grad.isfinite()).sum()
-    grad = torch.where(grad.isfinite(), grad, 0.0)
+    if not _all_finite(grad):
+        nonfinite += (~grad.isfinite()).sum()
+        grad = torch.where(grad.isfinite(), grad, 0.0)
     decay = None
     if weight_decay != 0:
         flat = torch.cat([p.detach().reshape(-1).float() for p in params])
@@ -81,12 +82,13 @@ def accumulate(
     value = value + 0.0  # -0 becomes +0
 
     # An overflow of float32 leaves the element as it was.
-    overflow = ~value.isfinite()
-    nonfinite += overflow.sum()
-    value = torch.where(overflow, torch.where(memory.isfinite(), memory, 0.0), value)
-    if new_buffer is not None:
-        kept = torch.where(momentum_buffer.isfinite(), momentum_buffer, 0.0)
-        new_buffer = torch.where(overflow, kept, new_buffer)
+    if not _all_finite(value):
+        overflow = ~value.isfinite()
+        nonfinite += overflow.sum()
+        value = torch.where(overflow, torch.where(memory.isfinite(), memory, 0.0), value)
+        if new_buffer is not None:
+            kept = torch.where(momentum_buffer.isfinite(), momentum_buffer, 0.0)
+            new_buffer = torch.where(overflow, kept, new_buffer)
     return value, new_buffer, nonfinite
 
 
@@ -273,6 +275,11 @@ def sparsify(dense: Tensor) -> Tensor:
 def densify(aggregate: Tensor, numel: int) -> Tensor:
     """This layer's aggregate as float32 [numel]."""
     return aggregate.view(torch.float32)[:numel]
+
+
+def _all_finite(values: Tensor) -> bool:
+    # Reading the answer from a CUDA device would make the host wait: there it is always "no".
+    return values.is_cpu and bool(values.sum().isfinite())
 
 
 def _pad16(nbytes: int) -> int:

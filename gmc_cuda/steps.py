@@ -103,20 +103,28 @@ class DenseStep:
         return self.total[self.bucket.numel :].to(torch.int64)
 
     def merge(self, skip: Tensor) -> None:
-        mean = self.total[: self.bucket.numel] * self.factor
-        self.aggregate = torch.where(skip != 0, 0.0, mean)
+        mean = self.total[: self.bucket.numel].mul_(self.factor)
+        self.aggregate = _unless(skip, mean)
 
     def give_back(self) -> None:
         """Memory holds all of v until finish()."""
 
     def finish(self, lr: float | Tensor, skip: Tensor) -> None:
         bucket = self.bucket
-        bucket.memory.copy_(torch.where(skip != 0, bucket.memory, 0.0))
+        # Memory holds all of v: the whole of it was sent, or, if the step is skipped, nothing.
+        bucket.memory.sub_(_unless(skip, bucket.memory))
         moves = (self.aggregate * lr).split(bucket.sizes)
         for param, move in zip(bucket.flat_params(), moves, strict=True):
             param.sub_(move.view(param.shape))
         if bucket.momentum_buffer is None:
             bucket.keep_aggregate(self.aggregate)
+
+
+def _unless(skip: Tensor, values: Tensor) -> Tensor:
+    """values, or zeros if the step is skipped; without making the host wait for a CUDA device."""
+    if skip.is_cpu:
+        return torch.zeros_like(values) if skip.item() else values
+    return torch.where(skip != 0, 0.0, values)
 
 
 Step = SparseStep | DenseStep
