@@ -173,12 +173,15 @@ class CompressedSGD(torch.optim.Optimizer):
         waiting = self._buckets[len(self._started) :]
         self._check_gradients(waiting)
         self._before_sending()
-        for bucket in waiting:
-            self._start(bucket)
         try:
-            self._finish()
-        finally:
-            self._restart()
+            for bucket in waiting:
+                self._start(bucket)
+            skip = self._receive()
+        except Exception:
+            self._take_back()
+            raise
+        self._apply(skip)
+        self._restart()
         return loss
 
     def _start(self, bucket: Bucket) -> None:
@@ -196,28 +199,35 @@ class CompressedSGD(torch.optim.Optimizer):
         bucket.sent_nbytes = step.nbytes
         self._started.append(step)
 
-    def _finish(self) -> None:
-        started = self._started
+    def _receive(self) -> Tensor | None:
+        """Waits for all payloads and merges them; returns the verdict. Changes no parameter."""
         self._steps += 1
-        if not started:
-            return
-        for step in started:
+        for step in self._started:
             step.wait()
-        skip = steps.agree(started)
-        try:
-            self._raise_on(skip)
-            for step in started:
-                step.merge(skip)
-        except Exception:
-            for step in started:
-                step.give_back()
-                step.bucket.aggregate = None
+        if not self._started:
+            return None
+        skip = steps.agree(self._started)
+        self._raise_on(skip)
+        for step in self._started:
+            step.merge(skip)
+        return skip
+
+    def _take_back(self) -> None:
+        """After an error: nothing was applied, so what was to be sent returns to memory."""
+        for step in self._started:
+            step.give_back()
+            step.bucket.aggregate = None
+        if self._started:
             self._skipped += 1
-            raise
-        for step in started:
+        self._restart()
+
+    def _apply(self, skip: Tensor | None) -> None:
+        if skip is None:
+            return
+        for step in self._started:
             step.finish(self.param_groups[step.bucket.group]["lr"], skip)
         self._skipped += skip != 0
-        aggregates = [step.aggregate for step in started if isinstance(step, steps.SparseStep)]
+        aggregates = [s.aggregate for s in self._started if isinstance(s, steps.SparseStep)]
         if aggregates and aggregates[0].is_cuda:
             self._damage.submit(aggregates)
         for group in self.param_groups:

@@ -309,3 +309,31 @@ def test_gradients_that_cannot_be_used_change_nothing():
     with pytest.raises(ValueError, match="density of param group 0: got 7"):
         optimizer.step()
     assert optimizer.state[other]["memory"].count_nonzero() == 0
+
+
+def test_an_error_between_two_buckets_loses_nothing(monkeypatch):
+    params = parameters()
+    optimizer = gmc_cuda.GMC(params, lr=0.1, density=0.1, bucket_cap_mb=200 * 4 / 2**20)
+    assert len(optimizer._buckets) > 1
+    set_gradients(params, 0, 0)
+    came_in, before = flat([p.grad for p in params]), flat(params)
+    real = gmc_cuda.ops.compress_
+    calls = []
+
+    def fail_the_second(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise ValueError("out of luck")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(gmc_cuda.ops, "compress_", fail_the_second)
+    with pytest.raises(ValueError, match="out of luck"):
+        optimizer.step()
+    assert torch.equal(flat(params), before)
+    memory = flat([optimizer.state[p]["memory"] for p in params])
+    taken = [optimizer._bucket_of[p] is optimizer._buckets[0] for p in params]
+    expected = [g * t for g, t in zip([p.grad for p in params], taken, strict=True)]
+    assert torch.equal(memory, flat(expected)) and came_in.norm() > memory.norm() > 0
+    monkeypatch.undo()
+    optimizer.step()
+    assert not torch.equal(flat(params), before)
