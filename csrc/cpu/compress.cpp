@@ -368,12 +368,14 @@ void update_guess(State* state, uint32_t threshold, bool repaired, const Count& 
   if (state->has_guess && !repaired && kth > 0.0f)
     distance = distance_for_some_more(*state, kth, guessed.total, k);
   distance = std::clamp(distance * state->caution, 0.001f, 0.9f);
-  // While memory fills up, the k-th magnitude grows by nearly the same amount in each step.
+  // While memory fills up, the k-th magnitude grows by nearly the same amount in each step, so
+  // its growth as a share shrinks, and the smoothed one lags behind.
   const bool known = state->kth > 0.0f && kth > 0.0f;
   const float growth = known ? std::clamp(1.0f - state->kth / kth, -0.2f, 0.5f) : 0.0f;
   state->growth = 0.5f * (state->growth + growth);
   state->kth = kth;
-  state->guess = float_bits(kth * (1.0f + state->growth) * (1.0f - distance));
+  const float next = state->growth / (1.0f + 2.0f * std::max(state->growth, 0.0f));
+  state->guess = float_bits(kth * (1.0f + next) * (1.0f - distance));
   state->has_guess = state->guess != 0;
 }
 
