@@ -58,3 +58,14 @@ $(VENV)/built: $(VENV)/packages $(sources) $(or $(wildcard $(record)),always) \
 	@$(python) -m pip install --quiet --quiet --no-build-isolation --no-deps --editable .
 	@$(python) -c 'import json; print(json.load(open("$(record)"))["summary"])'
 	@echo '$(options)' > $@
+
+# Results go to RESULTS (default benchmarks/results). Both run to the end and say what was left out.
+results := $(or $(RESULTS),benchmarks/results)
+.PHONY: bench gpu
+bench: $(VENV)/built  ## time the ops and the whole step on this machine's GPU or CPU
+	@$(python) benchmarks/kernels.py --quick --output '$(results)' $(ARGS)
+	@$(python) benchmarks/step.py --quick --output '$(results)' $(ARGS)
+
+gpu:  ## on a machine with a GPU: build, tests, sanitizers, benchmarks, NCCL; RESULTS=folder
+	@$(PYTHON) benchmarks/gpu.py --python '$(abspath $(python))' --results '$(results)' \
+	    --build '$(MAKE) --no-print-directory $(VENV)/built'

@@ -1,6 +1,7 @@
 """What setup.py decides, and what a build that does not fit its environment says."""
 
 import importlib.util
+import shlex
 import shutil
 import subprocess
 import sys
@@ -223,7 +224,8 @@ def test_another_torch_is_refused_even_if_the_extension_would_load(monkeypatch):
     message = str(refused.value)
     assert "built for  torch 2.9.1+cu126, CUDA 12.6, Python" in message
     assert f"you have   torch {torch.__version__}" in message
-    assert f"{sys.executable} -m pip install --no-build-isolation --no-deps" in message
+    python = shlex.quote(sys.executable)
+    assert f"{python} -m pip install --no-build-isolation --no-deps" in message
 
 
 def test_the_binary_itself_is_asked_when_the_record_belongs_to_another(monkeypatch):

@@ -1,0 +1,62 @@
+"""What is measured: one factor is varied at a time around a centre."""
+
+import argparse
+import itertools
+import math
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    numel: int
+    density: float
+    grad_dtype: str
+    ranks: int
+    method: str
+    data: str
+    tensors: int = 1
+    peers: bool = True  # measured beside it
+
+    @property
+    def k(self) -> int:
+        return max(1, math.ceil(self.density * self.numel))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.grad_dtype]
+
+    def to_json(self) -> dict:
+        fields = asdict(self)
+        del fields["peers"]
+        return {**fields, "k": self.k}
+
+
+def choose(options: argparse.Namespace, numels: list[int]) -> list[Case]:
+    """All cases of a run: the centre at every size, then the variations."""
+    factors = {
+        name: getattr(options, name)
+        for name in ("density", "grad_dtype", "ranks", "method", "data")
+    }
+    numels = sorted(numels)
+    if options.cross:
+        return [
+            Case(numel, **dict(zip(factors, values)), tensors=options.tensors)
+            for numel in numels
+            for values in itertools.product(*factors.values())
+        ]
+    first = {name: values[0] for name, values in factors.items()}
+    centres = [Case(numel, **first, tensors=options.tensors) for numel in numels]
+    # A peer's time does not depend on the ranks, and hardly on the data.
+    without_peers = set(factors) if options.quick else {"ranks", "data"}
+    middle = numels[(len(numels) - 1) // 2]
+    return centres + [
+        replace(centre, **{name: value}, peers=name not in without_peers)
+        for centre in centres
+        if centre.numel == middle or not options.quick
+        for name, values in factors.items()
+        for value in values[1:]
+    ]

@@ -1,0 +1,273 @@
+"""The benchmarks, end to end on tiny sizes: what they write, say and leave out. No times."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gmc_cuda import ops
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+sys.path.insert(0, str(BENCHMARKS))
+from bench import budget, cases, cub_topk, data, goals, options, sanitizers, timing  # noqa: E402
+from bench.cases import Case  # noqa: E402
+from bench.problem import Problem  # noqa: E402
+
+CPU = torch.device("cpu")
+TINY = Case(70_001, 0.01, "fp32", 4, "gmc", "gaussian")
+
+
+def run(script, *arguments):
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def read_result(folder, what):
+    (path,) = folder.glob(f"{what}-*.json")
+    text = path.read_text()
+    assert str(folder) not in text and str(Path.home()) not in text
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+def benchmark(script, folder, *arguments):
+    quick = ["--quick", "--device", "cpu", "--seconds", "0.05", "--output", str(folder)]
+    done = run(script, *quick, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def check_common(content, what):
+    assert content["benchmark"] == what
+    assert {"date", "hardware", "versions", "load", "threads", "options", "units", "goals",
+            "left_out", "results"} <= content.keys()  # fmt: skip
+    assert len(content["load"]["before"]) == 3
+    for record in content["results"]:
+        assert record["bytes"] > 0 and record["gb_per_s"] > 0
+        assert record["time"]["rounds"] >= timing.MIN_ROUNDS
+        assert record["fraction_of_copy"] * record["times_of_copy"] == pytest.approx(1)
+        assert 0 < record["time"]["min_seconds"] <= record["time"]["median_seconds"]
+
+
+def test_kernels(tmp_path):
+    factors = ["--density", "0.01", "--grad-dtype", "fp32", "--ranks", "8", "--method", "gmc"]
+    printed = benchmark("kernels.py", tmp_path, "--numel", "20000", *factors,
+                        "--data", "gaussian", "zero")  # fmt: skip
+    content = read_result(tmp_path, "kernels")
+    check_common(content, "kernels")
+    assert len(list(tmp_path.glob("kernels-*.png"))) == 1
+    assert [r["op"] for r in content["results"]] == 2 * ["compress", "merge", "apply"]
+    compress, merge, apply = content["results"][:3]
+    assert (compress["numel"], compress["k"], compress["ranks"]) == (20_000, 200, 8)
+    assert compress["bytes"] == 12 * 20_000
+    assert compress["launches"] is None
+    assert 0 <= compress["repair_rate"] <= 1
+    assert compress["reference"]["name"] == "memory.add_(grad)"
+    assert compress["reference"]["ratio"]["median"] > 0
+    names = {"eager topk", "compiled topk", "sampled threshold (DGC)"}
+    assert {peer["name"] for peer in compress["peers"]} == names
+    for peer in compress["peers"]:
+        assert peer.get("skipped") or peer["times_slower"]["median"] > 0
+    assert merge["peers"][0]["name"] == "eager index_add_"
+    assert apply["peers"] == []
+    assert content["left_out"]["cub::DeviceTopK"] == "needs a GPU"
+    for part in ("left out: all of the GPU's cases", "numbers to reach", "not measured", "eager"):
+        assert part in printed
+    assert [row["outcome"] for row in content["goals"] if row["what"].startswith("wire")] == [
+        "met",
+        "met",
+    ]
+
+
+@pytest.mark.parametrize("method", ["gmc", "dgc"])
+def test_step(tmp_path, method):
+    factors = ["--density", "0.01", "--ranks", "2", "--method", method, "--data", "gaussian"]
+    benchmark("step.py", tmp_path, "--numel", "30001", "--tensors", "3", *factors)
+    content = read_result(tmp_path, "step")
+    check_common(content, "step")
+    fp32, bf16 = content["results"]
+    assert (fp32["op"], fp32["grad_dtype"], bf16["grad_dtype"]) == ("step", "fp32", "bf16")
+    expected = ["compress", "merge", "apply"] + (["mask"] if method == "dgc" else [])
+    assert list(fp32["stages"]) == expected
+    assert fp32["reference"]["name"] == "fused SGD"
+    assert (fp32["reference"]["bytes"], bf16["reference"]["bytes"]) == (600_020, 300_010)
+
+
+def test_limit_leaves_out_what_it_must(tmp_path):
+    printed = benchmark("step.py", tmp_path, "--numel", "1000", "--limit", "0.000001",
+                        "--data", "gaussian")  # fmt: skip
+    assert "left out: 6 of 7 cases: --limit 1e-06 s was reached" in printed
+    assert len(read_result(tmp_path, "step")["results"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--numel", "0"], "must be a number from 1 to 2**31 - 1, got '0'"),
+        (["--density", "2"], "must be a number above 0, at most 1, got '2'"),
+        (["--ranks", "0"], "must be a whole number above 0, got '0'"),
+    ],
+)
+def test_mistakes_are_named(arguments, words):
+    done = run("kernels.py", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_without_a_gpu_the_gpu_is_refused(tmp_path):
+    """One line, at once, and nothing built or written."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = run("kernels.py", "--device", "cuda", "--output", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == "kernels: --device cuda: no GPU on this machine that torch can use\n"
+
+    command = ["make", "--no-print-directory", "gpu", f"RESULTS={tmp_path}", "VENV=no-such-venv"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(
+        [*command, f"PYTHON={sys.executable}"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stdout == ""
+    said = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
+    assert len(said) == 1 and "there is no GPU on this machine" in said[0]
+    assert not (ROOT / "no-such-venv").exists() and not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------- parts
+
+
+def test_one_factor_at_a_time():
+    chosen = options.parse("x", "x", ["--numel", "100", "1e3", "1e4"])
+    assert [case.numel for case in cases.choose(chosen, chosen.numel)][:3] == [100, 1000, 10000]
+    # 2 densities, 1 dtype, 2 ranks, 1 method and 4 data besides the centre
+    assert len(cases.choose(chosen, chosen.numel)) == 3 * 11
+    chosen.quick = True
+    quick = cases.choose(chosen, chosen.numel)
+    assert len(quick) == 3 + 10
+    assert {case.numel for case in quick[3:]} == {1000}
+    chosen.cross = True
+    assert len(cases.choose(chosen, chosen.numel)) == 3 * 3 * 2 * 3 * 2 * 5
+
+
+@pytest.mark.parametrize("kind", options.DATA)
+@pytest.mark.parametrize("method", options.METHODS)
+def test_problem_keeps_what_is_not_sent(kind, method):
+    """Rounds of the benchmark are rounds of the algorithm: memory + sent = what came in."""
+    problem = Problem(Case(3000, 0.01, "fp32", 3, method, kind), CPU)
+    problem.compress(0)
+    indices, values, _ = ops.unpack(problem.payload, 3000, 30)
+    total = problem.memory.clone()
+    total[indices] += values
+    expected = problem.gradient.clone()
+    if method == "gmc":
+        expected += 0.9 * problem.dense_aggregate()
+    torch.testing.assert_close(total, expected)
+
+
+def test_supports_are_independent_with_a_small_pool(monkeypatch):
+    monkeypatch.setattr(data, "CPU_CACHE_BYTES", 0)
+    problem = Problem(Case(70_001, 0.01, "fp32", 8, "gmc", "gaussian"), CPU)
+    assert problem.gradients.parts == 4 and len(problem.payloads) == 4
+    entries = int(problem.touched().sum())
+    assert 7.6 * problem.case.k < entries <= 8 * problem.case.k  # they overlap by 3.4 %
+    assert not torch.equal(problem.payloads[0], problem.payloads[1])
+
+
+@pytest.mark.parametrize(("numel", "dtype"), [(1, torch.float32), (1001, torch.bfloat16)])
+def test_gradients_are_fresh(monkeypatch, numel, dtype):
+    monkeypatch.setattr(data, "CPU_CACHE_BYTES", 0)
+    gradients = data.Gradients(numel, dtype, "gaussian", CPU, torch.Generator().manual_seed(0))
+    given = [gradients.fresh() for _ in range(20)]
+    for one, another in itertools.pairwise(given):
+        assert one.numel() == numel and one.data_ptr() % 16 == 0
+        first, second = sorted([one.storage_offset(), another.storage_offset()])
+        assert second - first > numel - data.ALIGNED
+    assert numel == 1 or len({one.storage_offset() for one in given}) > 15
+
+
+def test_bytes_are_counted():
+    assert budget.compress(TINY) == 12 * TINY.numel
+    assert budget.compress(Case(10, 0.1, "bf16", 8, "gmc", "gaussian")) == 100
+    assert budget.compress(Case(10, 0.1, "fp32", 8, "dgc", "gaussian")) == 200
+    assert budget.sgd(TINY) == 20 * TINY.numel
+    problem = Problem(Case(64, 1 / 64, "fp32", 1, "gmc", "zero"), CPU)  # one entry, at index 0
+    assert budget.apply(problem) == budget.ENTRY + 2 * budget.CPU_LINE
+    assert budget.merge(problem) == ops.payload_nbytes(64, 1) + budget.ENTRY
+
+
+def test_ratios_are_taken_within_rounds():
+    ratio = timing.ratio({0: 2.0, 1: 40.0, 2: 3.0}, {0: 1.0, 1: 10.0, 2: 2.0, 3: 0.5})
+    assert ratio["median"] == 2.0 and ratio["rounds"] == 3
+    assert ratio["of_shortest"] == 4.0
+
+
+def test_a_peer_that_fails_or_is_slow_is_skipped_and_ours_is_not():
+    def fail(_):
+        raise RuntimeError("no compiler\nand more")
+
+    peer = timing.Participant("peer", [timing.Stage("x", fail)], cap=1.0)
+    slow = timing.Participant("slow", [timing.Stage("x", lambda _: sum(range(10**6)))], cap=1e-9)
+    fine = timing.Participant("fine", [timing.Stage("x", lambda _: None)])
+    timing.run_rounds([peer, slow, fine], CPU, 0.01)
+    assert peer.skipped == "RuntimeError: no compiler" and not peer.total()
+    assert "over the cap" in slow.skipped
+    assert len(fine.total()) >= timing.MIN_ROUNDS
+    ours = timing.Participant("ours", [timing.Stage("x", fail)])
+    with pytest.raises(RuntimeError, match="no compiler"):
+        timing.run_rounds([ours], CPU, 0.01)
+
+
+def test_a_miss_is_said():
+    record = {"op": "compress", "numel": 25_000_000, **goals.CENTRE, "peers": [],
+              "reference": {"ratio": {"median": 1.51}}}  # fmt: skip
+    rows = goals.for_kernels([record], "cpu")
+    (row,) = (row for row in rows if row["what"].startswith("compress, CPU"))
+    assert (row["measured"], row["outcome"]) == ("1.51x", "missed")
+    record["reference"]["ratio"]["median"] = 1.5
+    rows = goals.for_kernels([record], "cpu")
+    assert [row["outcome"] for row in rows if row["what"] == rows[-3]["what"]] == ["met"]
+    gpu = {**record, "numel": 10**9, "times_of_copy": 1.2,
+           "peers": [{"name": goals.CUB, "times_slower": {"median": 2.0}}]}  # fmt: skip
+    outcomes = {row["what"]: row["outcome"] for row in goals.for_kernels([gpu], "cuda")}
+    assert outcomes["compress, GPU, 1e9: time over a copy of 12 B per element"] == "missed"
+    assert outcomes["compress, GPU, 1e9: cub::DeviceTopK takes this many times longer"] == "missed"
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "expected"),
+    [
+        (0, "9 passed\n========= ERROR SUMMARY: 0 errors", "passed"),
+        (86, "9 passed\n========= ERROR SUMMARY: 3 errors", "3 errors (see the log)"),
+        (86, "RACECHECK SUMMARY: 2 hazards displayed (2 errors)", "2 errors (see the log)"),
+        (0, "9 passed\n RACECHECK SUMMARY: 0 hazards displayed (0 errors)", "passed"),
+        (0, "9 skipped\n========= ERROR SUMMARY: 0 errors", "failed with exit status 0"),
+        (255, "========= Error: Device not supported", "not run: compute-sanitizer does not"),
+        (None, "", "not finished in 90 s"),
+    ],
+)
+def test_sanitizers_verdict(status, said, expected):
+    assert sanitizers.verdict(status, said, 90).startswith(expected)
+
+
+def test_cub_peer_compiles(tmp_path):
+    if cub_topk.headers() is None or not cub_topk.find_toolkits({}):
+        pytest.skip("no CCCL 3.2 headers, or no CUDA toolkit")
+    cub_topk.build(tmp_path / "libcub_topk.so", ["90"])
+    assert (tmp_path / "libcub_topk.so").stat().st_size > 0
+
+
+def test_cub_peer_is_left_out_with_a_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(cub_topk, "headers", lambda: None)
+    monkeypatch.setattr(cub_topk, "find_toolkits", lambda _: [object()])
+    with pytest.raises(OSError, match="pip install nvidia-cuda-cccl"):
+        cub_topk.build(tmp_path / "x", ["90"])
