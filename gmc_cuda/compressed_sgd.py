@@ -251,7 +251,7 @@ class CompressedSGD(torch.optim.Optimizer):
             )
 
     def _before_sending(self) -> None:
-        """Looks at the whole gradient; not called with overlap."""
+        """For what needs the whole gradient, which exists only without overlap."""
 
     def _rule(self, group: dict[str, Any]) -> dict[str, Any]:
         """How v is made: keyword arguments of ops.compress_."""
