@@ -34,6 +34,8 @@ class DamageWatch:
 
     def check(self, rank: int) -> None:
         """Raises RuntimeError if a step that has ended met a damaged payload."""
+        if not self._waiting or torch.cuda.is_current_stream_capturing():
+            return  # asking after an event would end the capture
         while self._waiting and self._waiting[0][0].query():
             _, flags = self._waiting.popleft()
             if (flags.view(torch.int32) & _DAMAGED).any():
