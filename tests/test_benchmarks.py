@@ -138,7 +138,7 @@ def test_without_a_gpu_the_gpu_is_refused(tmp_path):
     )  # fmt: skip
     assert done.returncode != 0
     assert done.stdout == ""
-    said = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
+    said = [line for line in done.stderr.splitlines() if "***" not in line]
     assert len(said) == 1 and "there is no GPU on this machine" in said[0]
     assert not (ROOT / "no-such-venv").exists() and not list(tmp_path.iterdir())
 
