@@ -33,7 +33,7 @@ clean:  ## remove what was made here: the environment, the build
 # The environment. Each step leaves a stamp, so that it is taken once.
 $(VENV)/created:
 	@echo 'Making $(VENV)'
-	@$(PYTHON) make_venv.py create '$(VENV)' --torch '$(TORCH)'
+	@'$(PYTHON)' make_venv.py create '$(VENV)' --torch '$(TORCH)'
 	@touch $@
 
 installed_torch := $(shell cat $(VENV)/packages 2>/dev/null)
@@ -67,5 +67,5 @@ bench: $(VENV)/built  ## time the ops and the whole step on this machine's GPU o
 	@$(python) benchmarks/step.py --quick --output '$(results)' $(ARGS)
 
 gpu:  ## on a machine with a GPU: build, tests, sanitizers, benchmarks, NCCL; RESULTS=folder
-	@$(PYTHON) benchmarks/gpu.py --python '$(abspath $(python))' --results '$(results)' \
+	@'$(PYTHON)' benchmarks/gpu.py --python '$(abspath $(python))' --results '$(results)' \
 	    --build '$(MAKE) --no-print-directory $(VENV)/built'
