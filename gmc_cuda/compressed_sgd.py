@@ -15,8 +15,7 @@ from gmc_cuda import agreement, hyperparameters, state_dict, steps
 from gmc_cuda.buckets import MAX_NUMEL, Bucket, in_storage_order, make_buckets
 from gmc_cuda.damage import DamageWatch
 from gmc_cuda.exchange import Exchange
-
-_DAMAGED = 2
+from gmc_cuda.reference import DAMAGED
 
 
 class CompressedSGD(torch.optim.Optimizer):
@@ -237,7 +236,7 @@ class CompressedSGD(torch.optim.Optimizer):
         if self.nonfinite != "raise" and not skip.is_cpu:
             return  # reading the verdict would make the host wait for the device
         verdict = int(skip)
-        if verdict & _DAMAGED:
+        if verdict & DAMAGED:
             raise RuntimeError(
                 f"rank {self._exchange.rank} received a damaged payload header; the step was not "
                 "made here, and replicas may differ: restart from a checkpoint"

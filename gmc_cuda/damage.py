@@ -12,7 +12,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-_DAMAGED = 2
+from gmc_cuda.reference import DAMAGED
 
 
 class DamageWatch:
@@ -38,7 +38,7 @@ class DamageWatch:
             return  # asking after an event would end the capture
         while self._waiting and self._waiting[0][0].query():
             _, flags = self._waiting.popleft()
-            if (flags.view(torch.int32) & _DAMAGED).any():
+            if (flags.view(torch.int32) & DAMAGED).any():
                 raise RuntimeError(
                     f"rank {rank} received a damaged payload in an earlier step and did not apply "
                     "it; replicas may differ: restart from a checkpoint"

@@ -32,6 +32,11 @@ VALUES = {
 NUMELS = (1, 2, 7, 33, 2048, 2049, 5000, 65536, 65537, 140_001)
 
 
+def ks(n: int) -> list[int]:
+    """Numbers of entries to select from n: one, all, and two between."""
+    return sorted({1, n, -(-n // 100), -(-n // 3)})
+
+
 @dataclass
 class Call:
     """Arguments of one compress_ call; `copy()` gives each backend its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, NUMELS, VALUES, Call, sample_call
+from cases import DTYPES, NUMELS, VALUES, Call, ks, sample_call
 
 from gmc_cuda import ops
 
@@ -76,10 +76,6 @@ def assert_backends_agree(call: Call, state=None):
     if mine.momentum_buffer is not None:
         assert_same_bytes(mine.momentum_buffer, theirs.momentum_buffer, "momentum_buffer")
     return payload
-
-
-def ks(n):
-    return sorted({1, n, -(-n // 100), -(-n // 3)})
 
 
 @pytest.mark.parametrize("values", VALUES)

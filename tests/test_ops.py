@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import DTYPES, NUMELS, VALUES, Call, sample_call
+from cases import DTYPES, NUMELS, VALUES, Call, ks, sample_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,10 +29,6 @@ def assert_backends_agree(call: Call, state=None):
         assert_same_bytes(mine.momentum_buffer, theirs.momentum_buffer, "momentum_buffer")
     assert mine.memory.isfinite().all()
     return payload
-
-
-def ks(n):
-    return sorted({1, n, -(-n // 100), -(-n // 3)})
 
 
 @pytest.mark.parametrize("values", VALUES)
