@@ -114,3 +114,16 @@ def sample_call(seed: int, values: str, n: int, k: int) -> Call:
         aggregate = torch.randn(n) * (torch.rand(n) < 0.1)
     memory = draw.choice([make, torch.zeros, torch.randn])(n)
     return Call(memory, grads, k, aggregate, momentum_buffer, options)
+
+
+def assert_same_bytes(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Bitwise equality, on any device; says how much differs and where first."""
+    actual, expected = (t.detach().cpu().contiguous().reshape(-1) for t in (actual, expected))
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
+    differs = actual.view(torch.uint8) != expected.view(torch.uint8)
+    if differs.any():
+        i = int(differs.nonzero()[0]) // actual.element_size()
+        raise AssertionError(
+            f"{what}: {int(differs.sum())} bytes differ, first at element {i}: "
+            f"{actual[i].item()!r}, must be {expected[i].item()!r}"
+        )

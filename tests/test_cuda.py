@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, NUMELS, VALUES, Call, ks, sample_call
+from cases import DTYPES, NUMELS, VALUES, Call, assert_same_bytes, ks, sample_call
 
 from gmc_cuda import ops
 
@@ -56,15 +56,6 @@ def gpu_call(call: Call) -> Call:
         on_gpu(call.momentum_buffer),
         on_gpu(call.options),
     )
-
-
-def assert_same_bytes(gpu, cpu, what):
-    """Bit for bit; says where the first difference lies."""
-    gpu, cpu = gpu.detach().cpu().contiguous().reshape(-1), cpu.detach().contiguous().reshape(-1)
-    same = gpu.view(torch.uint8) == cpu.view(torch.uint8)
-    if not bool(same.all()):
-        i = int((~same).nonzero()[0]) // gpu.element_size()
-        raise AssertionError(f"{what}: element {i} is {gpu[i].item()!r}, not {cpu[i].item()!r}")
 
 
 def assert_backends_agree(call: Call, state=None):

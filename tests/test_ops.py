@@ -4,19 +4,11 @@ import itertools
 
 import pytest
 import torch
-from cases import DTYPES, NUMELS, VALUES, Call, ks, sample_call
+from cases import DTYPES, NUMELS, VALUES, Call, assert_same_bytes, ks, sample_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmc_cuda import ops, reference
-
-
-def assert_same_bytes(actual, expected, what):
-    """Bitwise equality; says where the first difference is."""
-    actual, expected = actual.contiguous().view(torch.uint8), expected.view(torch.uint8)
-    if not torch.equal(actual, expected):
-        at = int((actual != expected).nonzero()[0])
-        raise AssertionError(f"{what}: byte {at} is {actual[at]}, must be {expected[at]}")
 
 
 def assert_backends_agree(call: Call, state=None):

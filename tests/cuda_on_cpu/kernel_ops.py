@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from cases import assert_same_bytes
 from compilation import CUDA_SOURCES, HERE, build
 from program import At, Program
 
@@ -194,19 +195,6 @@ class Kernels:
     def densify(self, aggregate, numel):
         out = self._call("densify", aggregate=to_numpy(aggregate), numel=numel)
         return torch.from_numpy(out["dense"])
-
-
-def assert_same_bytes(kernels, expected, what):
-    """Bit for bit; says where the first difference lies."""
-    kernels, expected = (t.contiguous().reshape(-1) for t in (kernels, expected))
-    same = kernels.view(torch.uint8) == expected.view(torch.uint8)
-    if not bool(same.all()):
-        byte = int((~same).nonzero()[0])
-        i = byte // kernels.element_size()
-        raise AssertionError(
-            f"{what}: {int((~same).sum())} bytes differ, first at element {i}: kernels have "
-            f"{kernels[i].item()!r}, the CPU op has {expected[i].item()!r}"
-        )
 
 
 def assert_same_aggregate(kernels, expected, numel):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from cases import sample_call
+from cases import assert_same_bytes, sample_call
 from compilation import FLAVOURS
-from kernel_ops import WORK_TILE, Kernels, assert_same_aggregate, assert_same_bytes, program
+from kernel_ops import WORK_TILE, Kernels, assert_same_aggregate, program
 
 from gmc_cuda import ops
 
