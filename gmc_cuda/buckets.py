@@ -18,7 +18,7 @@ class Bucket:
     Attributes:
         params: the parameters, in the order of the index space.
         group: index of their param group.
-        numel: N.
+        sizes, numel: the parameters' numels, and their sum N.
         memory: u, float32 [N].
         momentum_buffer: m, float32 [N], with local momentum; else None.
         aggregate: a_{t-1} for global momentum: opaque uint8 after a sparse step, float32 [N] after
@@ -48,6 +48,12 @@ class Bucket:
             part.as_strided(p.shape, p.stride(), part.storage_offset())
             for part, p in zip(parts, self.params, strict=True)
         ]
+
+    def vectors(self) -> dict[str, Tensor]:
+        """The flat tensors that a worker keeps for itself, by the name of their views in state."""
+        if self.momentum_buffer is None:
+            return {"memory": self.memory}
+        return {"memory": self.memory, "momentum_buffer": self.momentum_buffer}
 
     def flat_params(self) -> list[Tensor]:
         """The parameters as contiguous tensors that share their storage."""

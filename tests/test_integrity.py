@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gmc_cuda.damage import DamageWatch
+from gmc_cuda.integrity import DamageWatch
 
 
 class Event:
@@ -15,7 +15,7 @@ class Event:
 
 
 def flags(*values):
-    return torch.tensor(values, dtype=torch.int32).view(torch.uint8)
+    return torch.tensor(values, dtype=torch.int32)
 
 
 @pytest.fixture

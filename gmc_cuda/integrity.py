@@ -1,4 +1,4 @@
-"""Hearing of damaged payloads from a CUDA device without waiting for it.
+"""What a run must not go on without noticing: damaged payloads, and later replicas that differ.
 
 On the CPU a damaged payload raises where it is read. Kernels cannot raise: they set a flag in the
 aggregate and do nothing else. The flags are copied to the host behind the step and looked at when
@@ -12,7 +12,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from gmc_cuda.reference import DAMAGED
+from gmc_cuda import ops
 
 
 class DamageWatch:
@@ -22,14 +22,14 @@ class DamageWatch:
         self._waiting: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
     def submit(self, aggregates: list[Tensor]) -> None:
-        """Starts copying the flags of CUDA aggregates (bytes 4 to 8 of each) to the host."""
+        """Starts copying the flags of CUDA aggregates to the host."""
         if torch.cuda.is_current_stream_capturing():
             return  # a replay runs no Python that could look at them
-        flags = torch.cat([aggregate[4:8] for aggregate in aggregates])
-        host = torch.empty(flags.shape, dtype=torch.uint8, pin_memory=True)
+        flags = ops.aggregate_flags(aggregates)
+        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
         host.copy_(flags, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(flags.device))
         self._waiting.append((event, host))
 
     def check(self, rank: int) -> None:
@@ -38,7 +38,7 @@ class DamageWatch:
             return  # asking after an event would end the capture
         while self._waiting and self._waiting[0][0].query():
             _, flags = self._waiting.popleft()
-            if (flags.view(torch.int32) & DAMAGED).any():
+            if (flags & ops.DAMAGED).any():
                 raise RuntimeError(
                     f"rank {rank} received a damaged payload in an earlier step and did not apply "
                     "it; replicas may differ: restart from a checkpoint"
