@@ -57,8 +57,12 @@ class Rule:
     def finish(self, group: Group) -> None:
         """Called for each group when a step has been made."""
 
+    def own_state(self) -> set[str]:
+        """Names of the state that differs from worker to worker."""
+        return {"memory", "momentum_buffer"} if self.local_momentum else {"memory"}
+
     def aggregate_name(self, group: Group) -> str:
-        """The name of a_{t-1} in a state_dict."""
+        """The name of a_{t-1} in a state_dict, which all workers have in common."""
         return "aggregate"
 
 

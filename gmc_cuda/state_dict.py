@@ -104,6 +104,12 @@ def add(state_dict: dict[str, Any], params: list[Tensor], held: Held, stamp: Sta
         group[_STAMP] = asdict(stamp)
 
 
+def assemble(state: dict[int, ParamState], groups: list[Group], stamp: Stamp) -> dict[str, Any]:
+    """The state_dict of these parts; groups as in a state_dict."""
+    groups = [{**group, _STAMP: asdict(stamp)} for group in groups]
+    return {"state": state, "param_groups": groups}
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A state_dict that was found to fit.
@@ -127,9 +133,7 @@ def read(state_dict: dict[str, Any], groups: list[Group], rule: Rule, name: str)
     """
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
-        raise ValueError(
-            f"state_dict: got {len(saved_groups)} param groups, must be {len(groups)}"
-        )
+        raise ValueError(f"state_dict: got {len(saved_groups)} param groups, must be {len(groups)}")
     ids: dict[Any, Tensor] = {}
     for g, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
         if len(saved["params"]) != len(own["params"]):
