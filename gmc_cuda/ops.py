@@ -12,6 +12,7 @@ to compress v, what is sent c, parameters w, learning rate eta, numel N, world s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,19 @@ __all__ = [
 ]
 
 _ops = torch.ops.gmc_cuda
+_KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError)}
+
+
+def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls an operator. C++ can raise RuntimeError alone, and puts the kind before the text."""
+    try:
+        return op(*args, **kwargs)
+    except RuntimeError as error:
+        kind, _, text = str(error).partition(": ")
+        if kind not in _KINDS:
+            raise
+        problem = _KINDS[kind](text)
+    raise problem
 
 
 def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype = torch.bfloat16) -> int:
@@ -47,7 +61,7 @@ def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype = torch.bfloat16)
         k: entries sent, 1 to numel.
         wire_dtype: torch.bfloat16, torch.float16 or torch.float32.
     """
-    return _ops.payload_nbytes(numel, k, wire_dtype)
+    return _call(_ops.payload_nbytes, numel, k, wire_dtype)
 
 
 def select_state(numel: int, k: int, device: torch.device | str) -> Tensor:
@@ -57,7 +71,7 @@ def select_state(numel: int, k: int, device: torch.device | str) -> Tensor:
     selected; use one for each bucket.
     """
     device = torch.device(device)
-    nbytes = _ops.state_nbytes(numel, k, device)
+    nbytes = _call(_ops.state_nbytes, numel, k, device)
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
 
@@ -66,7 +80,7 @@ def repairs(state: Tensor) -> int:
 
     Reads the device: do not call it inside a step.
     """
-    return _ops.repairs(state)
+    return _call(_ops.repairs, state)
 
 
 def compress_(
@@ -123,7 +137,8 @@ def compress_(
     if grads is None:
         grads = [None] * len(params or ())
     _require_dense(grads, "grads")
-    return _ops.compress_(
+    return _call(
+        _ops.compress_,
         memory,
         list(grads),
         k,
@@ -153,7 +168,7 @@ def unpack(
     Raises:
         RuntimeError: the payload is damaged (CPU).
     """
-    return _ops.unpack(payload, numel, k, wire_dtype)
+    return _call(_ops.unpack, payload, numel, k, wire_dtype)
 
 
 def verdict(payloads: Sequence[Tensor]) -> Tensor:
@@ -168,7 +183,7 @@ def verdict(payloads: Sequence[Tensor]) -> Tensor:
     """
     if not payloads:
         raise ValueError("payloads: got an empty list, must hold one tensor for each bucket")
-    return _ops.verdict(list(payloads))
+    return _call(_ops.verdict, list(payloads))
 
 
 def merge(
@@ -192,7 +207,7 @@ def merge(
     Raises:
         RuntimeError: a payload is damaged (CPU).
     """
-    return _ops.merge(payloads, numel, k, wire_dtype, skip=skip)
+    return _call(_ops.merge, payloads, numel, k, wire_dtype, skip=skip)
 
 
 def apply_(
@@ -211,7 +226,10 @@ def apply_(
         skip: int32 [1]; non-zero does nothing.
     """
     _require_dense(params, "params")
-    _ops.apply_(list(params), aggregate, _number(lr, "lr"), skip=skip)
+    params = list(params)
+    _call(_ops.apply_, params, aggregate, _number(lr, "lr"), skip=skip)
+    if not torch.compiler.is_compiling():  # the stable interface cannot tell autograd of the change
+        torch.autograd.graph.increment_version(params)
 
 
 def restore_(
@@ -229,7 +247,7 @@ def restore_(
         payload: this rank's own payload, uint8 [payload_nbytes].
         skip: int32 [1]; acts when it is non-zero. None: always.
     """
-    _ops.restore_(memory, payload, k, wire_dtype, skip=skip)
+    _call(_ops.restore_, memory, payload, k, wire_dtype, skip=skip)
 
 
 def mask_(
@@ -247,7 +265,7 @@ def mask_(
         payload: this rank's own payload, uint8 [payload_nbytes].
         skip: int32 [1]; non-zero does nothing.
     """
-    _ops.mask_(momentum_buffer, payload, k, wire_dtype, skip=skip)
+    _call(_ops.mask_, momentum_buffer, payload, k, wire_dtype, skip=skip)
 
 
 def sparsify(dense: Tensor) -> Tensor:
@@ -255,12 +273,12 @@ def sparsify(dense: Tensor) -> Tensor:
 
     It has room for numel entries (6 bytes each).
     """
-    return _ops.sparsify(dense)
+    return _call(_ops.sparsify, dense)
 
 
 def densify(aggregate: Tensor, numel: int) -> Tensor:
     """The aggregate as a dense tensor, float32 [numel]."""
-    return _ops.densify(aggregate, numel)
+    return _call(_ops.densify, aggregate, numel)
 
 
 def _number(value: float | Tensor, name: str) -> Tensor:

@@ -51,8 +51,8 @@ int device_count(std::string& error) {
   return 0;
 }
 
-Device probe_device(int index) {
-  Device device;
+ProbedDevice probe_device(int index) {
+  ProbedDevice device;
   int previous = 0;
   cudaDeviceProp properties;
   cudaError_t status = cudaGetDevice(&previous);
