@@ -41,13 +41,25 @@ _KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplemented
 def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls an operator. C++ can raise RuntimeError alone, and puts the kind before the text."""
     try:
-        return op(*args, **kwargs)
+        return op.default(*args, **kwargs)
     except RuntimeError as error:
         kind, _, text = str(error).partition(": ")
-        if kind not in _KINDS:
+        problem = _KINDS[kind](text) if kind in _KINDS else _unusual_layout(op, args)
+        if problem is None:
             raise
-        problem = _KINDS[kind](text)
-    raise problem
+        raise problem from None
+
+
+def _unusual_layout(op: Any, args: Sequence[Any]) -> Exception | None:
+    """Tensors that are not dense reach no kernel of ours, and torch's own words name none."""
+    for argument, value in zip(op.default._schema.arguments, args):
+        for i, tensor in enumerate(value if isinstance(value, list) else ()):
+            if tensor is not None and tensor.layout is not torch.strided:
+                return TypeError(
+                    f"{argument.name}[{i}]: got layout {tensor.layout}, must be a dense tensor "
+                    "(torch.strided)"
+                )
+    return None
 
 
 def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype = torch.bfloat16) -> int:
@@ -123,7 +135,8 @@ def compress_(
         momentum_buffer: m, float32 [numel], updated in place; selects local momentum.
         nesterov: look ahead; local momentum only.
         weight_decay: lambda; needs ``params``.
-        params: w, tensors like ``grads``.
+        params: w, tensors like ``grads``. Looked at only where they are needed: with
+            ``weight_decay``, or where ``grads`` holds None.
         maximize: ascend instead of descend.
         grad_scale: loss scale S that the gradients carry, a number or a tensor holding one.
         found_inf: a tensor holding one number; non-zero counts the whole gradient as zero and adds
@@ -136,18 +149,23 @@ def compress_(
     """
     if grads is None:
         grads = [None] * len(params or ())
-    _require_dense(grads, "grads")
+    grads = list(grads)
+    if params is not None:
+        params = list(params)
+        needed = weight_decay != 0 or any(grad is None for grad in grads)
+        if not needed and len(params) == len(grads):
+            params = None  # a list of 161 tensors takes 45 us to hand over
     return _call(
         _ops.compress_,
         memory,
-        list(grads),
+        grads,
         k,
         momentum=_number(momentum, "momentum"),
         aggregate=aggregate,
         momentum_buffer=momentum_buffer,
         nesterov=nesterov,
         weight_decay=weight_decay,
-        params=None if params is None else list(params),
+        params=params,
         maximize=maximize,
         grad_scale=None if grad_scale is None else _number(grad_scale, "grad_scale"),
         found_inf=found_inf,
@@ -225,7 +243,6 @@ def apply_(
         lr: eta, a number or a tensor holding one.
         skip: int32 [1]; non-zero does nothing.
     """
-    _require_dense(params, "params")
     params = list(params)
     _call(_ops.apply_, params, aggregate, _number(lr, "lr"), skip=skip)
     if not torch.compiler.is_compiling():  # the stable interface cannot tell autograd of the change
@@ -287,15 +304,6 @@ def _number(value: float | Tensor, name: str) -> Tensor:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, must be a number or a tensor")
     return torch.tensor(value, dtype=torch.float64)
-
-
-def _require_dense(tensors: Sequence[Tensor | None], name: str) -> None:
-    """Other layouts would reach no kernel of ours, and torch's own words name no argument."""
-    for i, tensor in enumerate(tensors):
-        if tensor is not None and tensor.layout is not torch.strided:
-            raise TypeError(
-                f"{name}[{i}]: got layout {tensor.layout}, must be a dense tensor (torch.strided)"
-            )
 
 
 @torch.library.register_fake("gmc_cuda::compress_")
