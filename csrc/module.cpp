@@ -6,7 +6,7 @@
 #include <vector>
 
 #ifdef GMC_WITH_CUDA
-#include "cuda/device.h"
+#include "device.h"
 #endif
 
 namespace py = pybind11;

@@ -188,6 +188,54 @@ def test_record_of_this_build_agrees_with_the_binary():
     assert config["summary"].startswith("gmc_cuda: built for ")
 
 
+RUNTIME_WITH_AN_ERROR = """
+#include <string>
+#define CUDART_VERSION 13000
+enum cudaError_t { cudaErrorInsufficientDriver = 35, cudaErrorInvalidDeviceFunction = 98,
+                   cudaErrorNoKernelImageForDevice = 209, cudaErrorUnsupportedPtxVersion = 222 };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+inline int cudaGetLastError() { return 0; }
+inline const char* cudaGetErrorString(cudaError_t) { return "words of the runtime"; }
+inline int cudaGetDevice(int*) { return 0; }
+inline int cudaDriverGetVersion(int* version) { return *version = 12060; }
+inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  return *value = which == cudaDevAttrComputeCapabilityMajor ? 8 : 6;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def explain(tmp_path_factory):
+    """What csrc/cuda/error.h makes of an error, on a device of capability 8.6."""
+    folder = tmp_path_factory.mktemp("explain")
+    (folder / "cuda_runtime.h").write_text(RUNTIME_WITH_AN_ERROR)
+    (folder / "main.cpp").write_text(
+        '#include "cuda/error.h"\n#include <cstdio>\n#include <cstdlib>\n'
+        "int main(int, char** arguments) {\n"
+        "  puts(gmc::explain(cudaError_t(atoi(arguments[1]))).c_str());\n}\n"
+    )
+    command = ["c++", "-std=c++17", f"-I{folder}", f"-I{ROOT / 'csrc'}", "main.cpp", "-o", "main"]
+    subprocess.run([*command, '-DGMC_CUDA_ARCHS="8.0;9.0"'], check=True, cwd=folder)
+    return lambda code: subprocess.check_output([folder / "main", str(code)], text=True)
+
+
+@pytest.mark.parametrize("code", [98, 209, 222])
+def test_a_device_that_the_build_has_no_code_for_is_named_with_the_way_out(explain, code):
+    text = explain(code)
+    assert "words of the runtime: the device has capability 8.6" in text
+    assert "gmc_cuda was built for 8.0;9.0. " in text
+    assert "TORCH_CUDA_ARCH_LIST=8.6 pip install " in text
+
+
+def test_a_driver_that_is_too_old_is_named_with_the_way_out(explain):
+    text = explain(35)
+    assert "built with CUDA 13.0, and the driver knows CUDA 12.6. Update the driver" in text
+
+
+def test_other_errors_keep_the_runtimes_words(explain):
+    assert explain(1) == "words of the runtime\n"
+
+
 @pytest.mark.parametrize("version", ["2.11.0", "2.11.1+cpu", "2.13.0+cu130", "3.0.0a0+git1234"])
 def test_every_torch_from_the_oldest_on_will_do(version):
     _extension.check_torch(version)

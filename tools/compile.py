@@ -83,29 +83,31 @@ def write_ninja_file(folder, plan, torch_folder):
     torch_target = int(TARGET_TORCH.split(".")[0]) << 56 | int(TARGET_TORCH.split(".")[1]) << 48
     include = ["-Icsrc", "-isystem", str(torch_folder / "include")]
     macros = [f"-DTORCH_TARGET_VERSION={torch_target:#x}"]
+    archs_macro = f'-DGMC_CUDA_ARCHS="{plan.archs}"'
     python = ["-isystem", sysconfig.get_path("include")]
-    # The libraries by their names alone, so that torch's own are found, already loaded, whatever
-    # their place. libtorch.so leads to libtorch_cuda.so where torch has one, and is kept in spite
-    # of having no symbols.
-    torch_libraries = [f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    # By their names alone, so that the torch that is running, which has them loaded, provides
+    # them. libtorch.so leads to libtorch_cuda.so where torch has one, and is kept in spite of
+    # having no symbols. libstdc++ comes first, because torch's libraries hold parts of it, too.
+    torch_libraries = [f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed"]
+    torch_libraries += ["-lstdc++", "-ltorch", "-ltorch_cpu"]
     link = ["-Wl,--exclude-libs,ALL"]
     if plan.toolkit:
         include += ["-isystem", str(plan.toolkit.include)]
-        macros += ["-DGMC_WITH_CUDA", "-DUSE_CUDA", f'-DGMC_CUDA_ARCHS="{plan.archs}"']
+        macros += ["-DGMC_WITH_CUDA", "-DUSE_CUDA", archs_macro]
         # A runtime of our own: torch's may be of another CUDA version, or absent.
         link += [str(plan.toolkit.cudart_static), "-ldl", "-lrt", "-lpthread"]
 
     cuda = ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"] if plan.toolkit else []
     sources = {
+        "_C": ["csrc/module.cpp"] + (["csrc/device.cu"] if plan.toolkit else []),
         "_ops": ["csrc/ops.cpp", "csrc/checks.cpp", "csrc/cpu/*.cpp", *cuda],
-        "_C": ["csrc/module.cpp"] + (["csrc/cuda/device.cu"] if plan.toolkit else []),
     }
     libraries = {"_ops": link + torch_libraries, "_C": link}
 
     def flags(source):
         if source.endswith(".cu"):
             compiler = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
-            return NVCC_FLAGS + compiler + gencode_flags(plan.archs) + ["-Icsrc"]
+            return NVCC_FLAGS + compiler + gencode_flags(plan.archs) + ["-Icsrc", archs_macro]
         return CXX_FLAGS + macros + include + (python if source == "csrc/module.cpp" else [])
 
     def path(text):
@@ -117,18 +119,13 @@ def write_ninja_file(folder, plan, torch_folder):
     lines = [f"builddir = {path(folder)}", f"cxx = {command(cxx())}"]
     lines += [f"nvcc = {command([plan.toolkit.nvcc])}"] if plan.toolkit else []
     lines += [RULES]
-    compiled = set()
     for library, patterns in sources.items():
         objects = []
         for source in (file for pattern in patterns for file in sorted(glob(pattern))):
-            if library == "_ops" and source == "csrc/cuda/device.cu":
-                continue
             objects.append(path(folder / f"{source}.o"))
             rule = "nvcc" if source.endswith(".cu") else "cxx"
-            if source not in compiled:
-                lines.append(f"build {objects[-1]}: {rule} {path(source)}")
-                lines.append(f"  flags = {command(flags(source))}")
-            compiled.add(source)
+            lines.append(f"build {objects[-1]}: {rule} {path(source)}")
+            lines.append(f"  flags = {command(flags(source))}")
         lines.append(f"build {path(folder / library)}.so: link {' '.join(objects)}")
         lines.append(f"  flags = {command(libraries[library])}")
     folder.mkdir(parents=True, exist_ok=True)

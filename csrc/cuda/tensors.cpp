@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "cuda/compress.h"
+#include "cuda/error.h"
 #include "cuda/kernels.h"
 
 // Absent from builds of torch without CUDA, in which this library must load all the same.
@@ -17,24 +18,8 @@
 namespace gmc::cuda {
 namespace {
 
-// Runtime errors with what to do about the one that a user can mend.
 void check_cuda(cudaError_t status) {
-  if (status == cudaSuccess) return;
-  (void)cudaGetLastError();  // the next call is not to blame
-  std::string text = std::string("CUDA error: ") + cudaGetErrorString(status);
-  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion ||
-      status == cudaErrorInvalidDeviceFunction) {
-    int device = 0, major = 0, minor = 0;
-    (void)cudaGetDevice(&device);
-    (void)cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    (void)cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    const std::string capability = std::to_string(major) + "." + std::to_string(minor);
-    text += ". The device has capability " + capability + ", and gmc_cuda was built for " +
-            GMC_CUDA_ARCHS + ". Build it for this device: TORCH_CUDA_ARCH_LIST=" + capability +
-            " pip install --no-build-isolation --force-reinstall --no-deps . (in the folder of "
-            "its sources)";
-  }
-  throw std::runtime_error(text);
+  if (status != cudaSuccess) throw std::runtime_error("CUDA error: " + explain(status));
 }
 
 // The tensor's device is current as long as this lives.
