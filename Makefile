@@ -26,7 +26,7 @@ lint: $(VENV)/lint  ## check style: ruff, clang-format
 	    xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 clean:  ## remove what was made here: the environment, the build
-	@rm -rf $(VENV) build dist *.egg-info tests/*/build gmc_cuda/_C.*.so gmc_cuda/_build_config.json
+	@rm -rf $(VENV) build dist *.egg-info tests/*/build gmc_cuda/*.so gmc_cuda/_build_config.json
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@rm -rf .pytest_cache .hypothesis .ruff_cache
 
@@ -48,7 +48,7 @@ $(VENV)/lint: $(VENV)/created pyproject.toml
 
 # The extension, in place: again when a source or an option changed, or when another environment
 # has built it since (the record is then newer than the stamp).
-sources := setup.py build_toolkit.py $(shell find csrc -type f)
+sources := setup.py $(wildcard tools/*.py) $(shell find csrc -type f)
 record := gmc_cuda/_build_config.json
 options := $(strip $(foreach name,FORCE_CUDA FORCE_CPU TORCH_CUDA_ARCH_LIST CUDA_HOME,$(name)=$($(name))))
 built_options := $(shell cat $(VENV)/built 2>/dev/null)

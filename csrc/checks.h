@@ -1,34 +1,61 @@
 // Argument checks that name the argument, what it was and what it must be.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/core/ScalarType.h>
-#include <c10/util/Exception.h>
-
 #include <optional>
+#include <ostream>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "payload.h"
+#include "tensor.h"
 
 namespace gmc {
 
+// Through the stable interface every exception arrives as a RuntimeError. The kind that it should
+// be stands at the head of its text; gmc_cuda/ops.py makes it that kind.
+template <class... Arguments>
+[[noreturn]] void raise(const char* kind, const Arguments&... arguments) {
+  std::ostringstream text;
+  text << kind << ": ";
+  (text << ... << arguments);
+  throw std::runtime_error(text.str());
+}
+
+#define GMC_CHECK_VALUE(condition, ...) \
+  if (!(condition)) ::gmc::raise("ValueError", __VA_ARGS__)
+#define GMC_CHECK_TYPE(condition, ...) \
+  if (!(condition)) ::gmc::raise("TypeError", __VA_ARGS__)
+
+// An argument's name, or that of an item of a list; text only in an error.
+struct Name {
+  const char* name;
+  int64_t item = -1;
+
+  Name(const char* name) : name(name) {}  // NOLINT: a name is written as a string
+  Name(const char* list, size_t item) : name(list), item(static_cast<int64_t>(item)) {}
+};
+std::ostream& operator<<(std::ostream& out, const Name& name);
+std::ostream& operator<<(std::ostream& out, const Device& device);  // "cuda:0"
+
+// "[3, 4]"
+std::string sizes_of(const Tensor& tensor);
+
 // Raises TypeError unless the dtype is one of float32, bfloat16 and float16.
-DType check_float_dtype(at::ScalarType dtype, const std::string& name);
-void check_numel(int64_t numel, const std::string& name);
+DType check_float_dtype(ScalarType dtype, Name name);
+void check_numel(int64_t numel, Name name);
 void check_k(int64_t k, int64_t numel);
 
 // A dense, contiguous tensor on the given device. dtype: checked when given.
-void check_tensor(const at::Tensor& tensor, const std::string& name, at::Device device,
-                  std::optional<at::ScalarType> dtype = std::nullopt);
+void check_tensor(const Tensor& tensor, Name name, Device device,
+                  std::optional<ScalarType> dtype = std::nullopt);
 // The same, one-dimensional and of the given length.
-void check_vector(const at::Tensor& tensor, const std::string& name, at::Device device,
-                  at::ScalarType dtype, int64_t numel);
+void check_vector(const Tensor& tensor, Name name, Device device, ScalarType dtype, int64_t numel);
 // One floating-point number, on the CPU or on the given device.
-void check_number(const at::Tensor& tensor, const std::string& name, at::Device device);
-void check_skip(const std::optional<at::Tensor>& skip, at::Device device);
-void check_payload(const at::Tensor& payload, at::Device device, int64_t numel, int64_t k,
-                   DType wire);
+void check_number(const Tensor& tensor, Name name, Device device);
+void check_skip(const OptionalTensor& skip, Device device);
+void check_payload(const Tensor& payload, Device device, int64_t numel, int64_t k, DType wire);
 // Opaque bytes that merge or sparsify made for numel elements.
-void check_aggregate(const at::Tensor& aggregate, at::Device device, int64_t numel);
+void check_aggregate(const Tensor& aggregate, Device device, int64_t numel);
 
 }  // namespace gmc

@@ -1,13 +1,12 @@
 // The Python module: how the binary was built and, with CUDA, which devices it runs on.
-// The operators are registered with the dispatcher (TORCH_LIBRARY) and need no binding.
+// The operators are registered with the dispatcher by a library of their own (ops.cpp).
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-#include <torch/version.h>
 
 #include <string>
+#include <vector>
 
 #ifdef GMC_WITH_CUDA
-#include "cuda/device.h"
+#include "device.h"
 #endif
 
 namespace py = pybind11;
@@ -17,15 +16,9 @@ namespace {
 // Only what the compiler itself knows: it stays true if the binary is copied elsewhere.
 py::dict build_config() {
   py::dict config;
-  config["torch"] = TORCH_VERSION;
   config["python"] = PY_VERSION;
   config["compiler"] = __VERSION__;
   config["cplusplus"] = static_cast<long>(__cplusplus);
-#ifdef _OPENMP
-  config["openmp"] = _OPENMP;
-#else
-  config["openmp"] = py::none();
-#endif
 #ifdef GMC_WITH_CUDA
   config["with_cuda"] = true;
 #else
@@ -38,14 +31,14 @@ py::dict build_config() {
 py::dict devices() {
   std::string error;
   int count = 0;
-  std::vector<gmc::Device> found;
+  std::vector<gmc::ProbedDevice> found;
   {
     py::gil_scoped_release unlocked;  // the first CUDA call of a process takes a second
     count = gmc::device_count(error);
     for (int i = 0; i < count; ++i) found.push_back(gmc::probe_device(i));
   }
   py::list list;
-  for (const gmc::Device& device : found) {
+  for (const gmc::ProbedDevice& device : found) {
     py::dict entry;
     entry["name"] = device.name;
     entry["capability"] = py::make_tuple(device.major, device.minor);
@@ -64,9 +57,9 @@ py::dict devices() {
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of gmc_cuda; its operators are torch.ops.gmc_cuda.*";
-  m.def("build_config", &build_config, "What the compiler knew: torch, Python, compiler, CUDA.");
+  m.def("build_config", &build_config, "What the compiler knew: Python, compiler, CUDA.");
 #ifdef GMC_WITH_CUDA
   m.def("devices", &devices,
         "The CUDA devices: name, capability, multiprocessors, l2_bytes and error, which is empty "

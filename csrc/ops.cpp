@@ -1,19 +1,16 @@
 // The operators: all schemas, and for each the argument checks before any kernel runs.
-#include <ATen/Functions.h>
-#include <torch/library.h>
-
+#include <algorithm>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "cuda/tensors.h"
+#include "tensor.h"
 
 namespace gmc {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 #ifdef GMC_WITH_CUDA
 constexpr bool kWithCuda = true;
@@ -24,60 +21,53 @@ constexpr bool kWithCuda = false;
 // Which kernels an op takes. Guarded by `if constexpr (kWithCuda)`, calls of the CUDA kernels
 // vanish from builds without them.
 bool on_gpu(const Tensor& tensor, const char* op) {
-  if (tensor.device().is_cpu()) return false;
+  if (tensor.is_cpu()) return false;
   if (!kWithCuda)
-    C10_THROW_ERROR(NotImplementedError,
-                    std::string(op) +
-                        ": this build of gmc_cuda has no CUDA kernels, so tensors must be on the "
-                        "CPU (nothing is copied silently)");
+    raise("NotImplementedError", op,
+          ": this build of gmc_cuda has no CUDA kernels, so tensors must be on the CPU (nothing "
+          "is copied silently)");
   return true;
 }
 
-std::string item(const char* list, size_t i) {
-  return std::string(list) + "[" + std::to_string(i) + "]";
-}
+const Tensor* get(const Tensor& tensor) { return &tensor; }
+const Tensor* get(const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; }
 
 // Checks a bucket's tensors and lays them out one behind the other. Entries without a value
 // take their size from `sizes`.
-std::vector<cpu::Segment> segments(const c10::List<OptionalTensor>& tensors, const char* name,
-                                   at::Device device, const std::vector<int64_t>* sizes) {
+template <class List>
+std::vector<cpu::Segment> segments(const List& tensors, const char* list, Device device,
+                                   const std::vector<int64_t>* sizes) {
   std::vector<cpu::Segment> result;
+  result.reserve(tensors.size());
   int64_t begin = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const OptionalTensor tensor = tensors.get(i);
+    const Tensor* tensor = get(tensors[i]);
+    const Name name(list, i);
     int64_t numel = 0;
     if (tensor) {
-      check_tensor(*tensor, item(name, i), device);
+      check_tensor(*tensor, name, device);
       numel = tensor->numel();
-      result.push_back({tensor->data_ptr(), begin, numel,
-                        check_float_dtype(tensor->scalar_type(), item(name, i))});
+      result.push_back(
+          {tensor->data_ptr(), begin, numel, check_float_dtype(tensor->scalar_type(), name)});
     } else {
-      TORCH_CHECK_VALUE(sizes, item(name, i), ": got None, must be a tensor when params is None");
+      GMC_CHECK_VALUE(sizes, name, ": got None, must be a tensor when params is None");
       numel = (*sizes)[i];
       result.push_back({nullptr, begin, numel, DType::kFloat32});
     }
-    TORCH_CHECK_VALUE(!sizes || numel == (*sizes)[i], item(name, i), ": got ", numel,
-                      " elements, must be ", sizes ? (*sizes)[i] : 0, " like params[", i, "]");
+    GMC_CHECK_VALUE(!sizes || numel == (*sizes)[i], name, ": got ", numel, " elements, must be ",
+                    (*sizes)[i], " like params[", i, "]");
     begin += numel;
   }
   return result;
-}
-
-c10::List<OptionalTensor> as_optional(at::TensorList tensors) {
-  c10::List<OptionalTensor> list;
-  for (const Tensor& tensor : tensors) list.push_back(tensor);
-  return list;
 }
 
 int64_t total(const std::vector<cpu::Segment>& segments) {
   return segments.empty() ? 0 : segments.back().begin + segments.back().numel;
 }
 
-float number(const Tensor& tensor) { return static_cast<float>(tensor.item<double>()); }
+bool skipped(const OptionalTensor& skip) { return skip && *data<int32_t>(*skip) != 0; }
 
-bool skipped(const OptionalTensor& skip) { return skip && *skip->const_data_ptr<int32_t>() != 0; }
-
-int64_t payload_nbytes(int64_t numel, int64_t k, at::ScalarType wire_dtype) {
+int64_t payload_nbytes(int64_t numel, int64_t k, ScalarType wire_dtype) {
   check_numel(numel, "numel");
   check_k(k, numel);
   return PayloadLayout(numel, k, check_float_dtype(wire_dtype, "wire_dtype")).nbytes;
@@ -87,58 +77,63 @@ int64_t aggregate_nbytes(int64_t numel, int64_t k, int64_t ranks) {
   return AggregateLayout(numel, aggregate_capacity(numel, k, ranks)).nbytes;
 }
 
-int64_t state_nbytes(int64_t numel, int64_t k, at::Device device) {
-  check_numel(numel, "numel");
-  check_k(k, numel);
+int64_t state_size(int64_t numel, int64_t k, bool gpu) {
   if constexpr (kWithCuda) {
-    if (device.is_cuda()) return cuda::state_nbytes(numel, k);
+    if (gpu) return cuda::state_nbytes(numel, k);
   }
   return cpu::kStateBytes;
 }
 
-Tensor compress(const Tensor& memory, const c10::List<OptionalTensor>& grads, int64_t k,
+int64_t state_nbytes(int64_t numel, int64_t k, torch::stable::Device device) {
+  check_numel(numel, "numel");
+  check_k(k, numel);
+  return state_size(numel, k, device.is_cuda());
+}
+
+Tensor compress(const Tensor& memory, const std::vector<OptionalTensor>& grads, int64_t k,
                 const Tensor& momentum, const OptionalTensor& aggregate,
                 const OptionalTensor& momentum_buffer, bool nesterov, double weight_decay,
-                const std::optional<std::vector<Tensor>>& params, bool maximize,
+                const std::optional<TensorList>& params, bool maximize,
                 const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-                at::ScalarType wire_dtype, const OptionalTensor& state) {
-  const at::Device device = memory.device();
+                ScalarType wire_dtype, const OptionalTensor& state) {
+  const Device device(memory);
   const int64_t numel = memory.numel();
   check_numel(numel, "memory");
-  check_vector(memory, "memory", device, at::kFloat, numel);
+  check_vector(memory, "memory", device, ScalarType::Float, numel);
   check_k(k, numel);
   const DType wire = check_float_dtype(wire_dtype, "wire_dtype");
   check_number(momentum, "momentum", device);
-  TORCH_CHECK_VALUE(!(aggregate && momentum_buffer),
-                    "aggregate: got a tensor beside momentum_buffer, must be None with local "
-                    "momentum");
-  TORCH_CHECK_VALUE(!nesterov || momentum_buffer,
-                    "nesterov: got True without momentum_buffer, must be False");
+  GMC_CHECK_VALUE(!(aggregate && momentum_buffer),
+                  "aggregate: got a tensor beside momentum_buffer, must be None with local "
+                  "momentum");
+  GMC_CHECK_VALUE(!nesterov || momentum_buffer,
+                  "nesterov: got True without momentum_buffer, must be False");
   if (aggregate) check_aggregate(*aggregate, device, numel);
-  if (momentum_buffer) check_vector(*momentum_buffer, "momentum_buffer", device, at::kFloat, numel);
-  TORCH_CHECK_VALUE(weight_decay == 0 || params,
-                    "params: got None with weight_decay = ", weight_decay,
-                    ", must be the parameters to decay");
+  if (momentum_buffer)
+    check_vector(*momentum_buffer, "momentum_buffer", device, ScalarType::Float, numel);
+  GMC_CHECK_VALUE(weight_decay == 0 || params,
+                  "params: got None with weight_decay = ", weight_decay,
+                  ", must be the parameters to decay");
 
   std::vector<cpu::Segment> param_segments;
   std::vector<int64_t> sizes;
   if (params) {
-    param_segments = segments(as_optional(*params), "params", device, nullptr);
+    param_segments = segments(*params, "params", device, nullptr);
     for (const auto& segment : param_segments) sizes.push_back(segment.numel);
-    TORCH_CHECK_VALUE(grads.size() == params->size(), "grads: got ", grads.size(),
-                      " tensors, must be ", params->size(), " like params");
+    GMC_CHECK_VALUE(grads.size() == params->size(), "grads: got ", grads.size(),
+                    " tensors, must be ", params->size(), " like params");
   }
   std::vector<cpu::Segment> grad_segments =
       segments(grads, "grads", device, params ? &sizes : nullptr);
-  TORCH_CHECK_VALUE(total(grad_segments) == numel, "grads: got ", total(grad_segments),
-                    " elements in all, must be ", numel, " like memory");
+  GMC_CHECK_VALUE(total(grad_segments) == numel, "grads: got ", total(grad_segments),
+                  " elements in all, must be ", numel, " like memory");
   if (grad_scale) check_number(*grad_scale, "grad_scale", device);
   if (found_inf) check_number(*found_inf, "found_inf", device);
-  if (state) check_vector(*state, "state", device, at::kByte, state_nbytes(numel, k, device));
+  if (state)
+    check_vector(*state, "state", device, ScalarType::Byte, state_size(numel, k, !device.is_cpu()));
   const bool gpu = on_gpu(memory, "compress_");
 
-  Tensor payload =
-      at::empty({PayloadLayout(numel, k, wire).nbytes}, memory.options().dtype(at::kByte));
+  Tensor payload = empty({PayloadLayout(numel, k, wire).nbytes}, ScalarType::Byte, device);
   if (weight_decay == 0) param_segments.clear();
   if (gpu) {
     if constexpr (kWithCuda)
@@ -149,8 +144,8 @@ Tensor compress(const Tensor& memory, const c10::List<OptionalTensor>& grads, in
   }
   const float factor = grad_scale ? 1.0f / number(*grad_scale) : 1.0f;
   cpu::compress({
-      .memory = memory.mutable_data_ptr<float>(),
-      .momentum_buffer = momentum_buffer ? momentum_buffer->mutable_data_ptr<float>() : nullptr,
+      .memory = mutable_data<float>(memory),
+      .momentum_buffer = momentum_buffer ? mutable_data<float>(*momentum_buffer) : nullptr,
       .grads = std::move(grad_segments),
       .params = std::move(param_segments),
       .numel = numel,
@@ -160,28 +155,28 @@ Tensor compress(const Tensor& memory, const c10::List<OptionalTensor>& grads, in
       .grad_factor = maximize ? -factor : factor,
       .nesterov = nesterov,
       .found_inf = found_inf && number(*found_inf) != 0,
-      .aggregate = aggregate ? aggregate->const_data_ptr<uint8_t>() : nullptr,
+      .aggregate = aggregate ? data<uint8_t>(*aggregate) : nullptr,
       .wire = wire,
-      .payload = payload.mutable_data_ptr<uint8_t>(),
-      .state = state ? state->mutable_data_ptr<uint8_t>() : nullptr,
+      .payload = mutable_data<uint8_t>(payload),
+      .state = state ? mutable_data<uint8_t>(*state) : nullptr,
   });
   return payload;
 }
 
 int64_t repairs(const Tensor& state) {
   if (on_gpu(state, "repairs")) {
-    check_tensor(state, "state", state.device(), at::kByte);
-    TORCH_CHECK_VALUE(state.dim() == 1 && state.numel() > cpu::kStateBytes, "state: got shape ",
-                      state.sizes(), ", must come from select_state");
+    check_tensor(state, "state", Device(state), ScalarType::Byte);
+    GMC_CHECK_VALUE(state.dim() == 1 && state.numel() > cpu::kStateBytes, "state: got shape ",
+                    sizes_of(state), ", must come from select_state");
     if constexpr (kWithCuda) return cuda::repairs(state);
   }
-  check_vector(state, "state", state.device(), at::kByte, cpu::kStateBytes);
-  return cpu::state_repairs(state.const_data_ptr<uint8_t>());
+  check_vector(state, "state", Device(state), ScalarType::Byte, cpu::kStateBytes);
+  return cpu::state_repairs(data<uint8_t>(state));
 }
 
 // Checks the arguments that all readers of one payload share.
-cuda::PayloadTensor payload_tensor(const Tensor& payload, at::Device device, int64_t numel,
-                                   int64_t k, at::ScalarType wire_dtype) {
+cuda::PayloadTensor payload_tensor(const Tensor& payload, Device device, int64_t numel, int64_t k,
+                                   ScalarType wire_dtype) {
   check_numel(numel, "numel");
   check_k(k, numel);
   const DType wire = check_float_dtype(wire_dtype, "wire_dtype");
@@ -190,76 +185,77 @@ cuda::PayloadTensor payload_tensor(const Tensor& payload, at::Device device, int
 }
 
 cpu::PayloadArgs payload_args(const cuda::PayloadTensor& payload) {
-  return {payload.bytes.const_data_ptr<uint8_t>(), payload.numel, payload.k, payload.wire};
+  return {data<uint8_t>(payload.bytes), payload.numel, payload.k, payload.wire};
 }
 
 std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& payload, int64_t numel, int64_t k,
-                                          at::ScalarType wire_dtype) {
-  const auto args = payload_tensor(payload, payload.device(), numel, k, wire_dtype);
+                                          ScalarType wire_dtype) {
+  const Device device(payload);
+  const auto args = payload_tensor(payload, device, numel, k, wire_dtype);
   const bool gpu = on_gpu(payload, "unpack");
-  // A damaged payload raises on the CPU; on the GPU its damaged tiles keep these values.
-  Tensor indices = at::full({k}, -1, payload.options().dtype(at::kLong));
-  Tensor values = at::zeros({k}, payload.options().dtype(at::kFloat));
-  Tensor nonfinite = at::empty({}, payload.options().dtype(at::kLong));
+  const Tensor indices = empty({k}, ScalarType::Long, device);
+  const Tensor values = empty({k}, ScalarType::Float, device);
+  const Tensor nonfinite = empty({}, ScalarType::Long, device);
   if (gpu) {
     if constexpr (kWithCuda) cuda::unpack(args, indices, values, nonfinite);
   } else {
-    cpu::unpack(payload_args(args), indices.mutable_data_ptr<int64_t>(),
-                values.mutable_data_ptr<float>(), nonfinite.mutable_data_ptr<int64_t>());
+    cpu::unpack(payload_args(args), mutable_data<int64_t>(indices), mutable_data<float>(values),
+                mutable_data<int64_t>(nonfinite));
   }
   return {indices, values, nonfinite};
 }
 
-Tensor verdict(at::TensorList payloads) {
-  TORCH_CHECK_VALUE(!payloads.empty(),
-                    "payloads: got an empty list, must hold one tensor a bucket");
-  const at::Device device = payloads[0].device();
+Tensor verdict(const TensorList& payloads) {
+  GMC_CHECK_VALUE(!payloads.empty(), "payloads: got an empty list, must hold one tensor a bucket");
+  const Device device(payloads[0]);
   for (size_t i = 0; i < payloads.size(); ++i) {
-    check_tensor(payloads[i], item("payloads", i), device, at::kByte);
-    TORCH_CHECK_VALUE(payloads[i].dim() == 2 && payloads[i].size(0) >= 1 &&
-                          payloads[i].size(1) >= static_cast<int64_t>(sizeof(PayloadHeader)),
-                      item("payloads", i), ": got shape ", payloads[i].sizes(),
-                      ", must be [world size, payload_nbytes]");
+    check_tensor(payloads[i], Name("payloads", i), device, ScalarType::Byte);
+    GMC_CHECK_VALUE(payloads[i].dim() == 2 && payloads[i].size(0) >= 1 &&
+                        payloads[i].size(1) >= static_cast<int64_t>(sizeof(PayloadHeader)),
+                    Name("payloads", i), ": got shape ", sizes_of(payloads[i]),
+                    ", must be [world size, payload_nbytes]");
   }
-  if (on_gpu(payloads[0], "verdict")) {
-    Tensor verdict = at::empty({1}, payloads[0].options().dtype(at::kInt));
+  const bool gpu = on_gpu(payloads[0], "verdict");
+  const Tensor verdict = empty({1}, ScalarType::Int, device);
+  if (gpu) {
     if constexpr (kWithCuda) cuda::verdict(payloads, verdict);
     return verdict;
   }
   uint32_t flags = 0;
   for (const Tensor& payload : payloads)
-    flags |= cpu::verdict(payload.const_data_ptr<uint8_t>(), payload.size(0), payload.size(1));
-  return at::full({1}, static_cast<int64_t>(flags), payloads[0].options().dtype(at::kInt));
+    flags |= cpu::verdict(data<uint8_t>(payload), payload.size(0), payload.size(1));
+  *mutable_data<int32_t>(verdict) = static_cast<int32_t>(flags);
+  return verdict;
 }
 
-Tensor merge(const Tensor& payloads, int64_t numel, int64_t k, at::ScalarType wire_dtype,
+Tensor merge(const Tensor& payloads, int64_t numel, int64_t k, ScalarType wire_dtype,
              const OptionalTensor& skip) {
   check_numel(numel, "numel");
   check_k(k, numel);
   const DType wire = check_float_dtype(wire_dtype, "wire_dtype");
-  const at::Device device = payloads.device();
-  check_tensor(payloads, "payloads", device, at::kByte);
+  const Device device(payloads);
+  check_tensor(payloads, "payloads", device, ScalarType::Byte);
   const int64_t nbytes = PayloadLayout(numel, k, wire).nbytes;
-  TORCH_CHECK_VALUE(payloads.dim() == 2 && payloads.size(0) >= 1 && payloads.size(1) == nbytes,
-                    "payloads: got shape ", payloads.sizes(), ", must be [world size, ", nbytes,
-                    "]");
+  GMC_CHECK_VALUE(payloads.dim() == 2 && payloads.size(0) >= 1 && payloads.size(1) == nbytes,
+                  "payloads: got shape ", sizes_of(payloads), ", must be [world size, ", nbytes,
+                  "]");
   check_skip(skip, device);
   const bool gpu = on_gpu(payloads, "merge");
   const int64_t ranks = payloads.size(0);
-  Tensor aggregate = at::empty({aggregate_nbytes(numel, k, ranks)}, payloads.options());
+  Tensor aggregate = empty({aggregate_nbytes(numel, k, ranks)}, ScalarType::Byte, device);
   const cuda::PayloadTensor args{payloads, numel, k, wire};
   if (gpu) {
     if constexpr (kWithCuda) cuda::merge(args, ranks, skip, aggregate);
   } else {
-    cpu::merge(payload_args(args), ranks, skipped(skip), aggregate.mutable_data_ptr<uint8_t>());
+    cpu::merge(payload_args(args), ranks, skipped(skip), mutable_data<uint8_t>(aggregate));
   }
   return aggregate;
 }
 
-void apply(at::TensorList params, const Tensor& aggregate, const Tensor& lr,
+void apply(const TensorList& params, const Tensor& aggregate, const Tensor& lr,
            const OptionalTensor& skip) {
-  const at::Device device = aggregate.device();
-  const auto param_segments = segments(as_optional(params), "params", device, nullptr);
+  const Device device(aggregate);
+  const auto param_segments = segments(params, "params", device, nullptr);
   const int64_t numel = total(param_segments);
   check_numel(numel, "params");
   check_aggregate(aggregate, device, numel);
@@ -269,71 +265,70 @@ void apply(at::TensorList params, const Tensor& aggregate, const Tensor& lr,
     if constexpr (kWithCuda) cuda::apply(param_segments, aggregate, numel, lr, skip);
   } else {
     if (skipped(skip)) return;
-    cpu::apply(param_segments, aggregate.const_data_ptr<uint8_t>(), numel, number(lr));
+    cpu::apply(param_segments, data<uint8_t>(aggregate), numel, number(lr));
   }
-  for (const Tensor& param : params) param.unsafeGetTensorImpl()->bump_version();
 }
 
-void restore(const Tensor& memory, const Tensor& payload, int64_t k, at::ScalarType wire_dtype,
+void restore(const Tensor& memory, const Tensor& payload, int64_t k, ScalarType wire_dtype,
              const OptionalTensor& skip) {
-  check_vector(memory, "memory", memory.device(), at::kFloat, memory.numel());
-  const auto args = payload_tensor(payload, memory.device(), memory.numel(), k, wire_dtype);
-  check_skip(skip, memory.device());
+  check_vector(memory, "memory", Device(memory), ScalarType::Float, memory.numel());
+  const auto args = payload_tensor(payload, Device(memory), memory.numel(), k, wire_dtype);
+  check_skip(skip, Device(memory));
   if (on_gpu(memory, "restore_")) {
     if constexpr (kWithCuda) cuda::restore(memory, args, skip);
   } else if (!skip || skipped(skip)) {
-    cpu::restore(memory.mutable_data_ptr<float>(), payload_args(args));
+    cpu::restore(mutable_data<float>(memory), payload_args(args));
   }
 }
 
-void mask(const Tensor& momentum_buffer, const Tensor& payload, int64_t k,
-          at::ScalarType wire_dtype, const OptionalTensor& skip) {
-  const at::Device device = momentum_buffer.device();
+void mask(const Tensor& momentum_buffer, const Tensor& payload, int64_t k, ScalarType wire_dtype,
+          const OptionalTensor& skip) {
+  const Device device(momentum_buffer);
   const int64_t numel = momentum_buffer.numel();
-  check_vector(momentum_buffer, "momentum_buffer", device, at::kFloat, numel);
+  check_vector(momentum_buffer, "momentum_buffer", device, ScalarType::Float, numel);
   const auto args = payload_tensor(payload, device, numel, k, wire_dtype);
   check_skip(skip, device);
   if (on_gpu(momentum_buffer, "mask_")) {
     if constexpr (kWithCuda) cuda::mask(momentum_buffer, args, skip);
   } else if (!skipped(skip)) {
-    cpu::mask(momentum_buffer.mutable_data_ptr<float>(), payload_args(args));
+    cpu::mask(mutable_data<float>(momentum_buffer), payload_args(args));
   }
 }
 
 Tensor sparsify(const Tensor& dense) {
   check_numel(dense.numel(), "dense");
-  check_vector(dense, "dense", dense.device(), at::kFloat, dense.numel());
+  check_vector(dense, "dense", Device(dense), ScalarType::Float, dense.numel());
   const bool gpu = on_gpu(dense, "sparsify");
   const int64_t numel = dense.numel();
-  Tensor aggregate =
-      at::empty({AggregateLayout(numel, numel).nbytes}, dense.options().dtype(at::kByte));
+  const Tensor aggregate =
+      empty({AggregateLayout(numel, numel).nbytes}, ScalarType::Byte, Device(dense));
   if (gpu) {
     if constexpr (kWithCuda) cuda::sparsify(dense, aggregate);
   } else {
-    cpu::sparsify(dense.const_data_ptr<float>(), numel, aggregate.mutable_data_ptr<uint8_t>());
+    cpu::sparsify(data<float>(dense), numel, mutable_data<uint8_t>(aggregate));
   }
   return aggregate;
 }
 
 Tensor densify(const Tensor& aggregate, int64_t numel) {
   check_numel(numel, "numel");
-  check_aggregate(aggregate, aggregate.device(), numel);
+  check_aggregate(aggregate, Device(aggregate), numel);
   const bool gpu = on_gpu(aggregate, "densify");
-  Tensor dense = at::empty({numel}, aggregate.options().dtype(at::kFloat));
+  Tensor dense = empty({numel}, ScalarType::Float, Device(aggregate));
   if (gpu) {
     if constexpr (kWithCuda) cuda::densify(aggregate, dense);
   } else {
-    cpu::densify(aggregate.const_data_ptr<uint8_t>(), numel, dense.mutable_data_ptr<float>());
+    cpu::densify(data<uint8_t>(aggregate), numel, mutable_data<float>(dense));
   }
   return dense;
 }
 
 }  // namespace
 
-TORCH_LIBRARY(gmc_cuda, m) {
-  m.def("payload_nbytes(int numel, int k, ScalarType wire_dtype) -> int", payload_nbytes);
-  m.def("aggregate_nbytes(int numel, int k, int ranks) -> int", aggregate_nbytes);
-  m.def("state_nbytes(int numel, int k, Device device) -> int", state_nbytes);
+STABLE_TORCH_LIBRARY(gmc_cuda, m) {
+  m.def("payload_nbytes(int numel, int k, ScalarType wire_dtype) -> int");
+  m.def("aggregate_nbytes(int numel, int k, int ranks) -> int");
+  m.def("state_nbytes(int numel, int k, Device device) -> int");
   m.def(
       "compress_(Tensor(a!) memory, Tensor?[] grads, int k, *, Tensor momentum, "
       "Tensor? aggregate=None, Tensor(b!)? momentum_buffer=None, bool nesterov=False, "
@@ -360,20 +355,25 @@ TORCH_LIBRARY(gmc_cuda, m) {
 }
 
 // One function serves every backend: it checks the arguments and then picks the kernels.
-void register_ops(torch::Library& m) {
-  m.impl("compress_", compress);
-  m.impl("repairs", repairs);
-  m.impl("unpack", unpack);
-  m.impl("verdict", verdict);
-  m.impl("merge", merge);
-  m.impl("apply_", apply);
-  m.impl("restore_", restore);
-  m.impl("mask_", mask);
-  m.impl("sparsify", sparsify);
-  m.impl("densify", densify);
+void register_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("compress_", TORCH_BOX(&compress));
+  m.impl("repairs", TORCH_BOX(&repairs));
+  m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("verdict", TORCH_BOX(&verdict));
+  m.impl("merge", TORCH_BOX(&merge));
+  m.impl("apply_", TORCH_BOX(&apply));
+  m.impl("restore_", TORCH_BOX(&restore));
+  m.impl("mask_", TORCH_BOX(&mask));
+  m.impl("sparsify", TORCH_BOX(&sparsify));
+  m.impl("densify", TORCH_BOX(&densify));
 }
 
-TORCH_LIBRARY_IMPL(gmc_cuda, CPU, m) { register_ops(m); }
-TORCH_LIBRARY_IMPL(gmc_cuda, CUDA, m) { register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(gmc_cuda, CompositeImplicitAutograd, m) {
+  m.impl("payload_nbytes", TORCH_BOX(&payload_nbytes));
+  m.impl("aggregate_nbytes", TORCH_BOX(&aggregate_nbytes));
+  m.impl("state_nbytes", TORCH_BOX(&state_nbytes));
+}
+STABLE_TORCH_LIBRARY_IMPL(gmc_cuda, CPU, m) { register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(gmc_cuda, CUDA, m) { register_ops(m); }
 
 }  // namespace gmc

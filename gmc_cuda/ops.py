@@ -12,6 +12,7 @@ to compress v, what is sent c, parameters w, learning rate eta, numel N, world s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,31 @@ __all__ = [
 ]
 
 _ops = torch.ops.gmc_cuda
+_KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError)}
+
+
+def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls an operator. C++ can raise RuntimeError alone, and puts the kind before the text."""
+    try:
+        return op.default(*args, **kwargs)
+    except RuntimeError as error:
+        kind, _, text = str(error).partition(": ")
+        problem = _KINDS[kind](text) if kind in _KINDS else _unusual_layout(op, args)
+        if problem is None:
+            raise
+        raise problem from None
+
+
+def _unusual_layout(op: Any, args: Sequence[Any]) -> Exception | None:
+    """Tensors that are not dense reach no kernel of ours, and torch's own words name none."""
+    for argument, value in zip(op.default._schema.arguments, args):
+        for i, tensor in enumerate(value if isinstance(value, list) else ()):
+            if tensor is not None and tensor.layout is not torch.strided:
+                return TypeError(
+                    f"{argument.name}[{i}]: got layout {tensor.layout}, must be a dense tensor "
+                    "(torch.strided)"
+                )
+    return None
 
 
 def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype = torch.bfloat16) -> int:
@@ -47,7 +73,7 @@ def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype = torch.bfloat16)
         k: entries sent, 1 to numel.
         wire_dtype: torch.bfloat16, torch.float16 or torch.float32.
     """
-    return _ops.payload_nbytes(numel, k, wire_dtype)
+    return _call(_ops.payload_nbytes, numel, k, wire_dtype)
 
 
 def select_state(numel: int, k: int, device: torch.device | str) -> Tensor:
@@ -57,7 +83,7 @@ def select_state(numel: int, k: int, device: torch.device | str) -> Tensor:
     selected; use one for each bucket.
     """
     device = torch.device(device)
-    nbytes = _ops.state_nbytes(numel, k, device)
+    nbytes = _call(_ops.state_nbytes, numel, k, device)
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
 
@@ -66,7 +92,7 @@ def repairs(state: Tensor) -> int:
 
     Reads the device: do not call it inside a step.
     """
-    return _ops.repairs(state)
+    return _call(_ops.repairs, state)
 
 
 def compress_(
@@ -109,7 +135,8 @@ def compress_(
         momentum_buffer: m, float32 [numel], updated in place; selects local momentum.
         nesterov: look ahead; local momentum only.
         weight_decay: lambda; needs ``params``.
-        params: w, tensors like ``grads``.
+        params: w, tensors like ``grads``. Looked at only where they are needed: with
+            ``weight_decay``, or where ``grads`` holds None.
         maximize: ascend instead of descend.
         grad_scale: loss scale S that the gradients carry, a number or a tensor holding one.
         found_inf: a tensor holding one number; non-zero counts the whole gradient as zero and adds
@@ -122,17 +149,23 @@ def compress_(
     """
     if grads is None:
         grads = [None] * len(params or ())
-    _require_dense(grads, "grads")
-    return _ops.compress_(
+    grads = list(grads)
+    if params is not None:
+        params = list(params)
+        needed = weight_decay != 0 or any(grad is None for grad in grads)
+        if not needed and len(params) == len(grads):
+            params = None  # a list of 161 tensors takes 45 us to hand over
+    return _call(
+        _ops.compress_,
         memory,
-        list(grads),
+        grads,
         k,
         momentum=_number(momentum, "momentum"),
         aggregate=aggregate,
         momentum_buffer=momentum_buffer,
         nesterov=nesterov,
         weight_decay=weight_decay,
-        params=None if params is None else list(params),
+        params=params,
         maximize=maximize,
         grad_scale=None if grad_scale is None else _number(grad_scale, "grad_scale"),
         found_inf=found_inf,
@@ -153,7 +186,7 @@ def unpack(
     Raises:
         RuntimeError: the payload is damaged (CPU).
     """
-    return _ops.unpack(payload, numel, k, wire_dtype)
+    return _call(_ops.unpack, payload, numel, k, wire_dtype)
 
 
 def verdict(payloads: Sequence[Tensor]) -> Tensor:
@@ -168,7 +201,7 @@ def verdict(payloads: Sequence[Tensor]) -> Tensor:
     """
     if not payloads:
         raise ValueError("payloads: got an empty list, must hold one tensor for each bucket")
-    return _ops.verdict(list(payloads))
+    return _call(_ops.verdict, list(payloads))
 
 
 def merge(
@@ -192,7 +225,7 @@ def merge(
     Raises:
         RuntimeError: a payload is damaged (CPU).
     """
-    return _ops.merge(payloads, numel, k, wire_dtype, skip=skip)
+    return _call(_ops.merge, payloads, numel, k, wire_dtype, skip=skip)
 
 
 def apply_(
@@ -210,8 +243,10 @@ def apply_(
         lr: eta, a number or a tensor holding one.
         skip: int32 [1]; non-zero does nothing.
     """
-    _require_dense(params, "params")
-    _ops.apply_(list(params), aggregate, _number(lr, "lr"), skip=skip)
+    params = list(params)
+    _call(_ops.apply_, params, aggregate, _number(lr, "lr"), skip=skip)
+    if not torch.compiler.is_compiling():  # the stable interface cannot tell autograd of the change
+        torch.autograd.graph.increment_version(params)
 
 
 def restore_(
@@ -229,7 +264,7 @@ def restore_(
         payload: this rank's own payload, uint8 [payload_nbytes].
         skip: int32 [1]; acts when it is non-zero. None: always.
     """
-    _ops.restore_(memory, payload, k, wire_dtype, skip=skip)
+    _call(_ops.restore_, memory, payload, k, wire_dtype, skip=skip)
 
 
 def mask_(
@@ -247,7 +282,7 @@ def mask_(
         payload: this rank's own payload, uint8 [payload_nbytes].
         skip: int32 [1]; non-zero does nothing.
     """
-    _ops.mask_(momentum_buffer, payload, k, wire_dtype, skip=skip)
+    _call(_ops.mask_, momentum_buffer, payload, k, wire_dtype, skip=skip)
 
 
 def sparsify(dense: Tensor) -> Tensor:
@@ -255,12 +290,12 @@ def sparsify(dense: Tensor) -> Tensor:
 
     It has room for numel entries (6 bytes each).
     """
-    return _ops.sparsify(dense)
+    return _call(_ops.sparsify, dense)
 
 
 def densify(aggregate: Tensor, numel: int) -> Tensor:
     """The aggregate as a dense tensor, float32 [numel]."""
-    return _ops.densify(aggregate, numel)
+    return _call(_ops.densify, aggregate, numel)
 
 
 def _number(value: float | Tensor, name: str) -> Tensor:
@@ -269,15 +304,6 @@ def _number(value: float | Tensor, name: str) -> Tensor:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, must be a number or a tensor")
     return torch.tensor(value, dtype=torch.float64)
-
-
-def _require_dense(tensors: Sequence[Tensor | None], name: str) -> None:
-    """Other layouts would reach no kernel of ours, and torch's own words name no argument."""
-    for i, tensor in enumerate(tensors):
-        if tensor is not None and tensor.layout is not torch.strided:
-            raise TypeError(
-                f"{name}[{i}]: got layout {tensor.layout}, must be a dense tensor (torch.strided)"
-            )
 
 
 @torch.library.register_fake("gmc_cuda::compress_")

@@ -28,11 +28,11 @@ KERNELS = {
 
 @cache
 def nvcc():
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(ROOT / "tools"))
     try:
         from build_toolkit import find_toolkits
     finally:
-        sys.path.remove(str(ROOT))
+        sys.path.remove(str(ROOT / "tools"))
     found = find_toolkits(os.environ)
     return found[0].nvcc if found else None
 

@@ -1,11 +1,11 @@
 // loops.h, compiled for three instruction sets. Results do not depend on which one runs: every
 // operation is rounded on its own (-ffp-contract=off), and none is reordered.
-#include <ATen/Version.h>
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define GMC_X86_DISPATCH
 #include <immintrin.h>
 #endif
 
+#include <cstdlib>
 #include <string>
 
 #include "../numbers.h"
@@ -38,16 +38,26 @@ namespace avx512 {
 }  // namespace avx512
 #endif
 
-// Follows torch's own choice, and so its ATEN_CPU_CAPABILITY.
-const Loops& loops() {
-  static const Loops table = [] {
 #ifdef GMC_X86_DISPATCH
-    const std::string capability = at::get_cpu_capability();
-    if (capability.rfind("AVX512", 0) == 0) return avx512::table();
-    if (capability == "AVX2") return avx2::table();
+// The best of the three that this processor has, or less if ATEN_CPU_CAPABILITY (default, avx2,
+// avx512), which torch's own kernels follow too, asks for less.
+Loops choose_loops() {
+  const char* value = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string asked = value ? value : "";
+  const bool has_avx2 = __builtin_cpu_supports("avx2");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (asked == "default") return baseline::table();
+  if (has_avx512 && asked != "avx2") return avx512::table();
+  return has_avx2 ? avx2::table() : baseline::table();
+}
+#else
+Loops choose_loops() { return baseline::table(); }
 #endif
-    return baseline::table();
-  }();
+
+const Loops& loops() {
+  static const Loops table = choose_loops();
   return table;
 }
 

@@ -1,17 +1,22 @@
 // How a bucket is shared out between threads: whole tiles, contiguous, in ascending order.
 #pragma once
 
-#include <ATen/Parallel.h>
+#include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <exception>
+#include <stdexcept>
 
 #include "../payload.h"
 
 namespace gmc::cpu {
 
 inline int64_t part_count(int64_t numel) {
-  return std::min<int64_t>(tile_count(numel), at::get_num_threads());
+  uint32_t threads = 1;
+  if (torch_get_num_threads(&threads)) throw std::runtime_error("torch_get_num_threads failed");
+  return std::min<int64_t>(tile_count(numel), threads);
 }
 
 // The first tile of a part; part == parts gives the end.
@@ -19,11 +24,26 @@ inline int64_t first_tile(int64_t part, int64_t parts, int64_t numel) {
   return tile_count(numel) * part / parts;
 }
 
+// Calls function(part) for every part, on torch's threads. An exception does not get through
+// torch's C interface, so the first one is carried past it.
 template <class Function>
 void for_each_part(int64_t parts, const Function& function) {
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) function(part);
-  });
+  struct Context {
+    const Function& function;
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
+    std::exception_ptr error = nullptr;
+  } context{function};
+  const auto run = [](int64_t begin, int64_t end, void* opaque) {
+    auto& context = *static_cast<Context*>(opaque);
+    try {
+      for (int64_t part = begin; part < end; ++part) context.function(part);
+    } catch (...) {
+      if (!context.failed.test_and_set()) context.error = std::current_exception();
+    }
+  };
+  if (torch_parallel_for(0, parts, 1, run, &context))
+    throw std::runtime_error("torch_parallel_for failed");
+  if (context.error) std::rethrow_exception(context.error);
 }
 
 inline int64_t tile_end(int64_t tile, int64_t numel) {

@@ -3,54 +3,49 @@
 // ops.cpp. Nothing here waits for the device.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "tensor.h"
 
 namespace gmc::cuda {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 struct CompressTensors {
-  at::Tensor memory;
+  Tensor memory;
   OptionalTensor momentum_buffer;
   std::vector<cpu::Segment> grads;
   std::vector<cpu::Segment> params;  // empty without weight decay
   int64_t k;
-  at::Tensor momentum;
+  Tensor momentum;
   OptionalTensor grad_scale, found_inf;
   float weight_decay;
   bool maximize, nesterov;
   OptionalTensor aggregate;
   DType wire;
-  at::Tensor payload;
+  Tensor payload;
   OptionalTensor state;
 };
 
 int64_t state_nbytes(int64_t numel, int64_t k);
 void compress(const CompressTensors& tensors);
-int64_t repairs(const at::Tensor& state);  // waits for the device
+int64_t repairs(const Tensor& state);  // waits for the device
 
 struct PayloadTensor {
-  at::Tensor bytes;
+  Tensor bytes;
   int64_t numel, k;
   DType wire;
 };
 
-void unpack(const PayloadTensor& payload, const at::Tensor& indices, const at::Tensor& values,
-            const at::Tensor& nonfinite);
-void verdict(at::TensorList payloads, const at::Tensor& flags);
+void unpack(const PayloadTensor& payload, const Tensor& indices, const Tensor& values,
+            const Tensor& nonfinite);
+void verdict(const TensorList& payloads, const Tensor& flags);
 void merge(const PayloadTensor& payloads, int64_t ranks, const OptionalTensor& skip,
-           const at::Tensor& aggregate);
-void apply(const std::vector<cpu::Segment>& params, const at::Tensor& aggregate, int64_t numel,
-           const at::Tensor& lr, const OptionalTensor& skip);
-void restore(const at::Tensor& memory, const PayloadTensor& payload, const OptionalTensor& skip);
-void mask(const at::Tensor& momentum_buffer, const PayloadTensor& payload,
-          const OptionalTensor& skip);
-void sparsify(const at::Tensor& dense, const at::Tensor& aggregate);
-void densify(const at::Tensor& aggregate, const at::Tensor& dense);
+           const Tensor& aggregate);
+void apply(const std::vector<cpu::Segment>& params, const Tensor& aggregate, int64_t numel,
+           const Tensor& lr, const OptionalTensor& skip);
+void restore(const Tensor& memory, const PayloadTensor& payload, const OptionalTensor& skip);
+void mask(const Tensor& momentum_buffer, const PayloadTensor& payload, const OptionalTensor& skip);
+void sparsify(const Tensor& dense, const Tensor& aggregate);
+void densify(const Tensor& aggregate, const Tensor& dense);
 
 }  // namespace gmc::cuda

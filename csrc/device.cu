@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
-#include "cuda/device.h"
+#include "cuda/error.h"
+#include "device.h"
 
 namespace gmc {
 namespace {
@@ -51,8 +52,8 @@ int device_count(std::string& error) {
   return 0;
 }
 
-Device probe_device(int index) {
-  Device device;
+ProbedDevice probe_device(int index) {
+  ProbedDevice device;
   int previous = 0;
   cudaDeviceProp properties;
   cudaError_t status = cudaGetDevice(&previous);
@@ -68,7 +69,7 @@ Device probe_device(int index) {
     status = probe_current_device(right);
     if (status == cudaSuccess && !right) device.error = "the probe kernel gave a wrong answer";
   }
-  if (status != cudaSuccess) device.error = cudaGetErrorString(status);
+  if (status != cudaSuccess) device.error = explain(status);
   (void)cudaSetDevice(previous);
   (void)cudaGetLastError();
   return device;

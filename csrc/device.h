@@ -6,7 +6,7 @@
 
 namespace gmc {
 
-struct Device {
+struct ProbedDevice {
   std::string name;
   int major = 0;  // compute capability
   int minor = 0;
@@ -22,6 +22,6 @@ int runtime_version();
 int device_count(std::string& error);
 
 // Describes a device and runs a kernel on it; leaves the current device as it was.
-Device probe_device(int index);
+ProbedDevice probe_device(int index);
 
 }  // namespace gmc

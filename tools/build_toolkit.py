@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 PREFERRED_ARCHS = ("8.0", "9.0", "10.0")
@@ -40,12 +39,11 @@ class Toolkit:
         return self.home / "include"
 
     @property
-    def cudart(self):
+    def cudart_static(self):
         """The CUDA runtime to link with, or None."""
         for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
-            for name in ("libcudart.so", f"libcudart.so.{self.major}"):
-                if (self.home / folder / name).exists():
-                    return self.home / folder / name
+            if (self.home / folder / "libcudart_static.a").exists():
+                return self.home / folder / "libcudart_static.a"
         return None
 
 
@@ -95,7 +93,7 @@ def toolkit_of(nvcc):
     for home in guesses:
         toolkit = Toolkit(Path(os.path.abspath(home)), release.group(1))
         runtime_header = toolkit.include / "cuda_runtime.h"
-        if toolkit.nvcc.exists() and runtime_header.exists() and toolkit.cudart:
+        if toolkit.nvcc.exists() and runtime_header.exists() and toolkit.cudart_static:
             return toolkit
     return None
 
@@ -169,7 +167,7 @@ def make_plan(torch_version, torch_cuda, environ=os.environ, find=find_toolkits)
         else:
             chosen = [name for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
             where = f"{chosen[0]}={environ[chosen[0]]}" if chosen else "any of the usual places"
-            reason = f"no CUDA toolkit (nvcc, headers and libcudart) was found in {where}"
+            reason = f"no CUDA toolkit (nvcc, headers and libcudart_static.a) was found in {where}"
     if toolkit:
         return Plan(toolkit, arch_list(environ, run(toolkit.nvcc, "--list-gpu-arch")), "")
     if force_cuda:
@@ -178,14 +176,3 @@ def make_plan(torch_version, torch_cuda, environ=os.environ, find=find_toolkits)
             "same major version, and set CUDA_HOME if the toolkit is in an unusual place."
         )
     return Plan(None, "", reason)
-
-
-def ninja_folder():
-    """The folder of the ninja program that pip installed, or "": it is on no path while its
-    environment is not activated, and torch looks there only."""
-    try:
-        files = metadata.files("ninja") or []
-    except metadata.PackageNotFoundError:
-        return ""
-    programs = [file.locate() for file in files if file.name == "ninja"]
-    return next((str(Path(found).resolve().parent) for found in programs if found.is_file()), "")

@@ -1,0 +1,158 @@
+"""Compiles the two libraries of the package with ninja: what is compiled, with which flags."""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from glob import glob
+from importlib import metadata
+from pathlib import Path
+
+from build_toolkit import BuildError
+
+# The oldest torch whose stable interface is used. What is built with it runs with every later one.
+TARGET_TORCH = "2.11"
+
+# Contracting a*b + c into one rounding would give every backend its own bits.
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
+CXX_FLAGS += ["-Wall", "-Wextra"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-lineinfo", "-Xcompiler"]
+NVCC_FLAGS += ["-fPIC,-ffp-contract=off,-fvisibility=hidden,-Wall,-Wextra"]
+
+RULES = """
+rule cxx
+  command = $cxx -MD -MF $out.d $flags -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = $in
+rule nvcc
+  command = $nvcc -MD -MF $out.d $flags -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = $in
+rule link
+  command = $cxx -shared $in -o $out $flags
+  description = $out
+"""
+
+
+def cxx():
+    """The C++ compiler: $CXX or c++."""
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def gencode_flags(archs):
+    """nvcc's flags for a list in the form of TORCH_CUDA_ARCH_LIST: "8.0;9.0a;10.0+PTX"."""
+    flags = []
+    for arch in re.split(r"[\s;,]+", archs.strip()):
+        number = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+        if not number:
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST={archs!r}: {arch!r} is not of the form 9.0 or 9.0+PTX"
+            )
+        code = number[1] + number[2]
+        flags.append(f"-gencode=arch=compute_{code},code=sm_{code}")
+        if number[3]:
+            flags.append(f"-gencode=arch=compute_{code},code=compute_{code}")
+    return flags
+
+
+def ninja():
+    """The ninja program: on the path, or where pip has put it while its environment is not."""
+    try:
+        files = metadata.files("ninja") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    programs = [str(file.locate()) for file in files if file.name == "ninja"]
+    found = next(filter(os.path.isfile, programs), None) or shutil.which("ninja")
+    if not found:
+        raise BuildError(f"ninja is needed to build: {sys.executable} -m pip install ninja")
+    return found
+
+
+def write_ninja_file(folder, plan, torch_folder):
+    """Writes folder/build.ninja, which makes folder/_ops.so and folder/_C.so of csrc/.
+
+    _ops.so has the operators and knows torch, but no Python; _C.so is a Python module and knows
+    no torch. Paths are relative to the sources' folder, where ninja runs.
+    """
+    torch_target = int(TARGET_TORCH.split(".")[0]) << 56 | int(TARGET_TORCH.split(".")[1]) << 48
+    include = ["-Icsrc", "-isystem", str(torch_folder / "include")]
+    macros = [f"-DTORCH_TARGET_VERSION={torch_target:#x}"]
+    archs_macro = f'-DGMC_CUDA_ARCHS="{plan.archs}"'
+    python = ["-isystem", sysconfig.get_path("include")]
+    # By their names alone, so that the torch that is running, which has them loaded, provides
+    # them. libtorch.so leads to libtorch_cuda.so where torch has one, and is kept in spite of
+    # having no symbols. libstdc++ comes first, because torch's libraries hold parts of it, too.
+    torch_libraries = [f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed"]
+    torch_libraries += ["-lstdc++", "-ltorch", "-ltorch_cpu"]
+    link = ["-Wl,--exclude-libs,ALL"]
+    if plan.toolkit:
+        include += ["-isystem", str(plan.toolkit.include)]
+        macros += ["-DGMC_WITH_CUDA", "-DUSE_CUDA", archs_macro]
+        # A runtime of our own: torch's may be of another CUDA version, or absent.
+        link += [str(plan.toolkit.cudart_static), "-ldl", "-lrt", "-lpthread"]
+
+    cuda = ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"] if plan.toolkit else []
+    sources = {
+        "_C": ["csrc/module.cpp"] + (["csrc/device.cu"] if plan.toolkit else []),
+        "_ops": ["csrc/ops.cpp", "csrc/checks.cpp", "csrc/cpu/*.cpp", *cuda],
+    }
+    libraries = {"_ops": link + torch_libraries, "_C": link}
+
+    def flags(source):
+        if source.endswith(".cu"):
+            compiler = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
+            return NVCC_FLAGS + compiler + gencode_flags(plan.archs) + ["-Icsrc", archs_macro]
+        return CXX_FLAGS + macros + include + (python if source == "csrc/module.cpp" else [])
+
+    def path(text):
+        return re.sub(r"([$ :])", r"$\1", str(text))
+
+    def command(words):
+        return shlex.join(map(str, words)).replace("$", "$$")
+
+    lines = [f"builddir = {path(folder)}", f"cxx = {command(cxx())}"]
+    lines += [f"nvcc = {command([plan.toolkit.nvcc])}"] if plan.toolkit else []
+    lines += [RULES]
+    for library, patterns in sources.items():
+        objects = []
+        for source in (file for pattern in patterns for file in sorted(glob(pattern))):
+            objects.append(path(folder / f"{source}.o"))
+            rule = "nvcc" if source.endswith(".cu") else "cxx"
+            lines.append(f"build {objects[-1]}: {rule} {path(source)}")
+            lines.append(f"  flags = {command(flags(source))}")
+        lines.append(f"build {path(folder / library)}.so: link {' '.join(objects)}")
+        lines.append(f"  flags = {command(libraries[library])}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+
+
+def compile_libraries(folder, plan):
+    """Compiles what has changed; returns how, for the record that is installed."""
+    import torch
+
+    write_ninja_file(folder, plan, Path(torch.__file__).parent)
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    if subprocess.run([ninja(), "-f", str(folder / "build.ninja"), *jobs]).returncode:
+        raise BuildError("the compiler failed: see its message after FAILED")
+    version = subprocess.run([*cxx(), "--version"], capture_output=True, text=True)
+    target = f"CUDA {plan.toolkit.version} ({plan.archs})" if plan.toolkit else "the CPU only"
+    why = f"toolkit in {plan.toolkit.home}" if plan.toolkit else plan.reason
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "target_torch": TARGET_TORCH,
+        "with_cuda": plan.toolkit is not None,
+        "cuda": plan.toolkit.version if plan.toolkit else None,
+        "arch_list": plan.archs,
+        "compiler": version.stdout.split("\n")[0],
+        "cxx_flags": " ".join(CXX_FLAGS),
+        "nvcc_flags": " ".join(NVCC_FLAGS) if plan.toolkit else "",
+        "summary": f"gmc_cuda: built for {target}, torch {TARGET_TORCH} and later (headers of "
+        f"{torch.__version__}), Python {platform.python_version()}; {why}",
+    }
