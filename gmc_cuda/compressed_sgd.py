@@ -17,7 +17,7 @@ from gmc_cuda import agreement, hyperparameters, ops, transfers, wire
 from gmc_cuda import state_dict as states
 from gmc_cuda.buckets import MAX_NUMEL, Bucket, in_storage_order, make_buckets
 from gmc_cuda.exchange import Exchange, FlatGroup, GroupLost
-from gmc_cuda.integrity import DamageWatch
+from gmc_cuda.integrity import DamageWatch, DuplicateWatch, check_replicas
 from gmc_cuda.rules import Rule
 
 
@@ -29,9 +29,12 @@ class Settings:
     overlap: bool
     bucket_cap_mb: float
     nonfinite: str
+    check_replicas_every: int
 
     def check(self) -> None:
-        hyperparameters.check_options(self.wire_dtype, self.bucket_cap_mb, self.nonfinite)
+        hyperparameters.check_options(
+            self.wire_dtype, self.bucket_cap_mb, self.nonfinite, self.check_replicas_every
+        )
 
     @property
     def cap_numel(self) -> int:
@@ -78,7 +81,7 @@ class CompressedSGD(torch.optim.Optimizer):
         self._skipped: Tensor | None = None  # counted on the device
         self._verdict: Tensor | None = None  # of the last step
         self._averaged = False
-        self._damage = DamageWatch()
+        self._damage, self._duplicates = DamageWatch(), DuplicateWatch()
         self._synchronizing = True
         self._hooked: set[Tensor] = set()
         self._started: list[transfers.Transfer] = []
@@ -245,6 +248,11 @@ class CompressedSGD(torch.optim.Optimizer):
         self._apply(skip)
         self._restart()
         self._steps += 1
+        every = self._settings.check_replicas_every
+        if every and self._steps % every == 0:
+            params = [p for bucket in self._buckets for p in bucket.flat_params()]
+            names = list(self._bucket_of)
+            check_replicas(self._exchange, params, lambda i: self._name(names[i]), self._steps)
         return loss
 
     def _start(self, bucket: Bucket, grads: list[Tensor | None]) -> None:
@@ -296,6 +304,7 @@ class CompressedSGD(torch.optim.Optimizer):
         self._raise_on(skip)
         for transfer in self._started:
             transfer.merge(skip)
+        self._duplicates.look(self._started, self._exchange.size)
         return skip
 
     @contextmanager
@@ -505,7 +514,8 @@ class CompressedSGD(torch.optim.Optimizer):
         }
 
 
-def _complete(optimizer: CompressedSGD, state_dict: dict[str, Any]) -> None:
+def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    assert isinstance(optimizer, CompressedSGD)
     exchange = optimizer._exchange
     stamp = states.Stamp(
         type(optimizer).__name__, exchange.rank, exchange.size, optimizer._averaged

@@ -99,13 +99,13 @@ class FlatGroup:
                 "this copy of an optimizer was made in another process and its process_group "
                 "stayed there: set optimizer.process_group = group"
             )
-        if self.group is None and dist.is_available() and dist.is_initialized():
-            if dist.get_world_size() > 1:
-                raise RuntimeError(
-                    "torch.distributed was initialised after this optimizer was constructed, so "
-                    "it would train its worker alone: call init_process_group() first, then "
-                    "construct the optimizer"
-                )
+        late = self.group is None and dist.is_available() and dist.is_initialized()
+        if late and dist.get_world_size() > 1:
+            raise RuntimeError(
+                "torch.distributed was initialised after this optimizer was constructed, so it "
+                "would train its worker alone: call init_process_group() first, then construct "
+                "the optimizer"
+            )
 
     def all_gather(self, payload: Tensor) -> tuple[Tensor, Work]:
         if self.size == 1:
@@ -122,7 +122,7 @@ class FlatGroup:
             return _Pending(dist.all_reduce(tensor, group=self.group, async_op=True))
 
     def broadcast(self, tensors: list[Tensor]) -> None:
-        if self.size == 1:
+        if self.size == 1 or self.group is None:
             return
         source = dist.get_global_rank(self.group, 0)
         works = [dist.broadcast(t, source, group=self.group, async_op=True) for t in tensors]

@@ -27,8 +27,10 @@ class Transfer(Protocol):
 
     bucket: Bucket
     nbytes: int
-    payloads: Tensor | None
     aggregate: Tensor
+
+    @property
+    def payloads(self) -> Tensor | None: ...
 
     def wait(self) -> None:
         """Waits for the collective (on CUDA: makes the current stream wait)."""
