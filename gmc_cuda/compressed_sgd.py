@@ -161,8 +161,8 @@ class CompressedSGD(torch.optim.Optimizer):
         params = [p.detach() for group in groups for p in group["params"] if p.numel()]
         self._exchange.broadcast([in_storage_order(p) for p in params])
 
-    def _current_layout(self) -> list[tuple[bool, ...]]:
-        return [tuple(p.requires_grad for p in group["params"]) for group in self.param_groups]
+    def _current_layout(self) -> list[bool]:
+        return [p.requires_grad for group in self.param_groups for p in group["params"]]
 
     def _build(self, saved: states.Held) -> None:
         """Packs the parameters that require a gradient into buckets that hold what was saved."""
@@ -234,7 +234,8 @@ class CompressedSGD(torch.optim.Optimizer):
             self._repack()
         for g, group in enumerate(self.param_groups):
             self._check_group(group, g)
-        waiting = [(b, self._gradients(b)) for b in self._buckets[len(self._started) :]]
+        waiting = self._buckets[len(self._started) :]
+        grads = [bucket.flat_grads(self._refuse_gradient) for bucket in waiting]
         self._averaged = False
         self._rule.prepare(
             (p.grad for p in self._bucket_of if p.grad is not None),
@@ -242,8 +243,8 @@ class CompressedSGD(torch.optim.Optimizer):
             self._scaling()["grad_scale"],
         )
         with self._giving_back_on_errors():
-            for bucket, grads in waiting:
-                self._start(bucket, grads)
+            for bucket, its_grads in zip(waiting, grads, strict=True):
+                self._start(bucket, its_grads)
             skip = self._receive()
         self._apply(skip)
         self._restart()
@@ -358,11 +359,9 @@ class CompressedSGD(torch.optim.Optimizer):
                 "finite gradients stay in memory (nonfinite='skip' goes on without raising)"
             )
 
-    def _gradients(self, bucket: Bucket) -> list[Tensor | None]:
-        for param in bucket.params:
-            if param.grad is not None:
-                hyperparameters.check_gradient(param, param.grad, self._name)
-        return bucket.flat_grads()
+    def _refuse_gradient(self, param: Tensor) -> None:
+        assert param.grad is not None
+        hyperparameters.refuse_gradient(param.grad, self._name(param))
 
     def _name(self, param: Tensor) -> str:
         for g, group in enumerate(self.param_groups):
@@ -403,7 +402,7 @@ class CompressedSGD(torch.optim.Optimizer):
                 break
             self._check_scaler()
             with self._giving_back_on_errors():
-                self._start(bucket, self._gradients(bucket))
+                self._start(bucket, bucket.flat_grads(self._refuse_gradient))
             # Sent is sent: clipping these gradients afterwards would have no effect.
             for sent in bucket.params:
                 sent.grad = None
@@ -413,8 +412,8 @@ class CompressedSGD(torch.optim.Optimizer):
             for transfer in self._started:
                 for param in transfer.bucket.params:
                     param.grad = None
+            self._missing = {bucket: set(bucket.params) for bucket in self._buckets}
         self._started = []
-        self._missing = {bucket: set(bucket.params) for bucket in self._buckets}
 
     def _refuse_between_backward_and_step(self, what: str) -> None:
         if self._started:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmc_cuda.buckets import MAX_NUMEL, is_dense_layout
+from gmc_cuda.buckets import DTYPES, MAX_NUMEL, is_dense_layout
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_NAMES = "torch.float32, torch.bfloat16 or torch.float16"
 
 
@@ -62,11 +61,9 @@ def check_param(param: Tensor, name: str) -> None:
         )
 
 
-def check_gradient(param: Tensor, grad: Tensor, name: Callable[[Tensor], str]) -> None:
-    """Args: name gives the parameter's name for the message."""
-    if grad.layout == torch.strided and grad.dtype in DTYPES:
-        return
-    what = f"gradient of {name(param)}"
+def refuse_gradient(grad: Tensor, name: str) -> None:
+    """Raises for a gradient that is no dense tensor of a known dtype."""
+    what = f"gradient of {name}"
     if grad.layout != torch.strided:
         raise TypeError(
             f"{what}: got layout {grad.layout}, must be dense (torch.strided); for embeddings use "
