@@ -313,10 +313,9 @@ class CompressedSGD(torch.optim.Optimizer):
         """Nothing was applied yet, so what was to be sent returns to memory."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # also a Ctrl-C, after which many save their state
             for transfer in self._started:
                 transfer.give_back()
-                transfer.bucket.aggregate = None
             if self._started and self._skipped is not None:
                 self._skipped += 1
             self._restart()
