@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from compare_methods.provenance import provenance
 
 from bench import budget, cases, peers, report
 from bench.cases import Case
@@ -19,6 +18,7 @@ from bench.launches import count
 from bench.options import NUMELS, parse
 from bench.problem import Problem
 from bench.timing import Participant, ratio, summary
+from compare_methods.provenance import provenance
 from gmc_cuda import ops
 
 WARM_UP = {"cpu": 20, "cuda": 60}  # rounds until the guess has settled
