@@ -1,9 +1,10 @@
-"""Every worker that torchrun starts trains on data of its own: torchrun examples/minimal.py"""
+"""Train on several workers: torchrun --nproc-per-node=4 examples/minimal.py"""
 
 import os
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import gmc_cuda
 
@@ -14,16 +15,14 @@ if torch.cuda.is_available():
     torch.cuda.set_device(device)
 
 torch.manual_seed(0)
-teacher = torch.nn.Linear(64, 10).to(device)
-model = torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.ReLU(), torch.nn.Linear(512, 10)).to(
-    device
-)
+teacher = nn.Linear(64, 10).to(device)
+model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 10)).to(device)
 optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1, momentum=0.9, density=0.01)
 
 torch.manual_seed(rank)  # from here on every worker draws numbers of its own
 for step in range(1, 301):
     x = torch.randn(32, 64, device=device)
-    loss = torch.nn.functional.mse_loss(model(x), teacher(x).detach())
+    loss = nn.functional.mse_loss(model(x), teacher(x).detach())
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()  # compress, exchange, apply: the same weights on every worker
