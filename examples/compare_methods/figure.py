@@ -9,8 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from demo.methods import LABELS
-from demo.task import Task
+from compare_methods.methods import LABELS
+from compare_methods.task import Task
 
 # Okabe and Ito's colours, told apart by colour-blind readers; dashes for curves that coincide.
 STYLES = {

@@ -11,7 +11,8 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
-from demo.supervisor import FOLDER
+from compare_methods import NAME
+from compare_methods.supervisor import FOLDER
 
 
 def run(options: argparse.Namespace) -> int:
@@ -23,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         _work(options)
     except Exception as error:
-        _leave_last_words(error)
+        _tell_error(error)
         # Not through the interpreter's shutdown: it may wait for peers that are gone.
         sys.stdout.flush()
         os._exit(1)
@@ -33,8 +34,8 @@ def run(options: argparse.Namespace) -> int:
 def _work(options: argparse.Namespace) -> None:
     import torch.distributed as dist
 
-    from demo import digits, methods, text, training
-    from demo.progress import Progress
+    from compare_methods import digits, methods, text, training
+    from compare_methods.progress import Progress
 
     device = pick_device(options.device)
     folder = os.environ.get(FOLDER)
@@ -52,7 +53,7 @@ def _work(options: argparse.Namespace) -> None:
     load = {"text": text.load, "digits": digits.load}[options.task]
     task = load(rank, options.workers, options.non_iid).to(device)
     if rank == 0:
-        from demo import figure, report
+        from compare_methods import figure, report
 
         Path(options.output).mkdir(parents=True, exist_ok=True)  # fail now, not after training
         report.print_start(task, options, device)
@@ -114,21 +115,21 @@ def _end_with_supervisor() -> None:
     os._exit(1)  # standard input closed: the supervisor is gone, even if killed
 
 
-def _leave_last_words(error: Exception) -> None:
+def _tell_error(error: Exception) -> None:
     rank = os.environ["RANK"]
     message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     lost = bool(re.search(r"connection (closed|reset)|broken pipe", str(error), re.IGNORECASE))
     if FOLDER in os.environ:
         expected = isinstance(error, (ValueError, OSError, ImportError, NotImplementedError))
-        words = {
+        record = {
             "message": message,
             "lost_connection": lost,
             "traceback": "" if expected else traceback.format_exc(),
         }
         path = Path(os.environ[FOLDER], f"error-{rank}.json")
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(words))
+        part.write_text(json.dumps(record))
         part.rename(path)
     else:
         told = "lost the connection to another worker" if lost else message
-        print(f"train.py: worker {rank}: {told}", file=sys.stderr, flush=True)
+        print(f"{NAME}: worker {rank}: {told}", file=sys.stderr, flush=True)

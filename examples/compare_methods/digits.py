@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from demo.task import Task, split
+from compare_methods.task import Task, split
 
 TEST_SHARE = 0.3
 

@@ -3,6 +3,16 @@
 import argparse
 import os
 
+from compare_methods import NAME
+from compare_methods.arguments import (
+    below_one,
+    density,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+)
+
 METHODS = {
     "dmsgd": "dense momentum SGD (GMC with density 1)",
     "gmc": "GMC: sparse, global momentum",
@@ -56,7 +66,7 @@ def _set_workers(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="train.py",
+        prog=NAME,
         description="Train one model with several methods of distributed momentum SGD and compare "
         "loss, accuracy and bytes sent.",
         epilog="methods: " + "; ".join(f"{name} = {text}" for name, text in METHODS.items()),
@@ -80,14 +90,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--workers",
-        type=_positive_int,
+        type=positive_int,
         default=None,
         metavar="N",
         help="workers to start on this machine (default 4); under torchrun, its world size",
     )
     add(
         "--density",
-        type=_density,
+        type=density,
         default=0.01,
         metavar="D",
         help="share of entries sent by the sparse methods, 0 < D <= 1 (default 0.01)",
@@ -97,38 +107,38 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="digits: each worker gets few classes; text: each worker gets its own files",
     )
-    add("--steps", type=_positive_int, metavar="N", help=_by_task("steps per run", "steps"))
+    add("--steps", type=positive_int, metavar="N", help=_by_task("steps per run", "steps"))
     add(
         "--seeds",
-        type=_positive_int,
+        type=positive_int,
         metavar="N",
         help=_by_task(
             "runs per method, with seeds 0 to N-1; the table shows mean and standard deviation",
             "seeds",
         ),
     )
-    add("--batch", type=_positive_int, metavar="N", help=_by_task("examples per worker", "batch"))
-    add("--lr", type=_positive_float, help=_by_task("learning rate, of all methods", "lr"))
+    add("--batch", type=positive_int, metavar="N", help=_by_task("examples per worker", "batch"))
+    add("--lr", type=positive_float, help=_by_task("learning rate, of all methods", "lr"))
     add(
         "--momentum",
-        type=_below_one,
+        type=below_one,
         default=0.9,
         metavar="BETA",
         help="0 <= BETA < 1 (default 0.9)",
     )
-    add("--weight-decay", type=_non_negative_float, default=0.0, metavar="W", help="(default 0)")
+    add("--weight-decay", type=non_negative_float, default=0.0, metavar="W", help="(default 0)")
     add(
         "--schedule",
-        type=_positive_int,
+        type=positive_int,
         nargs="*",
         metavar="STEP",
         help="stagewise learning rate: multiply it by --gamma at these steps (default: at 75 and "
         "90 percent of the steps; no number: constant)",
     )
-    add("--gamma", type=_positive_float, default=0.1, help="factor of --schedule (default 0.1)")
+    add("--gamma", type=positive_float, default=0.1, help="factor of --schedule (default 0.1)")
     add(
         "--warmup",
-        type=_non_negative_int,
+        type=non_negative_int,
         default=0,
         metavar="STEPS",
         help="lower the density of the sparse methods from 0.25 to --density over this many steps, "
@@ -159,25 +169,3 @@ def _parser() -> argparse.ArgumentParser:
 def _by_task(text: str, name: str) -> str:
     values = ", ".join(f"{task} {defaults[name]}" for task, defaults in TASK_DEFAULTS.items())
     return f"{text} (default: {values})"
-
-
-def _number(convert, accept, wanted):
-    def parse_one(text):
-        try:
-            value = convert(text)
-        except ValueError:
-            value = None
-        if value is None or not accept(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-        return value
-
-    return parse_one
-
-
-_INF = float("inf")
-_positive_int = _number(int, lambda v: v > 0, "a whole number above 0")
-_non_negative_int = _number(int, lambda v: v >= 0, "a whole number, 0 or more")
-_positive_float = _number(float, lambda v: 0 < v < _INF, "a number above 0")
-_non_negative_float = _number(float, lambda v: 0 <= v < _INF, "a number, 0 or more")
-_below_one = _number(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
-_density = _number(float, lambda v: 0 < v <= 1, "a number above 0, at most 1")

@@ -15,14 +15,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-TRAIN = str(BENCHMARKS / "train.py")
+EXAMPLES = Path(__file__).parent.parent / "examples"
+DEMO = str(EXAMPLES / "compare_methods")
 SECONDS_TO_END = 20  # with room for a busy machine; usually one or two
 
-sys.path.insert(0, str(BENCHMARKS))
-from demo.digits import partition  # noqa: E402
-from demo.options import METHODS, parse  # noqa: E402
-from demo.supervisor import find_cause  # noqa: E402
+sys.path.insert(0, str(EXAMPLES))
+from compare_methods.digits import partition  # noqa: E402
+from compare_methods.options import METHODS, parse  # noqa: E402
+from compare_methods.supervisor import find_cause  # noqa: E402
 
 DIGITS = ["--task", "digits", "--non-iid", "--steps", "20", "--seeds", "2"]
 
@@ -47,7 +47,7 @@ def read(path):
 
 
 def test_text_with_every_method(tmp_path):
-    printed = run([TRAIN, "--workers", "2", "--steps", "12", "--batch", "2"], tmp_path)
+    printed = run([DEMO, "--workers", "2", "--steps", "12", "--batch", "2"], tmp_path)
     for part in ("dense momentum SGD", "GMC", "DGC", "memory SGD", "text.png", "text.json"):
         assert part in printed
     assert (tmp_path / "text.png").read_bytes().startswith(b"\x89PNG")
@@ -78,8 +78,8 @@ def test_text_with_every_method(tmp_path):
 def test_torchrun_gives_the_same_numbers_as_own_workers(tmp_path):
     """Two ways to start, twice the same seeds: all that is not a time must be equal."""
     options = [*DIGITS, "--methods", "dmsgd", "gmc"]
-    run([TRAIN, "--workers", "2", *options], tmp_path / "own")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", TRAIN]
+    run([DEMO, "--workers", "2", *options], tmp_path / "own")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", DEMO]
     printed = run([*torchrun, *options], tmp_path / "torchrun")
     assert "±" in printed and "points from dense" in printed
 
@@ -97,7 +97,7 @@ def test_torchrun_gives_the_same_numbers_as_own_workers(tmp_path):
 def started(tmp_path):
     """A run of two workers in the middle of training, and the process ids of its workers."""
     process = subprocess.Popen(
-        [sys.executable, TRAIN, "--task", "digits", "--workers", "2", "--seeds", "1",
+        [sys.executable, DEMO, "--task", "digits", "--workers", "2", "--seeds", "1",
          "--steps", "5000", "--device", "cpu", "--output", str(tmp_path)],
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -139,7 +139,7 @@ def test_a_killed_worker_ends_the_run_with_one_message(started, rank):
     assert status == 1
     (line,) = errors.splitlines()
     assert line == (
-        f"train.py: worker {rank} (process {workers[rank]}) was ended by SIGKILL; "
+        f"compare_methods: worker {rank} (process {workers[rank]}) was ended by SIGKILL; "
         "the other workers were stopped"
     )
 
@@ -149,7 +149,7 @@ def test_ctrl_c_ends_the_run_with_one_message(started):
     process.send_signal(signal.SIGINT)
     status, errors = end(process, workers)
     assert status == 130
-    assert errors.splitlines() == ["train.py: stopped by Ctrl-C; all workers have ended"]
+    assert errors.splitlines() == ["compare_methods: stopped by Ctrl-C; all workers have ended"]
 
 
 def test_workers_end_when_the_supervisor_is_killed(started):
@@ -174,8 +174,8 @@ def test_workers_end_when_the_supervisor_is_killed(started):
 def test_the_message_names_the_culprit_not_its_victims(codes, told, tmp_path):
     lost = {"message": "RuntimeError: Connection closed by peer", "lost_connection": True}
     own = {"message": "ValueError: bad", "lost_connection": False}
-    for rank, words in enumerate((lost, own)):
-        (tmp_path / f"error-{rank}.json").write_text(json.dumps({**words, "traceback": ""}))
+    for rank, error in enumerate((lost, own)):
+        (tmp_path / f"error-{rank}.json").write_text(json.dumps({**error, "traceback": ""}))
     (tmp_path / "stderr-2").write_text("first line\nlast line\n")
     workers = [
         SimpleNamespace(returncode=code, pid=100 + rank, poll=lambda code=code: code)
@@ -187,13 +187,13 @@ def test_the_message_names_the_culprit_not_its_victims(codes, told, tmp_path):
 def test_an_error_in_the_workers_is_told_once(tmp_path):
     (tmp_path / "file").write_text("")
     done = subprocess.run(
-        [sys.executable, TRAIN, "--task", "digits", "--workers", "2", "--device", "cpu",
+        [sys.executable, DEMO, "--task", "digits", "--workers", "2", "--device", "cpu",
          "--output", str(tmp_path / "file")],
         env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("train.py: worker 0 failed: FileExistsError")
+    assert line.startswith("compare_methods: worker 0 failed: FileExistsError")
 
 
 @given(

@@ -12,10 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from demo.methods import LABELS
-from demo.provenance import provenance
-from demo.task import Task
-from demo.training import Run
+from compare_methods.methods import LABELS
+from compare_methods.provenance import provenance
+from compare_methods.task import Task
+from compare_methods.training import Run
 
 Results = dict[str, list[Run]]
 

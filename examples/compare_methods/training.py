@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demo import methods
-from demo.progress import Progress
-from demo.task import Task
+from compare_methods import methods
+from compare_methods.progress import Progress
+from compare_methods.task import Task
 
 POINTS = 16  # evaluations per run at most, denser at its start
 

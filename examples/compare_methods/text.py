@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demo.task import Task, split
+from compare_methods.task import Task, split
 
 MAX_BYTES = 4_000_000
 TEST_EVERY = 10  # every tenth file is held out

@@ -1,6 +1,8 @@
-"""The parts of benchmarks/train.py.
+"""The demo: one model trained with four methods, next to each other.
 
+__main__    where `python examples/compare_methods` starts
 options     the command line
+arguments   types of numbers on a command line, which the benchmarks use too
 supervisor  starts the workers, watches them, ends them all when one dies
 worker      one process: joins the group, picks its device, trains every method
 training    one run of one method with one seed
@@ -13,3 +15,5 @@ provenance  hardware, versions, date
 report      the table and the JSON file
 figure      the picture
 """
+
+NAME = "compare_methods"  # before every message

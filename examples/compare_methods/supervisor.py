@@ -14,7 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-FOLDER = "GMC_DEMO_FOLDER"  # where a supervised worker finds the store and leaves its last words
+from compare_methods import NAME
+
+FOLDER = "GMC_DEMO_FOLDER"  # where a supervised worker finds the store and writes why it failed
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 0.5  # after a first death: the culprit may be the one that is seen second
 KILL_SECONDS = 2.0
@@ -108,9 +110,9 @@ def find_cause(workers: list[subprocess.Popen], folder: str) -> str:
             name = signal.Signals(-worker.returncode).name
             found.append((0, rank, f"worker {rank} (process {worker.pid}) was ended by {name}"))
             continue
-        words = Path(folder, f"error-{rank}.json")
-        if words.exists():
-            error = json.loads(words.read_text())
+        record = Path(folder, f"error-{rank}.json")
+        if record.exists():
+            error = json.loads(record.read_text())
             text = f"worker {rank} failed: {error['message']}"
             if error["traceback"] and not error["lost_connection"]:
                 text = error["traceback"] + text
@@ -124,5 +126,5 @@ def find_cause(workers: list[subprocess.Popen], folder: str) -> str:
 
 def _say(message: str, status: int) -> int:
     start = "\n" if sys.stderr.isatty() else ""  # a progress bar may have left the cursor mid-line
-    print(f"{start}train.py: {message}", file=sys.stderr)
+    print(f"{start}{NAME}: {message}", file=sys.stderr)
     return status
