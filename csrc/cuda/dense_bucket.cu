@@ -7,10 +7,7 @@
 namespace gmc::cuda {
 namespace {
 
-// A float32 sum counts on exactly up to here. Saturating, it does not depend on the order.
-constexpr uint32_t kLargestCount = 1u << 24;
-
-// *counter += x, a whole number that stays one.
+// *counter += x, a whole number, up to kLargestCount.
 __device__ void add_count(float* counter, uint32_t x) {
   auto* const bits = reinterpret_cast<uint32_t*>(counter);
   uint32_t seen = 0, expected;  // as launched
