@@ -69,3 +69,14 @@ bench: $(VENV)/built  ## time the ops and the whole step on this machine's GPU o
 gpu:  ## on a machine with a GPU: build, tests, sanitizers, benchmarks, NCCL; RESULTS=folder
 	@'$(PYTHON)' benchmarks/gpu.py --python '$(abspath $(python))' --results '$(results)' \
 	    --build '$(MAKE) --no-print-directory $(VENV)/built'
+
+# The wheel serves one version of Python and every torch from 2.11 on. Its tests install it into
+# new environments: TORCH='torch==2.12.0' instead of three versions, SHORT=1 for the main tests.
+.PHONY: wheel test-wheel
+wheel: $(VENV)/packages  ## build the wheel into dist/
+	@rm -rf build/lib.* dist/*.whl  # what is in there would come along, renamed since or not
+	@$(python) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+test-wheel: wheel  ## test the installed wheel with the oldest torch, with 2.13.0 and the newest
+	@$(python) tools/test_wheel.py dist/*.whl $(if $(TORCH),--torch '$(TORCH)') $(if $(SHORT),--short) $(ARGS)
