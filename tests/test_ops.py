@@ -318,6 +318,31 @@ def test_sparsify_densify_round_trip(seed, n):
     assert torch.equal(ops.densify(ops.sparsify(dense), n), dense)
 
 
+def test_apply_tells_autograd_that_parameters_changed():
+    w = torch.ones(100, requires_grad=True)
+    loss = (w * w).sum()
+    with torch.no_grad():
+        ops.apply_([w], ops.sparsify(torch.ones(100)), 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_operators_inside_a_compiled_function():
+    def step(memory, grad, w, state):
+        payload = ops.compress_(memory, [grad], 10, momentum=0.5, state=state)
+        aggregate = ops.merge(payload.unsqueeze(0), 100, 10)
+        ops.apply_([w], aggregate, 0.1)
+        return ops.densify(aggregate, 100)
+
+    grad = torch.randn(100)
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        memory, w, state = torch.zeros(100), torch.ones(100), ops.select_state(100, 10, "cpu")
+        sent = [function(memory, grad, w, state) for _ in range(3)]
+        results.append([memory, w, *sent])
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(*results))
+
+
 OPERATORS = """compress_ compress_dgc accumulate_ apply_dense_ unpack verdict payload_nonfinite
 aggregate_flags merge apply_ restore_ mask_ sparsify densify"""
 
