@@ -13,9 +13,10 @@ class GradScaler(torch.amp.GradScaler):
     """torch.amp.GradScaler whose workers skip, and change their scale, together.
 
     Use it as torch's: ``scaler.scale(loss).backward()``, ``scaler.step(optimizer)``,
-    ``scaler.update()``, and ``scaler.unscale_(optimizer)`` before clipping. A worker whose gradients
-    overflowed counts them as zero and tells the others with its payload, so that no worker waits for
-    one that skipped. Unscaling is part of the pass over memory, which never holds scaled values.
+    ``scaler.update()``, and ``scaler.unscale_(optimizer)`` before clipping. A worker whose
+    gradients overflowed counts them as zero and tells the others with its payload, so that no
+    worker waits for one that skipped. Unscaling is part of the pass over memory, which never holds
+    scaled values.
 
     Args: those of :class:`torch.amp.GradScaler`. With other optimizers than GMC and DGC it is that.
     """

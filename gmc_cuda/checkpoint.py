@@ -1,8 +1,8 @@
 """Checkpoints that keep every worker's memory, and resume on any number of workers.
 
 A checkpoint is a folder on storage that all workers see. It holds a subfolder written by
-torch.distributed.checkpoint and a file ``current`` that names it; the file is replaced last, so that
-a save that ends half-way (a full disk, a killed worker) leaves the checkpoint before it.
+torch.distributed.checkpoint and a file ``current`` that names it; the file is replaced last, so
+that a save that ends half-way (a full disk, a killed worker) leaves the checkpoint before it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from gmc_cuda import state_dict as states
 from gmc_cuda.compressed_sgd import CompressedSGD
@@ -64,7 +66,7 @@ def save(
 
     Raises:
         TypeError: extra holds what torch.load(weights_only=True) would refuse.
-        RuntimeError: a worker could not write; on all workers. The checkpoint before is still there.
+        RuntimeError: a worker could not write; on all workers. The checkpoint before is intact.
     """
     before = _saving.pop(optimizer, None)
     if before is not None:
@@ -108,7 +110,7 @@ def load(folder: str | os.PathLike[str], model: torch.nn.Module, optimizer: Comp
 
     def read(key: str, template: dict[str, Any]) -> dict[str, Any]:
         found = {key: {name: torch.empty_like(value) for name, value in template.items()}}
-        _distributed(dcp.load, found, part, exchange)
+        _distributed(dcp_load, found, part, exchange)
         return found[key]
 
     def wanted(shared: bool) -> dict[str, Tensor]:
@@ -178,7 +180,7 @@ class _Save:
         part = self.folder / name
         self._together(exchange, lambda: self._prepare(part) if exchange.rank == 0 else None)
         try:
-            self._together(exchange, lambda: _distributed(dcp.save, self.tensors, part, exchange))
+            self._together(exchange, lambda: _distributed(dcp_save, self.tensors, part, exchange))
             self._together(exchange, lambda: self._publish(part) if exchange.rank == 0 else None)
         except Exception:
             if exchange.rank == 0:
@@ -219,7 +221,7 @@ class _Save:
 
 
 def _describe(model: torch.nn.Module, optimizer: CompressedSGD) -> dict[str, Any]:
-    names = {param: name for name, param in model.named_parameters()}
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
     params = _params(optimizer)
     unknown = [i for i, param in enumerate(params) if param not in names]
     if unknown:
@@ -296,8 +298,14 @@ def _group_of_its_own(exchange: Exchange) -> Exchange:
     if exchange.group is None:
         return exchange
     if exchange.group is dist.group.WORLD:
-        return FlatGroup(dist.new_group(backend="gloo"))
+        return FlatGroup(_joined(dist.new_group(backend="gloo")))
     # The others of the world are not here. torch names such a group by the number of groups that a
     # worker has made so far, which must be the same on all of its workers.
     ranks = dist.get_process_group_ranks(exchange.group)
-    return FlatGroup(dist.new_group(ranks, backend="gloo", use_local_synchronization=True))
+    group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return FlatGroup(_joined(group))
+
+
+def _joined(group: Any) -> dist.ProcessGroup:
+    assert isinstance(group, dist.ProcessGroup)  # torch's type allows for a group without us
+    return group

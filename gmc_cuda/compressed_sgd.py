@@ -17,7 +17,7 @@ from gmc_cuda import agreement, hyperparameters, ops, transfers, wire
 from gmc_cuda import state_dict as states
 from gmc_cuda.buckets import MAX_NUMEL, Bucket, in_storage_order, make_buckets
 from gmc_cuda.exchange import Exchange, FlatGroup, GroupLost
-from gmc_cuda.integrity import DamageWatch
+from gmc_cuda.integrity import DamageWatch, DuplicateWatch, check_replicas
 from gmc_cuda.rules import Rule
 
 
@@ -29,9 +29,12 @@ class Settings:
     overlap: bool
     bucket_cap_mb: float
     nonfinite: str
+    check_replicas_every: int
 
     def check(self) -> None:
-        hyperparameters.check_options(self.wire_dtype, self.bucket_cap_mb, self.nonfinite)
+        hyperparameters.check_options(
+            self.wire_dtype, self.bucket_cap_mb, self.nonfinite, self.check_replicas_every
+        )
 
     @property
     def cap_numel(self) -> int:
@@ -78,7 +81,7 @@ class CompressedSGD(torch.optim.Optimizer):
         self._skipped: Tensor | None = None  # counted on the device
         self._verdict: Tensor | None = None  # of the last step
         self._averaged = False
-        self._damage = DamageWatch()
+        self._damage, self._duplicates = DamageWatch(), DuplicateWatch()
         self._synchronizing = True
         self._hooked: set[Tensor] = set()
         self._started: list[transfers.Transfer] = []
@@ -158,8 +161,8 @@ class CompressedSGD(torch.optim.Optimizer):
         params = [p.detach() for group in groups for p in group["params"] if p.numel()]
         self._exchange.broadcast([in_storage_order(p) for p in params])
 
-    def _current_layout(self) -> list[tuple[bool, ...]]:
-        return [tuple(p.requires_grad for p in group["params"]) for group in self.param_groups]
+    def _current_layout(self) -> list[bool]:
+        return [p.requires_grad for group in self.param_groups for p in group["params"]]
 
     def _build(self, saved: states.Held) -> None:
         """Packs the parameters that require a gradient into buckets that hold what was saved."""
@@ -231,7 +234,8 @@ class CompressedSGD(torch.optim.Optimizer):
             self._repack()
         for g, group in enumerate(self.param_groups):
             self._check_group(group, g)
-        waiting = [(b, self._gradients(b)) for b in self._buckets[len(self._started) :]]
+        waiting = self._buckets[len(self._started) :]
+        grads = [bucket.flat_grads(self._refuse_gradient) for bucket in waiting]
         self._averaged = False
         self._rule.prepare(
             (p.grad for p in self._bucket_of if p.grad is not None),
@@ -239,12 +243,17 @@ class CompressedSGD(torch.optim.Optimizer):
             self._scaling()["grad_scale"],
         )
         with self._giving_back_on_errors():
-            for bucket, grads in waiting:
-                self._start(bucket, grads)
+            for bucket, its_grads in zip(waiting, grads, strict=True):
+                self._start(bucket, its_grads)
             skip = self._receive()
         self._apply(skip)
         self._restart()
         self._steps += 1
+        every = self._settings.check_replicas_every
+        if every and self._steps % every == 0:
+            params = [p for bucket in self._buckets for p in bucket.flat_params()]
+            names = list(self._bucket_of)
+            check_replicas(self._exchange, params, lambda i: self._name(names[i]), self._steps)
         return loss
 
     def _start(self, bucket: Bucket, grads: list[Tensor | None]) -> None:
@@ -296,6 +305,7 @@ class CompressedSGD(torch.optim.Optimizer):
         self._raise_on(skip)
         for transfer in self._started:
             transfer.merge(skip)
+        self._duplicates.look(self._started, self._exchange.size)
         return skip
 
     @contextmanager
@@ -303,10 +313,9 @@ class CompressedSGD(torch.optim.Optimizer):
         """Nothing was applied yet, so what was to be sent returns to memory."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # also a Ctrl-C, after which many save their state
             for transfer in self._started:
                 transfer.give_back()
-                transfer.bucket.aggregate = None
             if self._started and self._skipped is not None:
                 self._skipped += 1
             self._restart()
@@ -349,11 +358,9 @@ class CompressedSGD(torch.optim.Optimizer):
                 "finite gradients stay in memory (nonfinite='skip' goes on without raising)"
             )
 
-    def _gradients(self, bucket: Bucket) -> list[Tensor | None]:
-        for param in bucket.params:
-            if param.grad is not None:
-                hyperparameters.check_gradient(param, param.grad, self._name)
-        return bucket.flat_grads()
+    def _refuse_gradient(self, param: Tensor) -> None:
+        assert param.grad is not None
+        hyperparameters.refuse_gradient(param.grad, self._name(param))
 
     def _name(self, param: Tensor) -> str:
         for g, group in enumerate(self.param_groups):
@@ -394,7 +401,7 @@ class CompressedSGD(torch.optim.Optimizer):
                 break
             self._check_scaler()
             with self._giving_back_on_errors():
-                self._start(bucket, self._gradients(bucket))
+                self._start(bucket, bucket.flat_grads(self._refuse_gradient))
             # Sent is sent: clipping these gradients afterwards would have no effect.
             for sent in bucket.params:
                 sent.grad = None
@@ -404,8 +411,8 @@ class CompressedSGD(torch.optim.Optimizer):
             for transfer in self._started:
                 for param in transfer.bucket.params:
                     param.grad = None
+            self._missing = {bucket: set(bucket.params) for bucket in self._buckets}
         self._started = []
-        self._missing = {bucket: set(bucket.params) for bucket in self._buckets}
 
     def _refuse_between_backward_and_step(self, what: str) -> None:
         if self._started:
@@ -505,7 +512,8 @@ class CompressedSGD(torch.optim.Optimizer):
         }
 
 
-def _complete(optimizer: CompressedSGD, state_dict: dict[str, Any]) -> None:
+def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    assert isinstance(optimizer, CompressedSGD)
     exchange = optimizer._exchange
     stamp = states.Stamp(
         type(optimizer).__name__, exchange.rank, exchange.size, optimizer._averaged

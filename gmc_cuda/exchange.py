@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +18,8 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Work(Protocol):
     """A collective on its way."""
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        """Raises GroupLost if it failed, be it as late as now or when it was to be started."""
 
 
 class Exchange(Protocol):
@@ -61,12 +61,22 @@ class _Done:
 
 
 class _Pending:
-    def __init__(self, work: Any) -> None:
-        self._work = work
+    """Fails in wait() alone, so that all buckets of a step take in their gradients before."""
+
+    def __init__(self, collective: Callable[..., Any], *tensors: Tensor, group: Any) -> None:
+        self._error: RuntimeError | None = None
+        try:
+            self._work = collective(*tensors, group=group, async_op=True)
+        except RuntimeError as error:
+            self._error = error
 
     def wait(self) -> None:
-        with _losing_the_group():
+        try:
+            if self._error is not None:
+                raise self._error
             self._work.wait()
+        except RuntimeError as error:
+            raise GroupLost(str(error)) from error
 
 
 class FlatGroup:
@@ -99,30 +109,28 @@ class FlatGroup:
                 "this copy of an optimizer was made in another process and its process_group "
                 "stayed there: set optimizer.process_group = group"
             )
-        if self.group is None and dist.is_available() and dist.is_initialized():
-            if dist.get_world_size() > 1:
-                raise RuntimeError(
-                    "torch.distributed was initialised after this optimizer was constructed, so "
-                    "it would train its worker alone: call init_process_group() first, then "
-                    "construct the optimizer"
-                )
+        late = self.group is None and dist.is_available() and dist.is_initialized()
+        if late and dist.get_world_size() > 1:
+            raise RuntimeError(
+                "torch.distributed was initialised after this optimizer was constructed, so it "
+                "would train its worker alone: call init_process_group() first, then construct "
+                "the optimizer"
+            )
 
     def all_gather(self, payload: Tensor) -> tuple[Tensor, Work]:
         if self.size == 1:
             return payload.unsqueeze(0), _Done()
         gathered = payload.new_empty(self.size * payload.numel())
-        with _losing_the_group():
-            work = _all_gather(gathered, payload, group=self.group, async_op=True)
-        return gathered.view(self.size, -1), _Pending(work)
+        work = _Pending(_all_gather, gathered, payload, group=self.group)
+        return gathered.view(self.size, -1), work
 
     def all_reduce(self, tensor: Tensor) -> Work:
         if self.size == 1:
             return _Done()
-        with _losing_the_group():
-            return _Pending(dist.all_reduce(tensor, group=self.group, async_op=True))
+        return _Pending(dist.all_reduce, tensor, group=self.group)
 
     def broadcast(self, tensors: list[Tensor]) -> None:
-        if self.size == 1:
+        if self.size == 1 or self.group is None:
             return
         source = dist.get_global_rank(self.group, 0)
         works = [dist.broadcast(t, source, group=self.group, async_op=True) for t in tensors]
@@ -147,11 +155,3 @@ class FlatGroup:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._find()
-
-
-@contextmanager
-def _losing_the_group() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise GroupLost(str(error)) from error

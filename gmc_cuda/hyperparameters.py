@@ -10,18 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmc_cuda.buckets import MAX_NUMEL, is_dense_layout
+from gmc_cuda.buckets import DTYPES, MAX_NUMEL, is_dense_layout
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_NAMES = "torch.float32, torch.bfloat16 or torch.float16"
 
 
-def check_options(wire_dtype: torch.dtype, bucket_cap_mb: float, nonfinite: str) -> None:
+def check_options(
+    wire_dtype: torch.dtype, bucket_cap_mb: float, nonfinite: str, check_replicas_every: int
+) -> None:
     if wire_dtype not in DTYPES:
         raise TypeError(f"wire_dtype: got {wire_dtype}, must be {_DTYPE_NAMES}")
     check_positive(bucket_cap_mb, "bucket_cap_mb", "number of MiB")
     if nonfinite not in ("skip", "raise"):
         raise ValueError(f"nonfinite: got {nonfinite!r}, must be 'skip' or 'raise'")
+    whole = isinstance(check_replicas_every, int) and not isinstance(check_replicas_every, bool)
+    if not whole or check_replicas_every < 0:
+        raise ValueError(
+            f"check_replicas_every: got {check_replicas_every!r}, must be a number of steps, or 0 "
+            "for never"
+        )
 
 
 def check_positive(value: Any, name: str, what: str) -> None:
@@ -54,15 +61,15 @@ def check_param(param: Tensor, name: str) -> None:
         )
 
 
-def check_gradient(param: Tensor, grad: Tensor, name: Callable[[Tensor], str]) -> None:
-    """Args: name gives the parameter's name for the message."""
+def refuse_gradient(grad: Tensor, name: str) -> None:
+    """Raises for a gradient that is no dense tensor of a known dtype."""
+    what = f"gradient of {name}"
     if grad.layout != torch.strided:
         raise TypeError(
-            f"gradient of {name(param)}: got layout {grad.layout}, must be dense (torch.strided); for "
-            "embeddings use sparse=False"
+            f"{what}: got layout {grad.layout}, must be dense (torch.strided); for embeddings use "
+            "sparse=False"
         )
-    if grad.dtype not in DTYPES:
-        raise TypeError(f"gradient of {name(param)}: got {grad.dtype}, must be {_DTYPE_NAMES}")
+    raise TypeError(f"{what}: got {grad.dtype}, must be {_DTYPE_NAMES}")
 
 
 def check_scaler(scaled: bool, together: bool, size: int, overlap: bool) -> None:

@@ -47,6 +47,8 @@ class GMC(CompressedSGD):
         nonfinite: "skip" leaves a step out on every worker when any of them met a NaN or Inf;
             "raise" raises FloatingPointError on every worker.
         broadcast_parameters: start from rank 0's parameters.
+        check_replicas_every: compare the bits of all workers' parameters after every so many steps
+            and raise RuntimeError on every worker if they differ; 0: never. Reads the device.
 
     ``optimizer.state[p]["memory"]`` is u, float32, shaped like p. ``lr``, ``momentum``,
     ``density`` and ``weight_decay`` are read from the param group at every step.
@@ -75,13 +77,14 @@ class GMC(CompressedSGD):
         bucket_cap_mb: float = 256,
         nonfinite: str = "skip",
         broadcast_parameters: bool = True,
+        check_replicas_every: int = 0,
     ) -> None:
         defaults = _common(lr, momentum, density, weight_decay, maximize)
         super().__init__(
             params,
             defaults | {"momentum_form": momentum_form},
             rule=GlobalMomentum(),
-            settings=Settings(wire_dtype, overlap, bucket_cap_mb, nonfinite),
+            settings=Settings(wire_dtype, overlap, bucket_cap_mb, nonfinite, check_replicas_every),
             process_group=process_group,
             broadcast_parameters=broadcast_parameters,
         )
@@ -139,13 +142,14 @@ class DGC(CompressedSGD):
         bucket_cap_mb: float = 256,
         nonfinite: str = "skip",
         broadcast_parameters: bool = True,
+        check_replicas_every: int = 0,
     ) -> None:
         defaults = _common(lr, momentum, density, weight_decay, maximize)
         super().__init__(
             params,
             defaults | {"nesterov": nesterov, "momentum_masking": momentum_masking},
             rule=LocalMomentum(clip_norm),
-            settings=Settings(wire_dtype, overlap, bucket_cap_mb, nonfinite),
+            settings=Settings(wire_dtype, overlap, bucket_cap_mb, nonfinite, check_replicas_every),
             process_group=process_group,
             broadcast_parameters=broadcast_parameters,
         )

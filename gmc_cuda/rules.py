@@ -1,13 +1,13 @@
 """Update rules: what a worker adds to its memory, and what it keeps for that besides memory.
 
-A rule of one's own is a subclass of :class:`Rule` here and an optimizer in ``optim.py`` that uses it.
+A rule of one's own is a subclass of :class:`Rule` and an optimizer (``optim.py``) that uses it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Rule:
             a_{t-1} is kept, which all workers have in common.
     """
 
-    options: dict[str, Any] = {}
+    options: ClassVar[dict[str, Any]] = {}
     local_momentum = False
 
     def check(self, group: Group, where: str) -> None:
@@ -69,7 +69,7 @@ class Rule:
 class GlobalMomentum(Rule):
     """GMC: v = u + g + beta * a_{t-1}."""
 
-    options = {"momentum_form": "buffer", "previous_lr": None}
+    options: ClassVar[dict[str, Any]] = {"momentum_form": "buffer", "previous_lr": None}
 
     def check(self, group: Group, where: str) -> None:
         form = group["momentum_form"]
@@ -103,7 +103,7 @@ class LocalMomentum(Rule):
         clip_norm: scales the worker's gradient to norm clip_norm / sqrt(p) where it is larger.
     """
 
-    options = {"nesterov": False, "momentum_masking": True}
+    options: ClassVar[dict[str, Any]] = {"nesterov": False, "momentum_masking": True}
     local_momentum = True
 
     def __init__(self, clip_norm: float | None) -> None:

@@ -27,8 +27,10 @@ class Transfer(Protocol):
 
     bucket: Bucket
     nbytes: int
-    payloads: Tensor | None
     aggregate: Tensor
+
+    @property
+    def payloads(self) -> Tensor | None: ...
 
     def wait(self) -> None:
         """Waits for the collective (on CUDA: makes the current stream wait)."""
@@ -40,7 +42,7 @@ class Transfer(Protocol):
         """Makes the aggregate of what arrived. Changes no parameter."""
 
     def give_back(self) -> None:
-        """Instead of finish(): what was taken from memory returns there."""
+        """Instead of finish(): what was taken from memory returns there, and a_t is zero."""
 
     def finish(self, lr: float | Tensor, skip: Tensor) -> None:
         """Applies the aggregate and settles memory and momentum, or, if skipped, gives back."""
@@ -115,13 +117,17 @@ class SparseTransfer:
             self.payloads, self.bucket.numel, self.k, self.wire_dtype, skip=skip
         )
 
-    def give_back(self, skip: Tensor | None = None) -> None:
+    def give_back(self) -> None:
+        self._restore(None)
+        self.bucket.aggregate = None
+
+    def _restore(self, skip: Tensor | None) -> None:
         ops.restore_(self.bucket.memory, self.payload, self.k, self.wire_dtype, skip=skip)
 
     def finish(self, lr: float | Tensor, skip: Tensor) -> None:
         bucket = self.bucket
         ops.apply_(bucket.flat_params(), self.aggregate, lr, skip=skip)
-        self.give_back(skip)
+        self._restore(skip)
         if bucket.momentum_buffer is None:
             bucket.keep_aggregate(self.aggregate)
         elif self.masking:
@@ -188,7 +194,7 @@ class DenseTransfer:
         self.aggregate = self._total[: self.bucket.numel]
 
     def give_back(self) -> None:
-        """Memory holds all of v until finish()."""
+        self.bucket.aggregate = None  # memory holds all of v until finish()
 
     def finish(self, lr: float | Tensor, skip: Tensor) -> None:
         bucket = self.bucket

@@ -298,6 +298,7 @@ BAD_ARGUMENTS = [
     ({"momentum_form": "nag"}, ValueError, "momentum_form of param group 0: got 'nag', must be"),
     ({"wire_dtype": torch.int8}, TypeError, "wire_dtype: got torch.int8, must be torch.float32"),
     ({"bucket_cap_mb": 0}, ValueError, "bucket_cap_mb: got 0, must be a positive number of MiB"),
+    ({"check_replicas_every": -1}, ValueError, "check_replicas_every: got -1, must be a number of"),
     ({"nonfinite": "ignore"}, ValueError, "nonfinite: got 'ignore', must be 'skip' or 'raise'"),
 ]
 
