@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint build bench gpu clean always
+.PHONY: help demo test lint build bench gpu wheel test-wheel clean always
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
@@ -39,6 +39,16 @@ bench: $(VENV)/demo.installed build  ## time the ops and the whole step on this 
 gpu:  ## on a machine with a GPU: build, tests, sanitizers, benchmarks, NCCL; RESULTS=folder
 	@'$(PYTHON)' benchmarks/gpu.py --python '$(abspath $(python))' --results '$(results)' --build \
 	    '$(MAKE) --no-print-directory $(VENV)/demo.installed $(VENV)/test.installed build'
+
+# The wheel serves one version of Python and every torch from 2.11 on. Its tests install it into
+# new environments: TORCH='torch==2.12.0' instead of three versions, SHORT=1 for the main tests.
+wheel: $(VENV)/build.installed  ## build the wheel into dist/
+	@rm -rf build/lib.* dist/*.whl  # what is in there would come along, renamed since or not
+	@$(python) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+test-wheel: wheel  ## test the installed wheel with the oldest torch, with 2.13.0 and the newest
+	@$(python) tools/test_wheel.py dist/*.whl $(if $(TORCH),--torch '$(TORCH)') $(if $(SHORT),--short) $(ARGS)
 
 clean:  ## remove what was made here: the environment, the build
 	@rm -rf $(VENV) build dist *.egg-info tests/*/build gmc_cuda/*.so gmc_cuda/_build_config.json

@@ -73,8 +73,9 @@ def load():
             raise
         raise ImportError(explain(record, "gmc_cuda._C is missing")) from None
     except (ImportError, OSError) as error:
-        raise ImportError(explain(record, str(error))) from None
-    return module, {**(record or {}), **module.build_config()}
+        raise ImportError(explain(record, str(error.__cause__ or error))) from None
+    own = module.build_config()
+    return module, {**own, **(record or {}), "with_cuda": own["with_cuda"]}
 
 
 extension, build_config = load()

@@ -18,8 +18,8 @@ def describe_build():
     """How the extension was built, as lines of text."""
     target = f"CUDA {build_config['cuda']}" if build_config["with_cuda"] else "the CPU only"
     lines = [
-        f"{build_config['version']} for {target}, torch {build_config['torch']}, "
-        f"Python {build_config['python']}",
+        f"{build_config['version']} for {target}, torch {build_config['target_torch']} and later "
+        f"(headers of {build_config['torch']}), Python {build_config['python']}",
         f"{build_config['compiler']}, C++{build_config['cplusplus'] // 100 % 100}, "
         f"{build_config['cxx_flags']}",
     ]
