@@ -338,6 +338,21 @@ Tensor payload_nonfinite(const Tensor& payloads) {
   return nonfinite;
 }
 
+Tensor fingerprint(const TensorList& params) {
+  GMC_CHECK_VALUE(!params.empty(), "params: got an empty list, must hold at least one");
+  const Device device(params[0]);
+  const auto list = segments(params, "params", device, nullptr);
+  const bool gpu = on_gpu(params[0], "fingerprint");
+  const Tensor prints = empty({static_cast<int64_t>(list.size())}, ScalarType::Long, device);
+  if (gpu) {
+    if constexpr (kWithCuda) cuda::fingerprint(list, prints);
+  } else {
+    cpu::fingerprint(list, list.back().begin + list.back().numel,
+                     reinterpret_cast<uint64_t*>(mutable_data<int64_t>(prints)));
+  }
+  return prints;
+}
+
 Tensor aggregate_flags(const TensorList& aggregates) {
   GMC_CHECK_VALUE(!aggregates.empty(), "aggregates: got an empty list, must hold at least one");
   const Device device(aggregates[0]);
@@ -481,6 +496,7 @@ STABLE_TORCH_LIBRARY(gmc_cuda, m) {
   m.def("verdict(Tensor[] payloads) -> Tensor");
   m.def("payload_nonfinite(Tensor payloads) -> Tensor");
   m.def("aggregate_flags(Tensor[] aggregates) -> Tensor");
+  m.def("fingerprint(Tensor[] params) -> Tensor");
   m.def(
       "merge(Tensor payloads, int numel, int k, ScalarType wire_dtype, *, Tensor? skip=None) "
       "-> Tensor");
@@ -505,6 +521,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("verdict", TORCH_BOX(&verdict));
   m.impl("payload_nonfinite", TORCH_BOX(&payload_nonfinite));
   m.impl("aggregate_flags", TORCH_BOX(&aggregate_flags));
+  m.impl("fingerprint", TORCH_BOX(&fingerprint));
   m.impl("merge", TORCH_BOX(&merge));
   m.impl("apply_", TORCH_BOX(&apply));
   m.impl("restore_", TORCH_BOX(&restore));

@@ -30,6 +30,7 @@ __all__ = [
     "verdict",
     "payload_nonfinite",
     "aggregate_flags",
+    "fingerprint",
     "merge",
     "apply_",
     "restore_",
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 _ops = torch.ops.gmc_cuda
+
+NONFINITE, DAMAGED = 1, 2  # bits of a verdict and of an aggregate's flags
 _KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError)}
 
 
@@ -398,6 +401,23 @@ def aggregate_flags(aggregates: Sequence[Tensor]) -> Tensor:
     return _call(_ops.aggregate_flags, list(aggregates))
 
 
+def fingerprint(params: Sequence[Tensor]) -> Tensor:
+    """A 64-bit fingerprint of each tensor's bits, by which replicas that differ are told.
+
+    Every bit and its place counts, and nothing else: it is the same on CPU and CUDA, whatever the
+    number of threads.
+
+    Args:
+        params: contiguous float32, bfloat16 or float16 tensors, all on one device.
+
+    Returns:
+        int64 [len(params)] on their device.
+    """
+    if not params:
+        raise ValueError("params: got an empty list, must hold at least one")
+    return _call(_ops.fingerprint, list(params))
+
+
 def _lists(
     grads: Sequence[Tensor | None] | None, params: Sequence[Tensor] | None, weight_decay: float
 ) -> tuple[list[Tensor | None], list[Tensor] | None]:
@@ -467,6 +487,11 @@ def _(payloads):
 @torch.library.register_fake("gmc_cuda::aggregate_flags")
 def _(aggregates):
     return aggregates[0].new_empty(len(aggregates), dtype=torch.int32)
+
+
+@torch.library.register_fake("gmc_cuda::fingerprint")
+def _(params):
+    return params[0].new_empty(len(params), dtype=torch.int64)
 
 
 @torch.library.register_fake("gmc_cuda::merge")

@@ -335,6 +335,26 @@ def mask_(
         momentum_buffer[indices[values != 0]] = 0.0
 
 
+def fingerprint(params: Sequence[Tensor]) -> Tensor:
+    """Each tensor's fingerprint: sum over i of mix(2**32 * i + bits_i), modulo 2**64."""
+    return torch.stack([_mix(param.detach().reshape(-1)).sum() for param in params])
+
+
+def _mix(values: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, in int64 arithmetic that wraps."""
+    wide = values.element_size() == 4
+    bits = values.view(torch.int32 if wide else torch.int16).long()
+    x = bits & (0xFFFFFFFF if wide else 0xFFFF) | torch.arange(len(values)) << 32
+    x = x + (0x9E3779B97F4A7C15 - 2**64)
+    x = (x ^ _shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ _shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, n: int) -> Tensor:
+    return x >> n & (1 << 64 - n) - 1  # int64 shifts the sign in
+
+
 def sparsify(dense: Tensor) -> Tensor:
     """A dense float32 [numel] as this layer's aggregate."""
     return dense.clone().view(torch.uint8)

@@ -19,7 +19,7 @@ def snippets():
     """Heading of a section -> its snippets, one behind the other."""
     found: dict[str, str] = {}
     heading = ""
-    for title, code in re.findall(r"^#+ (.*)$|^```python\n(.*?)^```$", README, re.M | re.S):
+    for title, code in re.findall(r"^#+ ([^\n]*)$|^```python\n(.*?)^```$", README, re.M | re.S):
         if title:
             heading = title
         elif WHOLE_PROGRAM not in code:

@@ -71,6 +71,7 @@ void unpack(const Payload& payload, int64_t* indices, float* values, int64_t* no
 uint32_t verdict(const uint8_t* payloads, int64_t ranks, int64_t nbytes);
 // nonfinite[rank] = the count in each header.
 void payload_nonfinite(const uint8_t* payloads, int64_t ranks, int64_t nbytes, int64_t* nonfinite);
+void fingerprint(const std::vector<Segment>& params, int64_t numel, uint64_t* prints);
 void merge(const Payload& payloads, int64_t ranks, bool skip, uint8_t* aggregate);
 void apply(const std::vector<Segment>& params, const uint8_t* aggregate, int64_t numel, float lr);
 void restore(float* memory, const Payload& payload);

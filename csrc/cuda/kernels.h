@@ -24,6 +24,10 @@ cudaError_t payload_nonfinite_launch(const Gathered& payloads, int64_t* nonfinit
 cudaError_t aggregate_flags_launch(const uint8_t* const* aggregates, int count, int32_t* flags,
                                    cudaStream_t stream);
 
+// *print = the sum of one tensor's terms (fingerprint.h).
+cudaError_t fingerprint_launch(const void* data, DType dtype, int64_t numel,
+                               unsigned long long* print, cudaStream_t stream);
+
 // payloads: those of `ranks` ranks. skip: nullptr, or a number that is not zero for a step that is
 // skipped. aggregate: AggregateLayout(numel, aggregate_capacity(numel, k, ranks)).
 cudaError_t merge_launch(const Payload& payloads, int64_t ranks, const int32_t* skip,

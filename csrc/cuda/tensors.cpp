@@ -213,6 +213,13 @@ void aggregate_flags(const TensorList& aggregates, const Tensor& flags) {
                                     mutable_data<int32_t>(flags), place.stream));
 }
 
+void fingerprint(const std::vector<Segment>& params, const Tensor& prints) {
+  const Place place(prints);
+  auto* print = reinterpret_cast<unsigned long long*>(mutable_data<int64_t>(prints));
+  for (const Segment& param : params)
+    check_cuda(fingerprint_launch(param.data, param.dtype, param.numel, print++, place.stream));
+}
+
 void merge(const PayloadTensor& payloads, int64_t ranks, const OptionalTensor& skip,
            const Tensor& aggregate) {
   const Place place(aggregate);

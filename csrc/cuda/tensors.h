@@ -23,6 +23,7 @@ void unpack(const PayloadTensor& payload, const Tensor& indices, const Tensor& v
 void verdict(const TensorList& payloads, const Tensor& flags);
 void payload_nonfinite(const Tensor& payloads, const Tensor& nonfinite);
 void aggregate_flags(const TensorList& aggregates, const Tensor& flags);
+void fingerprint(const std::vector<Segment>& params, const Tensor& prints);
 void merge(const PayloadTensor& payloads, int64_t ranks, const OptionalTensor& skip,
            const Tensor& aggregate);
 void apply(const std::vector<Segment>& params, const Tensor& aggregate, int64_t numel,

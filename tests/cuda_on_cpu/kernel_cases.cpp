@@ -157,6 +157,12 @@ CUDA_CASE(aggregate_flags) {
                                  nullptr));
 }
 
+CUDA_CASE(fingerprint) {
+  const auto dtype = static_cast<DType>(in.integer("dtype"));
+  require(fingerprint_launch(in.array<uint8_t>("data"), dtype, in.integer("numel"),
+                             in.output<unsigned long long>("print", 1), nullptr));
+}
+
 CUDA_CASE(merge) {
   const Payload payloads = payload(in, "payloads");
   const int64_t numel = payloads.shape.numel, ranks = in.integer("ranks");

@@ -195,6 +195,15 @@ class Kernels:
         out = self._call("aggregate_flags", count=len(aggregates), **arrays)
         return torch.from_numpy(out["flags"])
 
+    def fingerprint(self, params):
+        """One launch for each tensor, as in the operator."""
+        prints = []
+        for param in params:
+            data, code = to_numpy(param).view(np.uint8), DTYPES.index(param.dtype)
+            out = self._call("fingerprint", data=data, dtype=code, numel=param.numel())
+            prints.append(torch.from_numpy(out["print"].view(np.int64)))
+        return torch.cat(prints)
+
     def merge(self, payloads, numel, k, wire_dtype=torch.bfloat16, *, skip=None):
         arrays = self._payload("payloads", payloads, numel, k, wire_dtype, skip)
         out = self._call("merge", ranks=payloads.size(0), **arrays)

@@ -7,7 +7,7 @@ from cases import assert_same_bytes, sample_call
 from compilation import FLAVOURS
 from kernel_ops import LARGEST_COUNT, WORK_TILE, Kernels, assert_same_aggregate, program
 
-from gmc_cuda import ops
+from gmc_cuda import ops, reference
 
 WIRES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -467,6 +467,15 @@ def test_damaged_aggregates(running):
         kernels.compress_(torch.zeros(numel), [dense], k, momentum=0.9, aggregate=broken)
     flagged = flipped(sound, 4, 2)
     assert not bool(kernels.densify(flagged, numel).any())
+
+
+@pytest.mark.parametrize("dtype", WIRES)
+def test_fingerprint(running, dtype):
+    params = [torch.randn(n).to(dtype) for n in (1, 33, 5000)]
+    expected = reference.fingerprint(params)
+    for seed in (0, 3):
+        assert torch.equal(Kernels(running, seed).fingerprint(params), expected)
+    assert torch.equal(ops.fingerprint(params), expected)
 
 
 def test_aggregate_flags(running):
