@@ -3,28 +3,6 @@
 namespace gmc {
 namespace {
 
-// torch's C++ calls a dtype "Float"; users know it as torch.float32.
-std::string dtype_name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return "torch.float32";
-    case ScalarType::BFloat16:
-      return "torch.bfloat16";
-    case ScalarType::Half:
-      return "torch.float16";
-    case ScalarType::Double:
-      return "torch.float64";
-    case ScalarType::Byte:
-      return "torch.uint8";
-    case ScalarType::Int:
-      return "torch.int32";
-    case ScalarType::Long:
-      return "torch.int64";
-    default:
-      return std::string("torch.") + torch::headeronly::toString(dtype);
-  }
-}
-
 std::string bracketed(const int64_t* numbers, size_t count) {
   std::string text = "[";
   for (size_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(numbers[i]);
@@ -37,8 +15,21 @@ std::string strides_of(const Tensor& tensor) {
 }
 
 bool is_floating(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
-         dtype == ScalarType::BFloat16;
+  switch (dtype) {
+    case ScalarType::Float:
+    case ScalarType::Double:
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+    case ScalarType::Float8_e5m2:
+    case ScalarType::Float8_e4m3fn:
+    case ScalarType::Float8_e5m2fnuz:
+    case ScalarType::Float8_e4m3fnuz:
+    case ScalarType::Float8_e8m0fnu:
+    case ScalarType::Float4_e2m1fn_x2:
+      return true;
+    default:
+      return false;
+  }
 }
 
 }  // namespace
@@ -59,6 +50,28 @@ std::ostream& operator<<(std::ostream& out, const Device& device) {
     out << "of type " << device.type;
   }
   return device.index < 0 ? out : out << ":" << device.index;
+}
+
+// torch's C++ calls a dtype "Float"; users know it as torch.float32.
+std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Byte:
+      return "torch.uint8";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Long:
+      return "torch.int64";
+    default:
+      return std::string("torch.") + torch::headeronly::toString(dtype);
+  }
 }
 
 std::string sizes_of(const Tensor& tensor) {

@@ -38,6 +38,7 @@ struct Name {
 std::ostream& operator<<(std::ostream& out, const Name& name);
 std::ostream& operator<<(std::ostream& out, const Device& device);  // "cuda:0"
 
+std::string dtype_name(ScalarType dtype);  // "torch.float32"
 // "[3, 4]"
 std::string sizes_of(const Tensor& tensor);
 

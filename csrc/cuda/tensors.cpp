@@ -61,8 +61,8 @@ Scalar scalar_of(const Tensor& tensor, const char* name) {
     case gmc::ScalarType::Double:
       return at(ScalarType::kFloat64);
     default:
-      raise("TypeError", name,
-            ": got another dtype, must be torch.float32, bfloat16, float16 or float64");
+      raise("TypeError", name, ": got ", dtype_name(tensor.scalar_type()),
+            ", must be torch.float32, bfloat16, float16 or float64");
   }
 }
 
