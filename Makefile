@@ -71,7 +71,8 @@ gpu:  ## on a machine with a GPU: build, tests, sanitizers, benchmarks, NCCL; RE
 	    --build '$(MAKE) --no-print-directory $(VENV)/built'
 
 # The wheel serves one version of Python and every torch from 2.11 on. Its tests install it into
-# new environments: TORCH='torch==2.12.0' instead of three versions, SHORT=1 for the main tests.
+# new environments. WITH='torch==2.12.0 installed' says with which torch (installed: this
+# environment's), SHORT=1 runs the main tests with the oldest and with the installed one.
 .PHONY: wheel test-wheel
 wheel: $(VENV)/packages  ## build the wheel into dist/
 	@rm -rf build/lib.* dist/*.whl  # what is in there would come along, renamed since or not
@@ -79,4 +80,5 @@ wheel: $(VENV)/packages  ## build the wheel into dist/
 	@ls dist/*.whl
 
 test-wheel: wheel  ## test the installed wheel with the oldest torch, with 2.13.0 and the newest
-	@$(python) tools/test_wheel.py dist/*.whl $(if $(TORCH),--torch '$(TORCH)') $(if $(SHORT),--short) $(ARGS)
+	@$(python) tools/test_wheel.py dist/*.whl $(if $(WITH),--torch $(foreach torch,$(WITH),'$(torch)')) $(if $(SHORT),--short) \
+	    $(ARGS)
