@@ -82,7 +82,7 @@ def run_parts(options, folder: Path, capability: str, log) -> list[tuple[str, st
         "kernels": [python, "benchmarks/kernels.py", *FEW, "--limit", "85",
                     "--output", str(folder)],
         "step": [python, "benchmarks/step.py", *FEW, "--limit", "18", "--output", str(folder)],
-        "training": [python, "benchmarks/train.py", "--device", "cuda", "--workers", "1",
+        "training": [python, "examples/compare_methods", "--device", "cuda", "--workers", "1",
                      "--steps", "60", "--output", str(folder)],
     }  # fmt: skip
     parts = []

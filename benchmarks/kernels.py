@@ -9,34 +9,23 @@ See benchmarks/README.md for what is measured and how, and --help for the option
 
 import sys
 
-from bench.options import parse
+from bench import budget, goals, peers, session
+from bench.cases import Case
+from bench.problem import Problem
+from bench.timing import run_rounds
 
 
-def main() -> int:
-    options = parse("kernels.py", __doc__.split("\n")[0], sys.argv[1:])
-
-    from bench import goals
-    from bench.session import Session
-
-    return Session("kernels", options).run(measure, goals.for_kernels)
-
-
-def measure(session, case) -> list[dict]:
-    from bench import budget, peers
-    from bench.problem import Problem
-    from bench.session import bandwidth, peers_of
-    from bench.timing import run_rounds
-
-    problem = Problem(case, session.device)
-    ours, reference = session.ours(problem), peers.add_gradient(problem)
-    copy, copied = peers.copy(session.device)
-    for_compress, for_merge = peers_of(session, problem) if session.with_peers(case) else ([], [])
+def measure(run: session.Session, case: Case) -> list[dict]:
+    problem = Problem(case, run.device)
+    ours, reference = run.ours(problem), peers.add_gradient(problem)
+    copy, copied = peers.copy(run.device)
+    for_compress, for_merge = session.peers_of(run, problem) if run.with_peers(case) else ([], [])
     everyone = [ours, reference, copy, *for_compress, *for_merge]
-    run_rounds(everyone, session.device, session.options.seconds, flush_stages=True)
+    run_rounds(everyone, run.device, run.options.seconds, flush_stages=True)
 
-    speed = bandwidth(copy, copied)
-    repairs = session.repairs(problem, len(ours.total()))
-    launches = session.launches(problem)
+    speed = session.bandwidth(copy, copied)
+    repairs = run.repairs(problem, len(ours.total()))
+    launches = run.launches(problem)
     sizes = {
         "compress": budget.compress(case),
         "merge": budget.merge(problem),
@@ -45,16 +34,16 @@ def measure(session, case) -> list[dict]:
     records = []
     for op, nbytes in sizes.items():
         times = ours.total(op)
-        record = session.record(op, case, times, nbytes, speed)
+        record = run.record(op, case, times, nbytes, speed)
         record["launches"] = launches.get(op)
         records.append(record)
     compress, merge, _ = records
     compress |= repairs
-    compress["reference"] = session.refer(reference, ours.total("compress"))
-    compress["peers"] = [session.compare(one, ours.total("compress")) for one in for_compress]
-    merge["peers"] = [session.compare(one, ours.total("merge")) for one in for_merge]
+    compress["reference"] = run.refer(reference, ours.total("compress"))
+    compress["peers"] = [run.compare(one, ours.total("compress")) for one in for_compress]
+    merge["peers"] = [run.compare(one, ours.total("merge")) for one in for_merge]
     return records
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(session.main("kernels", __doc__, measure, goals.for_kernels))

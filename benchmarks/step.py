@@ -8,38 +8,27 @@ See benchmarks/README.md for what is measured and how, and --help for the option
 
 import sys
 
-from bench.options import parse
+from bench import budget, goals, peers, session
+from bench.cases import Case
+from bench.problem import Problem
+from bench.timing import run_rounds, summary
 
 
-def main() -> int:
-    options = parse("step.py", __doc__.split("\n")[0], sys.argv[1:])
-
-    from bench import goals
-    from bench.session import Session
-
-    return Session("step", options).run(measure, goals.for_step)
-
-
-def measure(session, case) -> list[dict]:
-    from bench import budget, peers
-    from bench.problem import Problem
-    from bench.session import bandwidth
-    from bench.timing import run_rounds, summary
-
-    problem = Problem(case, session.device)
-    ours, reference = session.ours(problem), peers.fused_sgd(problem)
-    copy, copied = peers.copy(session.device)
-    run_rounds([ours, reference, copy], session.device, session.options.seconds)
+def measure(run: session.Session, case: Case) -> list[dict]:
+    problem = Problem(case, run.device)
+    ours, reference = run.ours(problem), peers.fused_sgd(problem)
+    copy, copied = peers.copy(run.device)
+    run_rounds([ours, reference, copy], run.device, run.options.seconds)
 
     times = ours.total()
     nbytes = budget.compress(case) + budget.merge(problem) + budget.apply(problem)
-    record = session.record("step", case, times, nbytes, bandwidth(copy, copied))
-    record |= session.repairs(problem, len(times))
+    record = run.record("step", case, times, nbytes, session.bandwidth(copy, copied))
+    record |= run.repairs(problem, len(times))
     record["stages"] = {
         name: summary(list(stage.values())).to_json() for name, stage in ours.seconds.items()
     }
-    record["reference"] = {**session.refer(reference, times), "bytes": budget.sgd(case)}
-    launches = session.launches(problem)
+    record["reference"] = {**run.refer(reference, times), "bytes": budget.sgd(case)}
+    launches = run.launches(problem)
     if launches:
         record["launches"] = {
             kind: sum(one[kind] for one in launches.values())
@@ -49,4 +38,4 @@ def measure(session, case) -> list[dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(session.main("step", __doc__, measure, goals.for_step))

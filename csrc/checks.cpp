@@ -87,6 +87,14 @@ DType check_float_dtype(ScalarType dtype, Name name) {
         ", must be torch.float32, torch.bfloat16 or torch.float16");
 }
 
+WireType check_wire_type(ScalarType dtype) {
+  if (dtype == ScalarType::Float) return WireType::kFloat32;
+  if (dtype == ScalarType::BFloat16) return WireType::kBFloat16;
+  if (dtype == ScalarType::Half) return WireType::kFloat16;
+  raise("TypeError", "wire_dtype: got ", dtype_name(dtype),
+        ", must be torch.float32, torch.bfloat16 or torch.float16");
+}
+
 void check_numel(int64_t numel, Name name) {
   GMC_CHECK_VALUE(numel >= 1 && numel <= kMaxNumel, name, ": got ", numel,
                   " elements, must be between 1 and 2**31 - 1");
@@ -133,8 +141,8 @@ void check_skip(const OptionalTensor& skip, Device device) {
   if (skip) check_vector(*skip, "skip", device, ScalarType::Int, 1);
 }
 
-void check_payload(const Tensor& payload, Device device, int64_t numel, int64_t k, DType wire) {
-  check_vector(payload, "payload", device, ScalarType::Byte, PayloadLayout(numel, k, wire).nbytes);
+void check_payload(const Tensor& payload, Device device, const PayloadShape& shape) {
+  check_vector(payload, "payload", device, ScalarType::Byte, PayloadLayout(shape).nbytes);
 }
 
 void check_aggregate(const Tensor& aggregate, Device device, int64_t numel) {
@@ -144,19 +152,18 @@ void check_aggregate(const Tensor& aggregate, Device device, int64_t numel) {
                   ", must come from merge or sparsify for ", numel, " elements");
   if (!device.is_cpu()) return;  // the header is checked by the kernels
   const auto* bytes = data<uint8_t>(aggregate);
-  const auto* header = reinterpret_cast<const AggregateHeader*>(bytes);
-  GMC_CHECK_VALUE(header->tag == kAggregateMagic,
+  const AggregateHeader& header = *at<AggregateHeader>(bytes, 0);
+  GMC_CHECK_VALUE(header.tag == kAggregateMagic,
                   "aggregate: got bytes that are no aggregate, must come from merge or sparsify");
-  GMC_CHECK_VALUE(header->numel == numel, "aggregate: got one for ", header->numel,
+  GMC_CHECK_VALUE(header.numel == numel, "aggregate: got one for ", header.numel,
                   " elements, must be for ", numel);
-  const AggregateLayout layout(numel, header->capacity);
-  bool sound = layout.nbytes == aggregate.numel();
+  bool sound = sound_aggregate(header, numel, aggregate.numel());
+  const AggregateView view(bytes, AggregateLayout(numel, header.capacity));
   for (int64_t tile = 0; sound && tile < tile_count(numel); ++tile) {
-    const int64_t start = reinterpret_cast<const uint32_t*>(bytes + layout.starts)[tile];
-    const int64_t count = reinterpret_cast<const uint32_t*>(bytes + layout.counts)[tile];
-    sound = start + count <= header->capacity;
+    const int64_t start = view.starts[tile], count = view.counts[tile];
+    sound = start + count <= header.capacity;
     if (!sound || count == 0) continue;
-    const auto* indices = reinterpret_cast<const uint16_t*>(bytes + layout.indices) + start;
+    const uint16_t* indices = view.indices + start;
     for (int64_t i = 1; i < count; ++i) sound &= indices[i] > indices[i - 1];
     sound &= tile * kTile + indices[count - 1] < numel;
   }

@@ -43,13 +43,16 @@ def parameter_name(group: dict[str, Any], i: int) -> str:
     return f"parameter {i} ('{names[i]}')" if names else f"parameter {i}"
 
 
-def check(exchange: Exchange, facts: dict[str, Any] | Exception) -> None:
+def check(exchange: Exchange, facts: dict[str, Any] | Exception, device: torch.device) -> None:
     """Raises on every rank unless all ranks hand in equal facts. Collective.
 
     Args:
         facts: from :func:`describe`, or the exception that this rank met on the way there.
+        device: where the parameters are.
     """
-    everyone = exchange.gather_objects(repr(facts) if isinstance(facts, Exception) else facts)
+    everyone = exchange.gather_objects(
+        repr(facts) if isinstance(facts, Exception) else facts, device
+    )
     if isinstance(facts, Exception):
         raise facts
     for rank, other in enumerate(everyone):

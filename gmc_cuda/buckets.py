@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from gmc_cuda import ops
 
 MAX_NUMEL = 2**31 - 1
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters and gradients
 
 
 class Bucket:
@@ -18,7 +19,7 @@ class Bucket:
     Attributes:
         params: the parameters, in the order of the index space.
         group: index of their param group.
-        numel: N.
+        sizes, numel: the parameters' numels, and their sum N.
         memory: u, float32 [N].
         momentum_buffer: m, float32 [N], with local momentum; else None.
         aggregate: a_{t-1} for global momentum: opaque uint8 after a sparse step, float32 [N] after
@@ -33,6 +34,7 @@ class Bucket:
         self.sizes = [p.numel() for p in self.params]
         self.numel = sum(self.sizes)
         self.device = self.params[0].device
+        self._contiguous = all(p.is_contiguous() for p in self.params)
         self.memory = torch.zeros(self.numel, device=self.device)
         self.momentum_buffer = torch.zeros_like(self.memory) if local_momentum else None
         self.aggregate: Tensor | None = None
@@ -49,13 +51,33 @@ class Bucket:
             for part, p in zip(parts, self.params, strict=True)
         ]
 
+    def vectors(self) -> dict[str, Tensor]:
+        """The flat tensors that a worker keeps for itself, by the name of their views in state."""
+        if self.momentum_buffer is None:
+            return {"memory": self.memory}
+        return {"memory": self.memory, "momentum_buffer": self.momentum_buffer}
+
     def flat_params(self) -> list[Tensor]:
         """The parameters as contiguous tensors that share their storage."""
+        if self._contiguous:
+            return list(self.params)
         return [p if p.is_contiguous() else in_storage_order(p.detach()) for p in self.params]
 
-    def flat_grads(self) -> list[Tensor | None]:
-        """The gradients in the same order, None where a parameter has none."""
-        return [_flat_grad(p) for p in self.params]
+    def flat_grads(self, refuse: Callable[[Tensor], None]) -> list[Tensor | None]:
+        """The gradients in the same order, None where a parameter has none.
+
+        refuse(param) is called where a gradient is no dense tensor of a known dtype, and raises.
+        """
+        grads: list[Tensor | None] = []
+        for param in self.params:  # hundreds at every step: no calls for the common case
+            grad = param.grad
+            if grad is not None:
+                if grad.layout is not torch.strided or grad.dtype not in DTYPES:
+                    refuse(param)
+                if not (self._contiguous and grad.is_contiguous()):
+                    grad = _flat_grad(param, grad)
+            grads.append(grad)
+        return grads
 
     def select_state(self, k: int) -> Tensor:
         """The selection's state for this k."""
@@ -135,9 +157,8 @@ def in_storage_order(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
-def _flat_grad(param: Tensor) -> Tensor | None:
-    grad = param.grad
-    if grad is None or (grad.is_contiguous() and param.is_contiguous()):
+def _flat_grad(param: Tensor, grad: Tensor) -> Tensor:
+    if grad.is_contiguous() and param.is_contiguous():
         return grad
     if grad.stride() != param.stride():
         grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)

@@ -1,76 +1,115 @@
-"""What GMC and DGC share: buckets, the exchange, the agreed verdict, overlap with backward."""
+"""What GMC and DGC share: buckets, the agreed verdict, overlap with the backward pass."""
 
 from __future__ import annotations
 
-import math
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gmc_cuda import agreement, hyperparameters, state_dict, steps
+from gmc_cuda import agreement, hyperparameters, ops, transfers, wire
+from gmc_cuda import state_dict as states
 from gmc_cuda.buckets import MAX_NUMEL, Bucket, in_storage_order, make_buckets
-from gmc_cuda.damage import DamageWatch
-from gmc_cuda.exchange import Exchange
-from gmc_cuda.reference import DAMAGED
+from gmc_cuda.exchange import Exchange, FlatGroup, GroupLost
+from gmc_cuda.integrity import DamageWatch, DuplicateWatch, check_replicas
+from gmc_cuda.rules import Rule
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of the whole optimizer; see :class:`gmc_cuda.GMC`."""
+
+    wire_dtype: torch.dtype
+    overlap: bool
+    bucket_cap_mb: float
+    nonfinite: str
+    check_replicas_every: int
+
+    def check(self) -> None:
+        hyperparameters.check_options(
+            self.wire_dtype, self.bucket_cap_mb, self.nonfinite, self.check_replicas_every
+        )
+
+    @property
+    def cap_numel(self) -> int:
+        return min(int(self.bucket_cap_mb * 2**20 / 4), MAX_NUMEL)
+
+    def facts(self) -> dict[str, Any]:
+        return {**vars(self), "wire_dtype": str(self.wire_dtype)}
 
 
 class CompressedSGD(torch.optim.Optimizer):
-    """An optimizer over buckets; subclasses say how v is made. Not used on its own."""
+    """An optimizer over buckets; a rule says how v is made. Not used on its own."""
 
-    _step_supports_amp_scaling = True  # GradScaler then calls step() on every rank
-    _local_momentum = False
+    _scaled_together = False  # whether a scaler that all workers agree with calls step()
 
     def __init__(
         self,
         params: Any,
         defaults: dict[str, Any],
         *,
-        wire_dtype: torch.dtype,
+        rule: Rule,
+        settings: Settings,
         process_group: dist.ProcessGroup | None,
-        overlap: bool,
-        bucket_cap_mb: float,
-        nonfinite: str,
         broadcast_parameters: bool,
-        clip_norm: float | None = None,
     ) -> None:
-        self._exchange = Exchange(process_group)
-        options = {
-            "wire_dtype": str(wire_dtype),
-            "overlap": overlap,
-            "bucket_cap_mb": bucket_cap_mb,
-            "nonfinite": nonfinite,
-            "clip_norm": clip_norm,
-        }
+        self._exchange: Exchange = FlatGroup(process_group)
+        self._rule, self._settings = rule, settings
         self._buckets: list[Bucket] = []
-        self._layout: list[tuple[bool, ...]] = []
         self._built = False
-        self._skipped: Tensor | None = None  # counted on the device
         try:
-            hyperparameters.check_options(wire_dtype, bucket_cap_mb, nonfinite)
-            hyperparameters.check_clip_norm(clip_norm, overlap)
-            self.wire_dtype = wire_dtype
-            self.overlap = overlap
-            self.nonfinite = nonfinite
-            self._cap_numel = min(int(bucket_cap_mb * 2**20 / 4), MAX_NUMEL)
-            super().__init__(params, defaults)
-            self._check_params()
+            settings.check()
+            rule.check_facts(settings.overlap)
+            super().__init__(params, {**rule.options, **defaults})
+            self._check_params(self.param_groups)
         except Exception as error:
-            agreement.check(self._exchange, error)
-        agreement.check(self._exchange, agreement.describe(self) | options)
+            self._agree(error)
+        self._agree(agreement.describe(self) | settings.facts() | rule.facts())
         if broadcast_parameters:
             self._broadcast(self.param_groups)
-        self._built = True
+        self._start_up({})
+
+    def _start_up(self, saved: states.Held) -> None:
+        """Everything that is not options or parameters: also for a copy of an optimizer."""
         self._steps = 0
-        self._damage = DamageWatch()
+        self._skipped: Tensor | None = None  # counted on the device
+        self._verdict: Tensor | None = None  # of the last step
+        self._averaged = False
+        self._damage, self._duplicates = DamageWatch(), DuplicateWatch()
         self._synchronizing = True
         self._hooked: set[Tensor] = set()
-        self._started: list[steps.Step] = []
-        self._build()
-        state_dict.attach(self)
+        self._started: list[transfers.Transfer] = []
+        self._build(saved)
+        self._built = True
+        self.register_state_dict_post_hook(_complete)
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        return self._settings.wire_dtype
+
+    @property
+    def overlap(self) -> bool:
+        return self._settings.overlap
+
+    @property
+    def nonfinite(self) -> str:
+        return self._settings.nonfinite
+
+    @property
+    def process_group(self) -> Any:
+        """The workers that this optimizer trains with. Set it on a copy from another process."""
+        return self._exchange.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self._refuse_between_backward_and_step("a new process_group")
+        self._exchange = FlatGroup(group)
 
     # ------------------------------------------------------------------ parameters and buckets
 
@@ -83,22 +122,27 @@ class CompressedSGD(torch.optim.Optimizer):
         known = len(self.param_groups)
         try:
             super().add_param_group(param_group)
-            self._check_params()
+            self._check_params(self.param_groups)
             facts: dict[str, Any] | Exception = agreement.describe(self)
         except Exception as error:
             facts = error
         try:
-            agreement.check(self._exchange, facts)
+            self._agree(facts)
         except Exception:
             del self.param_groups[known:]
             raise
         self._broadcast(self.param_groups[known:])
-        self._build()
+        self._repack()
 
-    def _check_params(self) -> None:
+    def _agree(self, facts: dict[str, Any] | Exception) -> None:
+        groups = self.__dict__.get("param_groups", [])  # none if the arguments were refused
+        devices = [p.device for group in groups for p in group["params"]]
+        agreement.check(self._exchange, facts, devices[0] if devices else torch.device("cpu"))
+
+    def _check_params(self, groups: list[dict[str, Any]]) -> None:
         devices = set()
-        for g, group in enumerate(self.param_groups):
-            hyperparameters.check_group(group, g)
+        for g, group in enumerate(groups):
+            self._check_group(group, g)
             for i, param in enumerate(group["params"]):
                 name = f"params: {agreement.parameter_name(group, i)} of group {g}"
                 hyperparameters.check_param(param, name)
@@ -108,17 +152,20 @@ class CompressedSGD(torch.optim.Optimizer):
                 f"params: got devices {', '.join(sorted(map(str, devices)))}, must be one device"
             )
 
+    def _check_group(self, group: dict[str, Any], g: int) -> None:
+        where = f"of param group {g}"
+        hyperparameters.check_group(group, where)
+        self._rule.check(group, where)
+
     def _broadcast(self, groups: list[dict[str, Any]]) -> None:
         params = [p.detach() for group in groups for p in group["params"] if p.numel()]
         self._exchange.broadcast([in_storage_order(p) for p in params])
 
-    def _current_layout(self) -> list[tuple[bool, ...]]:
-        return [tuple(p.requires_grad for p in group["params"]) for group in self.param_groups]
+    def _current_layout(self) -> list[bool]:
+        return [p.requires_grad for group in self.param_groups for p in group["params"]]
 
-    def _build(self) -> None:
-        """Packs the parameters that require a gradient into buckets, keeping what they hold."""
-        kept = state_dict.export(self._buckets)
-        frozen = {p: s for p, s in self.state.items() if not p.requires_grad}
+    def _build(self, saved: states.Held) -> None:
+        """Packs the parameters that require a gradient into buckets that hold what was saved."""
         self._layout = self._current_layout()
         self._buckets = [
             bucket
@@ -126,19 +173,35 @@ class CompressedSGD(torch.optim.Optimizer):
             for bucket in make_buckets(
                 [p for p in group["params"] if p.requires_grad],
                 g,
-                self._cap_numel,
-                self._local_momentum,
+                self._settings.cap_numel,
+                self._rule.local_momentum,
             )
         ]
         self._bucket_of = {p: b for b in self._buckets for p in b.params}
         if self._buckets and self._skipped is None:
             self._skipped = torch.zeros(1, dtype=torch.int64, device=self._buckets[0].device)
-        state_dict.install(self, {**frozen, **kept})
+        self._install(saved)
         self._restart()
         if self.overlap:
             for param in self._bucket_of.keys() - self._hooked:
                 param.register_post_accumulate_grad_hook(self._on_gradient)
                 self._hooked.add(param)
+
+    def _install(self, saved: states.Held) -> None:
+        states.install(self._buckets, self.param_groups, self._rule, saved)
+        self.state.clear()
+        self.state.update(states.views(self._buckets))
+        # Frozen parameters are in no bucket; what they hold waits until they are unfrozen.
+        for param in saved.keys() - self._bucket_of.keys():
+            self.state[param] = {k: v.to(param.device, copy=True) for k, v in saved[param].items()}
+
+    def _held(self) -> states.Held:
+        """All state, parameter by parameter."""
+        frozen = {p: s for p, s in self.state.items() if p not in self._bucket_of}
+        return frozen | states.export(self._buckets, self.param_groups, self._rule)
+
+    def _repack(self) -> None:
+        self._build(self._held())
 
     # ------------------------------------------------------------------------------ the step
 
@@ -156,117 +219,165 @@ class CompressedSGD(torch.optim.Optimizer):
             ValueError, TypeError: a gradient that cannot be used; nothing was changed.
             FloatingPointError: with ``nonfinite="raise"``, on every rank, when a rank met a
                 non-finite gradient. The finite gradients of the step stay in memory.
-            RuntimeError: a damaged payload arrived. The step was not made on this rank.
+            RuntimeError: a damaged payload arrived, or the process group was lost. The step was
+                not made on this rank, and its gradients are in memory.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._damage.check(self._exchange.rank)
-        hyperparameters.check_scaler(self, self._exchange.size)
-        if self._layout != self._current_layout():
-            self._refuse_between_backward_and_step("a change of requires_grad")
-            self._build()
-        for g, group in enumerate(self.param_groups):
-            hyperparameters.check_group(group, g)
-        waiting = self._buckets[len(self._started) :]
-        self._check_gradients(waiting)
-        self._before_sending()
         try:
-            for bucket in waiting:
-                self._start(bucket)
-            skip = self._receive()
-        except Exception:
-            self._take_back()
+            self._make_step()
+        except BaseException:
+            self._forget_scaler()
             raise
-        self._apply(skip)
-        self._restart()
         return loss
 
-    def _start(self, bucket: Bucket) -> None:
+    def _make_step(self) -> None:
+        self._verdict = None
+        self._exchange.check()
+        self._damage.check(self._exchange.rank)
+        self._check_scaler()
+        if self._layout != self._current_layout():
+            self._refuse_between_backward_and_step("a change of requires_grad")
+            self._repack()
+        for g, group in enumerate(self.param_groups):
+            self._check_group(group, g)
+        waiting = self._buckets[len(self._started) :]
+        grads = [bucket.flat_grads(self._refuse_gradient) for bucket in waiting]
+        self._averaged = False
+        self._rule.prepare(
+            (p.grad for p in self._bucket_of if p.grad is not None),
+            self._exchange.size,
+            self._scaling()["grad_scale"],
+        )
+        with self._giving_back_on_errors():
+            for bucket, its_grads in zip(waiting, grads, strict=True):
+                self._start(bucket, its_grads)
+            skip = self._receive()
+        self._apply(skip)
+        self._restart()
+        self._steps += 1
+        every = self._settings.check_replicas_every
+        if every and self._steps % every == 0:
+            params = [p for bucket in self._buckets for p in bucket.flat_params()]
+            names = list(self._bucket_of)
+            check_replicas(self._exchange, params, lambda i: self._name(names[i]), self._steps)
+
+    def _start(self, bucket: Bucket, grads: list[Tensor | None]) -> None:
         group = self.param_groups[bucket.group]
-        k = max(1, math.ceil(group["density"] * bucket.numel))
-        rule = self._rule(group)
-        step = steps.start(
+        arguments = self._scaling() | self._rule.arguments(group)
+        transfer = transfers.start(
             bucket,
             self._exchange,
-            k,
-            rule,
+            wire.entries(group["density"], bucket.numel),
+            grads,
+            arguments,
             self.wire_dtype,
-            masking=group.get("momentum_masking", False),
+            self._rule.masks(group),
         )
-        bucket.sent_nbytes = step.nbytes
-        self._started.append(step)
+        bucket.sent_nbytes = transfer.nbytes
+        self._started.append(transfer)
+
+    def _scaling(self) -> dict[str, Tensor | None]:
+        """What a GradScaler leaves at an optimizer while it calls step()."""
+        found_inf = getattr(self, "found_inf", None)
+        return {
+            "grad_scale": getattr(self, "grad_scale", None),
+            # The integer zero if no parameter has a gradient.
+            "found_inf": found_inf if isinstance(found_inf, Tensor) else None,
+        }
+
+    def _forget_scaler(self) -> None:
+        # A scaler takes these back after a step that went well only; the next one would multiply
+        # its scale with what it finds.
+        for name in ("grad_scale", "found_inf"):
+            self.__dict__.pop(name, None)
+
+    def _check_scaler(self) -> None:
+        hyperparameters.check_scaler(
+            hasattr(self, "found_inf"), self._scaled_together, self._exchange.size, self.overlap
+        )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # A scaler must call step() on every worker, even if only one met an overflow. Other readers
+        # (Lightning) take it as a reason to refuse gradient clipping, also where nothing is scaled.
+        return sys._getframe(1).f_globals.get("__name__") == torch.amp.grad_scaler.__name__
+
+    def last_step_skipped(self) -> Tensor | None:
+        """Whether the last step was skipped: bool [1] on the device.
+
+        None before the first step, and after one that failed before the workers had agreed.
+        """
+        return None if self._verdict is None else self._verdict != 0
 
     def _receive(self) -> Tensor | None:
         """Waits for all payloads and merges them; returns the verdict. Changes no parameter."""
-        self._steps += 1
-        for step in self._started:
-            step.wait()
+        for transfer in self._started:
+            transfer.wait()
         if not self._started:
             return None
-        skip = steps.agree(self._started)
+        self._verdict = skip = transfers.agree(self._started)
         self._raise_on(skip)
-        for step in self._started:
-            step.merge(skip)
+        for transfer in self._started:
+            transfer.merge(skip)
+        self._duplicates.look(self._started, self._exchange.size)
         return skip
 
-    def _take_back(self) -> None:
-        """After an error: nothing was applied, so what was to be sent returns to memory."""
-        for step in self._started:
-            step.give_back()
-            step.bucket.aggregate = None
-        if self._started:
-            self._skipped += 1
-        self._restart()
+    @contextmanager
+    def _giving_back_on_errors(self) -> Iterator[None]:
+        """Nothing was applied yet, so what was to be sent returns to memory."""
+        try:
+            yield
+        except BaseException as error:  # also a Ctrl-C, after which many save their state
+            for transfer in self._started:
+                transfer.give_back()
+            if self._started and self._skipped is not None:
+                self._skipped += 1
+            self._restart()
+            self._steps += 1
+            if isinstance(error, GroupLost):
+                raise GroupLost(
+                    f"step {self._steps}, rank {self._exchange.rank} lost the group: nothing was "
+                    "applied, state_dict() is usable; start again with a new process group "
+                    f"({error})"
+                ) from error
+            raise
 
     def _apply(self, skip: Tensor | None) -> None:
         if skip is None:
             return
-        for step in self._started:
-            step.finish(self.param_groups[step.bucket.group]["lr"], skip)
+        for transfer in self._started:
+            transfer.finish(self.param_groups[transfer.bucket.group]["lr"], skip)
+        assert self._skipped is not None
         self._skipped += skip != 0
-        aggregates = [s.aggregate for s in self._started if isinstance(s, steps.SparseStep)]
+        aggregates = [t.aggregate for t in self._started if t.payloads is not None]
         if aggregates and aggregates[0].is_cuda:
             self._damage.submit(aggregates)
         for group in self.param_groups:
-            _remember_lr(group)
+            self._rule.finish(group)
 
     def _raise_on(self, skip: Tensor) -> None:
         if self.nonfinite != "raise" and not skip.is_cpu:
             return  # reading the verdict would make the host wait for the device
         verdict = int(skip)
-        if verdict & DAMAGED:
+        if verdict & ops.DAMAGED:
             raise RuntimeError(
                 f"rank {self._exchange.rank} received a damaged payload header; the step was not "
                 "made here, and replicas may differ: restart from a checkpoint"
             )
         if verdict and self.nonfinite == "raise":
-            counts = sum(step.nonfinite() for step in self._started).tolist()
+            counts = torch.stack([t.nonfinite() for t in self._started]).sum(0).tolist()
             met = [f"{count} on rank {rank}" for rank, count in enumerate(counts) if count]
             raise FloatingPointError(
                 f"non-finite gradient values: {', '.join(met)}; the step was not made, and the "
                 "finite gradients stay in memory (nonfinite='skip' goes on without raising)"
             )
 
-    def _before_sending(self) -> None:
-        """For what needs the whole gradient, which exists only without overlap."""
-
-    def _rule(self, group: dict[str, Any]) -> dict[str, Any]:
-        """How v is made: keyword arguments of ops.compress_."""
-        return {
-            "momentum": group["momentum"],
-            "weight_decay": group["weight_decay"],
-            "maximize": group["maximize"],
-            "grad_scale": getattr(self, "grad_scale", None),
-            "found_inf": getattr(self, "found_inf", None),
-        }
-
-    def _check_gradients(self, buckets: list[Bucket]) -> None:
-        for bucket in buckets:
-            for param in bucket.params:
-                if param.grad is not None:
-                    hyperparameters.check_gradient(param, lambda p=param: self._name(p))
+    def _refuse_gradient(self, param: Tensor) -> None:
+        assert param.grad is not None
+        hyperparameters.refuse_gradient(param.grad, self._name(param))
 
     def _name(self, param: Tensor) -> str:
         for g, group in enumerate(self.param_groups):
@@ -294,7 +405,7 @@ class CompressedSGD(torch.optim.Optimizer):
         bucket = self._bucket_of.get(param)
         if not self._synchronizing or bucket is None:
             return
-        if any(step.bucket is bucket for step in self._started):
+        if any(transfer.bucket is bucket for transfer in self._started):
             raise RuntimeError(
                 f"the gradient of {self._name(param)} arrived again before step(): with "
                 "overlap=True wrap every backward pass but the last in optimizer.no_sync()"
@@ -305,24 +416,99 @@ class CompressedSGD(torch.optim.Optimizer):
             bucket = self._buckets[len(self._started)]
             if self._missing[bucket]:
                 break
-            hyperparameters.check_scaler(self, self._exchange.size)
-            self._check_gradients([bucket])
-            self._start(bucket)
+            self._check_scaler()
+            with self._giving_back_on_errors():
+                self._start(bucket, bucket.flat_grads(self._refuse_gradient))
             # Sent is sent: clipping these gradients afterwards would have no effect.
             for sent in bucket.params:
                 sent.grad = None
 
     def _restart(self) -> None:
         if self.overlap:
-            for step in self._started:
-                for param in step.bucket.params:
+            for transfer in self._started:
+                for param in transfer.bucket.params:
                     param.grad = None
+            self._missing = {bucket: set(bucket.params) for bucket in self._buckets}
         self._started = []
-        self._missing = {bucket: set(bucket.params) for bucket in self._buckets}
 
     def _refuse_between_backward_and_step(self, what: str) -> None:
         if self._started:
             raise RuntimeError(f"{what} between backward() and step() with overlap=True")
+
+    # ------------------------------------------------------------- saving, loading and copying
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what ``state_dict()`` of the same optimizer gave, or torch.optim.SGD's.
+
+        No collective. Memory stays float32 whatever the parameters' dtype. Options that the saved
+        state is too old to have keep their present values.
+
+        Raises:
+            ValueError, TypeError: a state that does not fit; nothing was changed.
+
+        Warns:
+            UserWarning: the memory is another rank's and not the average of all.
+        """
+        self._refuse_between_backward_and_step("load_state_dict")
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        loaded = states.read(state_dict, self.param_groups, self._rule, type(self).__name__)
+        for g, group in enumerate(loaded.groups):
+            self._check_group(group, g)
+        states.warn_of_another_ranks(loaded, self._exchange.rank, self._exchange.size)
+        for group, new in zip(self.param_groups, loaded.groups, strict=True):
+            group.update(new)
+        self._install(loaded.held)
+        self._averaged = loaded.stamp is not None and loaded.stamp.averaged
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    @torch.no_grad()
+    def average_memory_(self) -> None:
+        """Replaces every worker's memory (and local momentum) by the mean over all workers.
+
+        All workers must call it. What is unsent in all, and so the run, is kept: afterwards the
+        state of one worker is the state of all, for checkpoints that keep rank 0's only.
+        """
+        self._refuse_between_backward_and_step("average_memory_")
+        flats = [flat for bucket in self._buckets for flat in bucket.vectors().values()]
+        works = [self._exchange.all_reduce(flat) for flat in flats]
+        for flat, work in zip(flats, works, strict=True):
+            work.wait()
+            flat.div_(self._exchange.size)
+        self._averaged = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_between_backward_and_step("a copy")
+        held = {p: {k: v.clone() for k, v in s.items()} for p, s in self._held().items()}
+        return {
+            "defaults": self.defaults,
+            "param_groups": self.param_groups,
+            "held": held,
+            "rule": self._rule,
+            "settings": self._settings,
+            "exchange": self._exchange,
+            "steps": self._steps,
+            "skipped": None if self._skipped is None else self._skipped.clone(),
+            "averaged": self._averaged,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "held" not in state:  # torch's own, which knows of no buckets
+            super().__setstate__(state)
+            return
+        state = dict(state)
+        held, steps = state.pop("held"), state.pop("steps")
+        skipped, averaged = state.pop("skipped"), state.pop("averaged")
+        self._rule, self._settings = state.pop("rule"), state.pop("settings")
+        self._exchange = state.pop("exchange")
+        super().__setstate__({**state, "state": defaultdict(dict)})
+        self._start_up(held)
+        self._steps, self._skipped, self._averaged = steps, skipped, averaged
 
     # --------------------------------------------------------------------------------- figures
 
@@ -330,9 +516,9 @@ class CompressedSGD(torch.optim.Optimizer):
         """Figures of the run so far; reads the device.
 
         Returns:
-            steps, skipped_steps; bytes_per_step, what this worker put into the collectives of the
-            last step; dense_bytes_per_step, a float32 gradient's bytes; repairs, selections that
-            had to read all of memory again.
+            steps, skipped_steps; bytes_per_step, what this worker handed to the collectives of the
+            last step (a single worker's stays there); dense_bytes_per_step, a float32 gradient's
+            bytes; repairs, selections that had to read all of memory again.
         """
         return {
             "steps": self._steps,
@@ -343,13 +529,11 @@ class CompressedSGD(torch.optim.Optimizer):
         }
 
 
-def _remember_lr(group: dict[str, Any]) -> None:
-    if "previous_lr" not in group:
-        return
-    lr, previous = group["lr"], group["previous_lr"]
-    if not isinstance(lr, Tensor):
-        group["previous_lr"] = lr
-    elif isinstance(previous, Tensor):  # in place, so that a replayed graph does it too
-        previous.copy_(lr)
-    else:
-        group["previous_lr"] = lr.clone()
+def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    assert isinstance(optimizer, CompressedSGD)
+    exchange = optimizer._exchange
+    stamp = states.Stamp(
+        type(optimizer).__name__, exchange.rank, exchange.size, optimizer._averaged
+    )
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states.add(state_dict, params, optimizer._held(), stamp)

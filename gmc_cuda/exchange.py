@@ -1,76 +1,157 @@
-"""The collectives of a step, on the process group that the optimizer was given."""
+"""The collectives of a step: what an exchange must offer, and the flat process group."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 # torch 2.15 renamed all_gather_into_tensor and warns about the old name; 2.11 has only that one.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Done:
-    """A collective with nothing left to wait for."""
+class Work(Protocol):
+    """A collective on its way."""
 
+    def wait(self) -> None:
+        """Raises GroupLost if it failed, be it as late as now or when it was to be started."""
+
+
+class Exchange(Protocol):
+    """How workers reach each other. Every method but check() is a collective.
+
+    Attributes:
+        group: the process group behind it; None for a single worker.
+        size: world size p, the number of payloads that a step merges.
+        rank: which of them is this worker's.
+    """
+
+    group: dist.ProcessGroup | None
+    size: int
+    rank: int
+
+    def check(self) -> None:
+        """Raises RuntimeError if this exchange no longer fits the process's groups."""
+
+    def all_gather(self, payload: Tensor) -> tuple[Tensor, Work]:
+        """Starts gathering uint8 [n] from every rank; uint8 [p, n] is filled once it has ended."""
+
+    def all_reduce(self, tensor: Tensor) -> Work:
+        """Starts summing a tensor over all ranks in place. All ranks get the same bits."""
+
+    def broadcast(self, tensors: list[Tensor]) -> None:
+        """Overwrites contiguous tensors with rank 0's."""
+
+    def gather_objects(self, value: Any, device: torch.device) -> list[Any]:
+        """Every rank's small picklable object, in rank order. device: where the tensors are."""
+
+
+class GroupLost(RuntimeError):
+    """A collective failed: another rank ended, or the time-out of the group passed."""
+
+
+class _Done:
     def wait(self) -> None:
         pass
 
 
-class Exchange:
-    """A process group, or a single worker where torch.distributed was not initialised.
+class _Pending:
+    """Fails in wait() alone, so that all buckets of a step take in their gradients before."""
 
-    Attributes:
-        size: world size p of the group.
-        rank: this process's rank in it.
-    """
+    def __init__(self, collective: Callable[..., Any], *tensors: Tensor, group: Any) -> None:
+        self._error: RuntimeError | None = None
+        try:
+            self._work = collective(*tensors, group=group, async_op=True)
+        except RuntimeError as error:
+            self._error = error
+
+    def wait(self) -> None:
+        try:
+            if self._error is not None:
+                raise self._error
+            self._work.wait()
+        except RuntimeError as error:
+            raise GroupLost(str(error)) from error
+
+
+class FlatGroup:
+    """One process group, or a single worker where torch.distributed was not initialised."""
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
-        if process_group is not None or (dist.is_available() and dist.is_initialized()):
-            self.group = process_group if process_group is not None else dist.group.WORLD
-            self.size = dist.get_world_size(self.group)
-            self.rank = dist.get_rank(self.group)
+        self._given = process_group
+        self._missing = False  # a copy without the group that it was made with
+        self._find()
+
+    def _find(self) -> None:
+        self.group, self.size, self.rank = self._given, 1, 0
+        if self.group is None and dist.is_available() and dist.is_initialized():
+            self.group = dist.group.WORLD
+        if self.group is not None:
+            self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
             if self.rank < 0:
                 raise ValueError("process_group: got a group that this process is not part of")
-        else:
-            self.group, self.size, self.rank = None, 1, 0
+        elif int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            warnings.warn(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not "
+                "initialised, so this optimizer trains its worker alone: call "
+                "torch.distributed.init_process_group() before you construct it",
+                stacklevel=2,
+            )
 
-    def all_gather(self, payload: Tensor) -> tuple[Tensor, Any]:
-        """Starts gathering uint8 [n] from every rank; returns uint8 [p, n] and a waitable."""
+    def check(self) -> None:
+        if self._missing:
+            raise RuntimeError(
+                "this copy of an optimizer was made in another process and its process_group "
+                "stayed there: set optimizer.process_group = group"
+            )
+        late = self.group is None and dist.is_available() and dist.is_initialized()
+        if late and dist.get_world_size() > 1:
+            raise RuntimeError(
+                "torch.distributed was initialised after this optimizer was constructed, so it "
+                "would train its worker alone: call init_process_group() first, then construct "
+                "the optimizer"
+            )
+
+    def all_gather(self, payload: Tensor) -> tuple[Tensor, Work]:
         if self.size == 1:
-            return payload.unsqueeze(0), Done()
+            return payload.unsqueeze(0), _Done()
         gathered = payload.new_empty(self.size * payload.numel())
-        work = _all_gather(gathered, payload, group=self.group, async_op=True)
+        work = _Pending(_all_gather, gathered, payload, group=self.group)
         return gathered.view(self.size, -1), work
 
-    def all_reduce(self, tensor: Tensor) -> Any:
-        """Starts summing a tensor over all ranks in place; returns a waitable."""
+    def all_reduce(self, tensor: Tensor) -> Work:
         if self.size == 1:
-            return Done()
-        return dist.all_reduce(tensor, group=self.group, async_op=True)
+            return _Done()
+        return _Pending(dist.all_reduce, tensor, group=self.group)
 
     def broadcast(self, tensors: list[Tensor]) -> None:
-        """Overwrites contiguous tensors with rank 0's."""
-        if self.size == 1:
+        if self.size == 1 or self.group is None:
             return
         source = dist.get_global_rank(self.group, 0)
         works = [dist.broadcast(t, source, group=self.group, async_op=True) for t in tensors]
         for work in works:
             work.wait()
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's small picklable object, in rank order."""
+    def gather_objects(self, value: Any, device: torch.device) -> list[Any]:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        # Over NCCL the objects travel through the current device, which may be another rank's.
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def sends_dense(self, numel: int, k: int, nbytes: int) -> bool:
-        """Whether a bucket goes by dense all-reduce.
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlatGroup:
+        return FlatGroup(self._given)
 
-        A rank of a ring all-reduce receives 2 (p-1)/p * 4 N bytes, of an all-gather (p-1) *
-        ``nbytes``. A single worker sends nothing, so only k = N is dense there.
-        """
-        return k == numel or (self.size > 1 and self.size * nbytes >= 8 * numel)
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_given": None, "_missing": self._given is not None or self._missing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._find()

@@ -4,48 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gmc_cuda.buckets import MAX_NUMEL, is_dense_layout
+from gmc_cuda.buckets import DTYPES, MAX_NUMEL, is_dense_layout
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_NAMES = "torch.float32, torch.bfloat16 or torch.float16"
 
 
-def check_options(wire_dtype: torch.dtype, bucket_cap_mb: float, nonfinite: str) -> None:
+def check_options(
+    wire_dtype: torch.dtype, bucket_cap_mb: float, nonfinite: str, check_replicas_every: int
+) -> None:
     if wire_dtype not in DTYPES:
         raise TypeError(f"wire_dtype: got {wire_dtype}, must be {_DTYPE_NAMES}")
-    if not _is_number(bucket_cap_mb) or not 0 < bucket_cap_mb < math.inf:
-        raise ValueError(f"bucket_cap_mb: got {bucket_cap_mb!r}, must be a positive number of MiB")
+    check_positive(bucket_cap_mb, "bucket_cap_mb", "number of MiB")
     if nonfinite not in ("skip", "raise"):
         raise ValueError(f"nonfinite: got {nonfinite!r}, must be 'skip' or 'raise'")
-
-
-def check_clip_norm(clip_norm: float | None, overlap: bool) -> None:
-    if clip_norm is None:
-        return
-    if not _is_number(clip_norm) or not 0 < clip_norm < math.inf:
-        raise ValueError(f"clip_norm: got {clip_norm!r}, must be a positive number or None")
-    if overlap:
+    whole = isinstance(check_replicas_every, int) and not isinstance(check_replicas_every, bool)
+    if not whole or check_replicas_every < 0:
         raise ValueError(
-            "clip_norm: got a number with overlap=True, but the norm of the whole gradient is "
-            "known only after the backward pass: use overlap=False"
+            f"check_replicas_every: got {check_replicas_every!r}, must be a number of steps, or 0 "
+            "for never"
         )
 
 
-def check_group(group: dict[str, Any], g: int) -> None:
-    """Called at every step, because schedulers and users write to param groups."""
-    where = f"of param group {g}"
+def check_positive(value: Any, name: str, what: str) -> None:
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise ValueError(f"{name}: got {value!r}, must be a positive {what}")
+
+
+def check_group(group: dict[str, Any], where: str) -> None:
+    """Called at every step, because schedulers and users write to param groups.
+
+    Args: where says which group, for the message.
+    """
     _check_range(group, "lr", where, lambda x: 0 <= x < math.inf, "at least 0")
     _check_range(group, "momentum", where, lambda x: 0 <= x < 1, "at least 0 and below 1")
     _check_range(group, "weight_decay", where, lambda x: 0 <= x < math.inf, "at least 0", False)
     _check_range(group, "density", where, lambda x: 0 < x <= 1, "above 0 and at most 1", False)
-    form = group.get("momentum_form", "buffer")
-    if form not in ("buffer", "iterate"):
-        raise ValueError(f"momentum_form {where}: got {form!r}, must be 'buffer' or 'iterate'")
 
 
 def check_param(param: Tensor, name: str) -> None:
@@ -62,27 +61,29 @@ def check_param(param: Tensor, name: str) -> None:
         )
 
 
-def check_gradient(param: Tensor, name: Callable[[], str]) -> None:
-    """Args: name gives the parameter's name for the message."""
-    grad = param.grad
+def refuse_gradient(grad: Tensor, name: str) -> None:
+    """Raises for a gradient that is no dense tensor of a known dtype."""
+    what = f"gradient of {name}"
     if grad.layout != torch.strided:
         raise TypeError(
-            f"gradient of {name()}: got layout {grad.layout}, must be dense (torch.strided); for "
-            "embeddings use sparse=False"
+            f"{what}: got layout {grad.layout}, must be dense (torch.strided); for embeddings use "
+            "sparse=False"
         )
-    if grad.dtype not in DTYPES:
-        raise TypeError(f"gradient of {name()}: got {grad.dtype}, must be {_DTYPE_NAMES}")
+    raise TypeError(f"{what}: got {grad.dtype}, must be {_DTYPE_NAMES}")
 
 
-def check_scaler(optimizer: Any, size: int) -> None:
-    """A plain GradScaler keeps one scale for each worker, and the scales drift apart."""
-    scaled = getattr(optimizer, "found_inf", None) is not None
-    if scaled and size > 1:
+def check_scaler(scaled: bool, together: bool, size: int, overlap: bool) -> None:
+    """A plain GradScaler keeps one scale for each worker, and the scales drift apart.
+
+    Args: scaled: whether a scaler calls; together: whether it is one that all workers agree with.
+    """
+    if scaled and size > 1 and not together:
         raise RuntimeError(
             "torch.amp.GradScaler with more than one worker would let the workers' loss scales "
-            "drift apart: use bfloat16 autocast, which needs no scaler"
+            "drift apart: use gmc_cuda.GradScaler in its place, or bfloat16 autocast, which needs "
+            "no scaler"
         )
-    if scaled and optimizer.overlap:
+    if scaled and overlap:
         raise RuntimeError("GradScaler needs overlap=False: the scale is known only at step()")
 
 
@@ -107,4 +108,4 @@ def _check_range(
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gmc_cuda.compressed_sgd import CompressedSGD
+from gmc_cuda import state_dict as states
+from gmc_cuda.compressed_sgd import CompressedSGD, Settings
+from gmc_cuda.rules import GlobalMomentum, LocalMomentum
 
 
 class GMC(CompressedSGD):
@@ -46,6 +47,8 @@ class GMC(CompressedSGD):
         nonfinite: "skip" leaves a step out on every worker when any of them met a NaN or Inf;
             "raise" raises FloatingPointError on every worker.
         broadcast_parameters: start from rank 0's parameters.
+        check_replicas_every: compare the bits of all workers' parameters after every so many steps
+            and raise RuntimeError on every worker if they differ; 0: never. Reads the device.
 
     ``optimizer.state[p]["memory"]`` is u, float32, shaped like p. ``lr``, ``momentum``,
     ``density`` and ``weight_decay`` are read from the param group at every step.
@@ -74,32 +77,27 @@ class GMC(CompressedSGD):
         bucket_cap_mb: float = 256,
         nonfinite: str = "skip",
         broadcast_parameters: bool = True,
+        check_replicas_every: int = 0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "density": density,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "momentum_form": momentum_form,
-            "previous_lr": None,
-        }
+        defaults = _common(lr, momentum, density, weight_decay, maximize)
         super().__init__(
             params,
-            defaults,
-            wire_dtype=wire_dtype,
+            defaults | {"momentum_form": momentum_form},
+            rule=GlobalMomentum(),
+            settings=Settings(wire_dtype, overlap, bucket_cap_mb, nonfinite, check_replicas_every),
             process_group=process_group,
-            overlap=overlap,
-            bucket_cap_mb=bucket_cap_mb,
-            nonfinite=nonfinite,
             broadcast_parameters=broadcast_parameters,
         )
 
-    def _rule(self, group: dict[str, Any]) -> dict[str, Any]:
-        rule = super()._rule(group)
-        if group["momentum_form"] == "iterate" and group["previous_lr"] is not None:
-            rule["momentum"] = group["momentum"] * _ratio(group["previous_lr"], group["lr"])
-        return rule
+    @torch.no_grad()
+    def sgd_state_dict(self) -> dict[str, Any]:
+        """The state as ``torch.optim.SGD.load_state_dict`` takes it, to go on without compression.
+
+        Raises:
+            ValueError: there are gradients in memory that were not sent yet; the message says how
+                to send them.
+        """
+        return states.for_sgd(self.state_dict())
 
 
 class DGC(CompressedSGD):
@@ -126,8 +124,6 @@ class DGC(CompressedSGD):
     Bandwidth for Distributed Training", ICLR 2018.
     """
 
-    _local_momentum = True
-
     def __init__(
         self,
         params: Any,
@@ -146,58 +142,26 @@ class DGC(CompressedSGD):
         bucket_cap_mb: float = 256,
         nonfinite: str = "skip",
         broadcast_parameters: bool = True,
+        check_replicas_every: int = 0,
     ) -> None:
-        self._clip_norm = clip_norm
-        self._clip_scale: Tensor | None = None
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "density": density,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "nesterov": nesterov,
-            "momentum_masking": momentum_masking,
-        }
+        defaults = _common(lr, momentum, density, weight_decay, maximize)
         super().__init__(
             params,
-            defaults,
-            wire_dtype=wire_dtype,
+            defaults | {"nesterov": nesterov, "momentum_masking": momentum_masking},
+            rule=LocalMomentum(clip_norm),
+            settings=Settings(wire_dtype, overlap, bucket_cap_mb, nonfinite, check_replicas_every),
             process_group=process_group,
-            overlap=overlap,
-            bucket_cap_mb=bucket_cap_mb,
-            nonfinite=nonfinite,
             broadcast_parameters=broadcast_parameters,
-            clip_norm=clip_norm,
         )
 
-    def _before_sending(self) -> None:
-        if self._clip_norm is None:
-            return
-        norm = _finite_norm([p.grad for p in self._bucket_of if p.grad is not None])
-        scale = getattr(self, "grad_scale", None)
-        scale = torch.ones_like(norm) if scale is None else scale.to(norm)
-        limit = self._clip_norm / math.sqrt(self._exchange.size)
-        # Dividing by norm / limit is the scaling; a smaller gradient is only unscaled.
-        self._clip_scale = torch.maximum(scale, norm / limit).float()
 
-    def _rule(self, group: dict[str, Any]) -> dict[str, Any]:
-        rule = super()._rule(group) | {"nesterov": group["nesterov"]}
-        if self._clip_norm is not None:
-            rule["grad_scale"] = self._clip_scale
-        return rule
-
-
-def _ratio(previous_lr: float | Tensor, lr: float | Tensor) -> float | Tensor:
-    """eta_{t-1} / eta_t, zero where eta_t is."""
-    if isinstance(lr, Tensor):
-        return torch.where(lr == 0, 0.0, previous_lr / lr)
-    return 0.0 if lr == 0 else previous_lr / lr
-
-
-def _finite_norm(grads: list[Tensor]) -> Tensor:
-    """The Euclidean norm over all finite elements, float64, so that no square overflows."""
-    norms = [
-        torch.linalg.vector_norm(grad.nan_to_num(0.0, 0.0, 0.0), dtype=torch.float64)
-        for grad in grads
-    ]
-    return torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64)
+def _common(
+    lr: float | Tensor, momentum: float, density: float, weight_decay: float, maximize: bool
+) -> dict[str, Any]:
+    return {
+        "lr": lr,
+        "momentum": momentum,
+        "density": density,
+        "weight_decay": weight_decay,
+        "maximize": maximize,
+    }

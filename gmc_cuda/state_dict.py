@@ -1,125 +1,267 @@
-"""What an optimizer's buckets hold, parameter by parameter: for state_dict and for repacking.
+"""An optimizer's state parameter by parameter: for state_dict, for copies and for repacking.
 
 torch.optim casts loaded state to the parameter's dtype, which would round the float32 memory of a
-bfloat16 parameter, and knows nothing of buckets. So the loaded tensors are kept aside before torch
-casts them and copied into the buckets afterwards.
+bfloat16 parameter, and knows nothing of buckets or of ranks. So GMC and DGC load by themselves.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gmc_cuda.buckets import Bucket
-
-if TYPE_CHECKING:
-    from gmc_cuda.compressed_sgd import CompressedSGD
+from gmc_cuda.rules import Group, Rule
 
 ParamState = dict[str, Tensor]
+Held = dict[Tensor, ParamState]
+
+FORMAT = 1
+_STAMP = "saved_by"  # in each param group of a state_dict: the one place every framework keeps
 
 
-def export(buckets: list[Bucket]) -> dict[Tensor, ParamState]:
-    """Each parameter's memory, momentum buffer and part of the aggregate, shaped like it."""
-    exported: dict[Tensor, ParamState] = {}
+@dataclass(frozen=True)
+class Stamp:
+    """Whose state it is.
+
+    Attributes:
+        optimizer: name of its class.
+        rank, world_size: of the worker that saved it.
+        averaged: whether memory is the mean over all workers, which then had the same.
+        format: of the state; raised when what a key means changes.
+    """
+
+    optimizer: str
+    rank: int
+    world_size: int
+    averaged: bool
+    format: int = FORMAT
+
+
+# ------------------------------------------------------------------------- buckets and parameters
+
+
+def views(buckets: Iterable[Bucket]) -> Held:
+    """Each parameter's part of what its worker keeps, as views of the buckets."""
+    held: Held = {}
     for bucket in buckets:
-        flats = {
-            "memory": bucket.memory,
-            "momentum_buffer": bucket.momentum_buffer,
-            "aggregate": bucket.dense_aggregate(),
-        }
-        for name, flat in flats.items():
-            if flat is not None:
-                for param, view in zip(bucket.params, bucket.views(flat), strict=True):
-                    exported.setdefault(param, {})[name] = view
-    return exported
-
-
-def install(optimizer: CompressedSGD, saved: dict[Tensor, ParamState]) -> None:
-    """Copies what export() gave into the optimizer's buckets and points its state at them."""
-    optimizer.state.clear()
-    for bucket in optimizer._buckets:
-        flats = {"memory": bucket.memory}
-        if bucket.momentum_buffer is not None:
-            flats["momentum_buffer"] = bucket.momentum_buffer
-        for name, flat in flats.items():
+        for name, flat in bucket.vectors().items():
             for param, view in zip(bucket.params, bucket.views(flat), strict=True):
-                if name in saved.get(param, {}):
-                    view.copy_(saved[param][name])
-                optimizer.state[param][name] = view
-        if any("aggregate" in saved.get(param, {}) for param in bucket.params):
+                held.setdefault(param, {})[name] = view
+    return held
+
+
+def export(buckets: Iterable[Bucket], groups: list[Group], rule: Rule) -> Held:
+    """The same with a_{t-1}, dense and shaped like the parameter, zero before the first step."""
+    buckets = list(buckets)
+    held = views(buckets)
+    for bucket in buckets:
+        if rule.local_momentum:
+            continue
+        aggregate = bucket.dense_aggregate()
+        if aggregate is None:
             aggregate = torch.zeros_like(bucket.memory)
-            for param, view in zip(bucket.params, bucket.views(aggregate), strict=True):
-                if "aggregate" in saved.get(param, {}):
-                    view.copy_(saved[param]["aggregate"])
-            bucket.aggregate = aggregate
-    # Frozen parameters are in no bucket; what they hold waits until they are unfrozen.
-    for param, state in saved.items():
-        if param not in optimizer._bucket_of:
-            optimizer.state[param] = state
+        name = rule.aggregate_name(groups[bucket.group])
+        for param, view in zip(bucket.params, bucket.views(aggregate), strict=True):
+            held[param][name] = view
+    return held
 
 
-def attach(optimizer: CompressedSGD) -> None:
-    """Makes state_dict() hold the aggregate, and load_state_dict() load without rounding."""
-    optimizer.register_state_dict_post_hook(_add_aggregate)
-    optimizer.register_load_state_dict_pre_hook(_keep_loaded)
-    optimizer.register_load_state_dict_post_hook(_install_loaded)
-
-
-def _add_aggregate(optimizer: CompressedSGD, state_dict: dict[str, Any]) -> None:
-    exported = export(optimizer._buckets)
-    for i, param in enumerate(_params(optimizer)):
-        if "aggregate" in exported.get(param, {}):
-            flat = exported[param]["aggregate"].reshape(-1)
-            indices = flat.nonzero().view(-1)
-            state = dict(state_dict["state"][i])
-            state_dict["state"][i] = state
-            state["aggregate_indices"] = indices
-            state["aggregate_values"] = flat[indices]
-
-
-def _keep_loaded(optimizer: CompressedSGD, state_dict: dict[str, Any]) -> None:
-    optimizer._refuse_between_backward_and_step("load_state_dict")
-    params = list(_params(optimizer))
-    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    if len(ids) != len(params):
-        return  # torch itself says what is wrong
-    optimizer._loaded = {
-        param: _checked(state_dict["state"][i], param, i, optimizer._local_momentum)
-        for i, param in zip(ids, params, strict=True)
-        if i in state_dict["state"]
-    }
-
-
-def _install_loaded(optimizer: CompressedSGD) -> None:
-    for bucket in optimizer._buckets:
-        bucket.memory.zero_()
-        if bucket.momentum_buffer is not None:
-            bucket.momentum_buffer.zero_()
+def install(buckets: Iterable[Bucket], groups: list[Group], rule: Rule, saved: Held) -> None:
+    """Copies what export() gave into buckets; zero where it has nothing."""
+    for bucket in buckets:
+        for name, flat in bucket.vectors().items():
+            flat.copy_(_packed(bucket, name, saved))
         bucket.aggregate = None
-    install(optimizer, optimizer.__dict__.pop("_loaded"))
+        name = rule.aggregate_name(groups[bucket.group])
+        if not rule.local_momentum and any(name in saved.get(p, {}) for p in bucket.params):
+            bucket.aggregate = _packed(bucket, name, saved)
 
 
-def _checked(loaded: dict[str, Tensor], param: Tensor, i: int, local_momentum: bool) -> ParamState:
-    state: ParamState = {}
-    wanted = ["memory"] + ["momentum_buffer"] * local_momentum
-    for name in wanted:
-        if name not in loaded:
-            raise ValueError(f"state_dict: parameter {i} has no '{name}', but {sorted(loaded)}")
-        if loaded[name].shape != param.shape:
+def _packed(bucket: Bucket, name: str, saved: Held) -> Tensor:
+    # A new tensor: what was saved may be views of the very vector that it is copied into.
+    flat = torch.zeros_like(bucket.memory)
+    for param, view in zip(bucket.params, bucket.views(flat), strict=True):
+        if name in saved.get(param, {}):
+            view.copy_(saved[param][name])
+    return flat
+
+
+# ------------------------------------------------------------------------------ saving and loading
+
+
+def add(state_dict: dict[str, Any], params: list[Tensor], held: Held, stamp: Stamp) -> None:
+    """Completes torch's state_dict by what is not in optimizer.state, and by whose it is."""
+    for i, param in enumerate(params):
+        if param in held:
+            state_dict["state"][i] = {**state_dict["state"].get(i, {}), **held[param]}
+    for group in state_dict["param_groups"]:
+        group[_STAMP] = asdict(stamp)
+
+
+def assemble(state: dict[int, ParamState], groups: list[Group], stamp: Stamp) -> dict[str, Any]:
+    """The state_dict of these parts; groups as in a state_dict."""
+    groups = [{**group, _STAMP: asdict(stamp)} for group in groups]
+    return {"state": state, "param_groups": groups}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A state_dict that was found to fit.
+
+    Attributes:
+        groups: param groups, with the optimizer's own parameters.
+        held: each parameter's tensors.
+        stamp: whose state it is; None for torch.optim.SGD's.
+    """
+
+    groups: list[Group]
+    held: Held
+    stamp: Stamp | None
+
+
+def read(state_dict: dict[str, Any], groups: list[Group], rule: Rule, name: str) -> Loaded:
+    """Checks a state_dict against an optimizer's groups, and changes nothing.
+
+    Raises:
+        ValueError: it belongs to another optimizer, format or model.
+    """
+    saved_groups = state_dict["param_groups"]
+    if len(saved_groups) != len(groups):
+        raise ValueError(f"state_dict: got {len(saved_groups)} param groups, must be {len(groups)}")
+    ids: dict[Any, Tensor] = {}
+    for g, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
+        if len(saved["params"]) != len(own["params"]):
             raise ValueError(
-                f"state_dict: {name} of parameter {i} has shape {tuple(loaded[name].shape)}, must "
-                f"be {tuple(param.shape)}"
+                f"state_dict: got {len(saved['params'])} parameters in group {g}, must be "
+                f"{len(own['params'])}"
             )
-        state[name] = loaded[name]
-    if "aggregate_indices" in loaded and not local_momentum:
-        aggregate = torch.zeros(param.numel(), device=param.device)
-        indices = loaded["aggregate_indices"].to(param.device)
-        aggregate[indices] = loaded["aggregate_values"].to(param.device)
-        state["aggregate"] = aggregate.view(param.shape)
+        for i, param in zip(saved["params"], own["params"], strict=True):
+            if i in ids:
+                raise ValueError(f"state_dict: parameter {i!r} stands in it twice")
+            ids[i] = param
+    stamp = _read_stamp(saved_groups, state_dict["state"], name)
+    loaded_groups = [
+        _merged(own, saved if stamp is not None else _from_sgd(saved, own))
+        for saved, own in zip(saved_groups, groups, strict=True)
+    ]
+    held: Held = {}
+    for saved, group in zip(saved_groups, loaded_groups, strict=True):
+        wanted = {"momentum_buffer"} if rule.local_momentum else {rule.aggregate_name(group)}
+        for i in saved["params"]:
+            tensors = state_dict["state"].get(i)
+            if tensors is None:
+                continue  # frozen, or torch.optim.SGD before its first step
+            required = wanted | {"memory"} if stamp is not None else set()
+            held[ids[i]] = _checked(tensors, required, wanted | {"memory"}, ids[i], i)
+    return Loaded(loaded_groups, held, stamp)
+
+
+def warn_of_another_ranks(loaded: Loaded, rank: int, size: int) -> None:
+    """Warns where memory comes from another worker than the one that loads it."""
+    stamp = loaded.stamp
+    if stamp is None or stamp.averaged or (stamp.rank, stamp.world_size) == (rank, size):
+        return
+    if not any(bool(state["memory"].any()) for state in loaded.held.values()):
+        return
+    warnings.warn(
+        f"this optimizer is rank {rank} of {size}, but the state was saved by rank {stamp.rank} of "
+        f"{stamp.world_size}: what other ranks had not sent is lost, and what this one had counts "
+        "more than once. Call optimizer.average_memory_() on all ranks before saving, let each "
+        "rank save and load its own state, or use gmc_cuda.checkpoint",
+        stacklevel=3,
+    )
+
+
+def for_sgd(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """GMC's state as torch.optim.SGD takes it.
+
+    Raises:
+        ValueError: memory is not empty, or a_{t-1} is not SGD's momentum buffer.
+    """
+    state: dict[Any, ParamState] = {}
+    for i, tensors in state_dict["state"].items():
+        if "momentum_buffer" not in tensors:
+            raise ValueError(
+                "torch.optim.SGD has no momentum_form='iterate': set it to 'buffer' and make a step"
+            )
+        if tensors["memory"].any():
+            raise ValueError(
+                f"parameter {i} has gradients in memory that were not sent yet, and "
+                "torch.optim.SGD has no memory: set density to 1.0 in every param group, make a "
+                "step, and export again"
+            )
+        state[i] = {"momentum_buffer": tensors["momentum_buffer"].clone()}
+    groups = []
+    for group in state_dict["param_groups"]:
+        kept = {k: group[k] for k in ("params", *_SHARED_WITH_SGD, "initial_lr") if k in group}
+        groups.append(
+            kept | {"dampening": 0.0, "nesterov": False, "foreach": None}
+            | {"differentiable": False, "fused": None}
+        )  # fmt: skip
+    return {"state": state, "param_groups": groups}
+
+
+_SHARED_WITH_SGD = ("lr", "momentum", "weight_decay", "maximize")
+
+
+def _read_stamp(groups: list[Group], state: dict[Any, Any], name: str) -> Stamp | None:
+    stamps = [group.get(_STAMP) for group in groups]
+    if not any(stamps):
+        strange = {key for tensors in state.values() for key in tensors} - {"momentum_buffer"}
+        if strange or any("dampening" not in group for group in groups):
+            raise ValueError(
+                f"state_dict: got the state of another optimizer, with {sorted(strange)} for a "
+                f"parameter; must come from {name} or torch.optim.SGD"
+            )
+        return None
+    if not all(stamps) or len({stamp["optimizer"] for stamp in stamps if stamp}) > 1:
+        raise ValueError("state_dict: its param groups were saved by different optimizers")
+    (stamp, *_) = stamps
+    assert stamp is not None
+    if stamp["optimizer"] != name:
+        raise ValueError(f"state_dict: got the state of {stamp['optimizer']}, must be of {name}")
+    if stamp["format"] != FORMAT:
+        raise ValueError(
+            f"state_dict: got format {stamp['format']}, this version of gmc_cuda reads {FORMAT}"
+        )
+    return Stamp(**stamp)
+
+
+def _from_sgd(saved: Group, own: Group) -> Group:
+    for key, must in (("dampening", 0), ("nesterov", own.get("nesterov", False))):
+        if saved[key] != must:
+            raise ValueError(
+                f"state_dict: got torch.optim.SGD's with {key}={saved[key]}, must be {must}"
+            )
+    keys = ("params", "param_names", "initial_lr", *_SHARED_WITH_SGD)
+    return {key: saved[key] for key in keys if key in saved}
+
+
+def _merged(own: Group, saved: Group) -> Group:
+    """The saved options; an option that the state is too old to have keeps its present value."""
+    saved = {key: deepcopy(value) for key, value in saved.items() if key not in ("params", _STAMP)}
+    return {**own, **saved}
+
+
+def _checked(
+    tensors: dict[str, Any], required: set[str], known: set[str], param: Tensor, i: Any
+) -> ParamState:
+    missing = required - set(tensors)
+    if missing:
+        raise ValueError(
+            f"state_dict: parameter {i} has no '{min(missing)}', but {sorted(tensors)}"
+        )
+    state = {key: value for key, value in tensors.items() if key in known and value is not None}
+    for key, value in state.items():
+        if value.shape != param.shape:
+            raise ValueError(
+                f"state_dict: {key} of parameter {i} has shape {tuple(value.shape)}, must be "
+                f"{tuple(param.shape)}"
+            )
     return state
-
-
-def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]

@@ -23,7 +23,7 @@ def loss_of(model):
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
-def test_training_with_every_kind_of_caller_comfort(make):
+def test_training_with_names_groups_scheduler_and_closure(make):
     """Named parameters, groups, a scheduler, a closure, and the loss goes down."""
     model = network()
     names = dict(model.named_parameters())
@@ -66,7 +66,7 @@ def test_hyperparameters_are_read_at_every_step():
     group.update(lr=1.0, density=1.0, momentum=0.0, weight_decay=0.5)
     memory = flat([optimizer.state[p]["memory"] for p in params])
     for param in params:
-        param.grad = None
+        param.grad.zero_()
     optimizer.step()
     expected = before - (memory + 0.5 * before)
     torch.testing.assert_close(flat(params), expected, rtol=1e-5, atol=1e-6)
@@ -87,19 +87,44 @@ def test_learning_rate_as_a_tensor():
     torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-6)
 
 
-def test_parameters_without_gradient_count_as_zero():
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_parameters_without_gradient_are_left_alone_as_by_sgd(make):
+    """At density 1: no momentum, no weight decay, and both go on as before with the next one."""
+    params, twins = parameters(), parameters()
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    optimizer = make(params, density=1.0, **options)
+    sgd = torch.optim.SGD(twins, **options)
+    for step in range(12):
+        for tensors in (params, twins):
+            set_gradients(tensors, 0, step)
+            for i in range(len(tensors)):
+                if (step + i) % 3 == 1 or step == 7:
+                    tensors[i].grad = None
+        optimizer.step()
+        sgd.step()
+        torch.testing.assert_close(flat(params), flat(twins), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_below_density_one_nothing_is_added_where_there_is_no_gradient(make):
+    """What is in memory can still be sent, but momentum and weight decay stay out of it."""
     params = parameters()
-    optimizer = gmc_cuda.GMC(params, lr=0.1, density=1.0)
-    set_gradients(params, 0, 0)
-    params[2].grad = None
-    before = params[2].detach().clone()
-    optimizer.step()
-    assert torch.equal(params[2], before)
-    for param in params:
-        param.grad = None
-    moved = flat(params)
-    optimizer.step()  # momentum goes on
-    assert not torch.equal(flat(params), moved)
+    optimizer = make(params, lr=0.1, density=0.3, weight_decay=0.1)
+    for step in range(3):
+        set_gradients(params, 0, step)
+        optimizer.step()
+    left = [p.detach().double() - 0.1 * optimizer.state[p]["memory"] for p in params]
+    buffer = optimizer.state[params[2]].get("momentum_buffer", torch.zeros(1)).clone()
+    for step in range(3, 6):
+        set_gradients(params, 0, step)
+        params[2].grad = None
+        optimizer.step()
+    now = [p.detach().double() - 0.1 * optimizer.state[p]["memory"] for p in params]
+    torch.testing.assert_close(now[2], left[2], rtol=0, atol=1e-6)
+    assert (now[0] - left[0]).abs().max() > 0.01
+    if make is gmc_cuda.DGC:  # masked where its memory was sent, otherwise as it was
+        after = optimizer.state[params[2]]["momentum_buffer"]
+        assert ((after == buffer) | (after == 0)).all() and after.any()
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
@@ -253,7 +278,7 @@ def scale_on_two_workers(group):
     set_gradients(params, 0, 0)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.zeros(()))
-    with pytest.raises(RuntimeError, match="use bfloat16 autocast, which needs no scaler"):
+    with pytest.raises(RuntimeError, match="use gmc_cuda.GradScaler in its place"):
         scaler.step(optimizer)
 
 
@@ -263,6 +288,7 @@ def test_plain_gradient_scaler_is_refused_on_several_workers(pool):
 
 BAD_ARGUMENTS = [
     ({"lr": -0.1}, ValueError, "lr of param group 0: got -0.1, must be at least 0"),
+    ({"lr": True}, TypeError, "lr of param group 0: got bool, must be a number or a tensor"),
     ({"lr": "0.1"}, TypeError, "lr of param group 0: got str, must be a number or a tensor"),
     ({"lr": torch.ones(2)}, ValueError, r"lr of param group 0: got shape \(2,\)"),
     ({"momentum": 1.0}, ValueError, "momentum of param group 0: got 1.0, must be at least 0 and"),
@@ -272,6 +298,7 @@ BAD_ARGUMENTS = [
     ({"momentum_form": "nag"}, ValueError, "momentum_form of param group 0: got 'nag', must be"),
     ({"wire_dtype": torch.int8}, TypeError, "wire_dtype: got torch.int8, must be torch.float32"),
     ({"bucket_cap_mb": 0}, ValueError, "bucket_cap_mb: got 0, must be a positive number of MiB"),
+    ({"check_replicas_every": -1}, ValueError, "check_replicas_every: got -1, must be a number of"),
     ({"nonfinite": "ignore"}, ValueError, "nonfinite: got 'ignore', must be 'skip' or 'raise'"),
 ]
 

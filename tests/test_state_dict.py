@@ -1,11 +1,28 @@
 """Saving and loading in the middle of a run."""
 
+import copy
+import inspect
 import io
+import pickle
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-from problems import parameters, set_gradients
+import torch.distributed.checkpoint as dcp
+from problems import (
+    aggregate_of,
+    flat,
+    mean,
+    memory_of,
+    parameters,
+    same_on_all_ranks,
+    set_gradients,
+)
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import gmc_cuda
 
@@ -55,10 +72,6 @@ def test_resuming_gives_the_same_bits(pool, size, dtype, make, options):
     pool.run(size, resume, make, dtype, options)
 
 
-def small(**options):
-    return gmc_cuda.GMC([torch.nn.Parameter(torch.ones(4, 5))], lr=0.1, **options)
-
-
 def test_state_holds_float32_memory_before_the_first_step():
     optimizer = gmc_cuda.GMC([torch.nn.Parameter(torch.ones(4, 5).bfloat16())], lr=0.1)
     (param,) = optimizer.param_groups[0]["params"]
@@ -77,20 +90,386 @@ def test_layouts_need_not_match():
     optimizers[0].step()
     optimizers[1].load_state_dict(optimizers[0].state_dict())
     states = [optimizers[i].state_dict()["state"][0] for i in (0, 1)]
-    for name in ("memory", "aggregate_indices", "aggregate_values"):
-        assert torch.equal(states[0][name], states[1][name])
+    for name in ("memory", "momentum_buffer"):
+        assert states[0][name].any() and torch.equal(states[0][name], states[1][name])
 
 
-def test_wrong_states_are_refused_and_change_nothing():
-    optimizer = small()
-    (param,) = optimizer.param_groups[0]["params"]
-    optimizer.state[param]["memory"].fill_(3.0)
-    sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(4, 5))], lr=0.1, momentum=0.9)
-    sgd.param_groups[0]["params"][0].grad = torch.ones(4, 5)
-    sgd.step()
-    with pytest.raises(ValueError, match="parameter 0 has no 'memory', but"):
-        optimizer.load_state_dict(sgd.state_dict())
-    other = gmc_cuda.GMC([torch.nn.Parameter(torch.ones(4, 6))], lr=0.1)
-    with pytest.raises(ValueError, match=r"memory of parameter 0 has shape \(4, 6\), must be"):
-        optimizer.load_state_dict(other.state_dict())
-    assert (optimizer.state[param]["memory"] == 3.0).all()
+# ---------------------------------------------------------------- what users and frameworks do
+
+
+def trained(make=gmc_cuda.GMC, steps=3, group=None, dtype=torch.float32, **options):
+    """Parameters in two groups and their optimizer, after a few steps."""
+    params = parameters(dtype)
+    groups = [{"params": params[:4]}, {"params": params[4:], "weight_decay": 0.1}]
+    options = {"lr": 0.1, "density": 0.1, "process_group": group, **options}
+    optimizer = make(groups, **options)
+    go_on(optimizer, range(steps), 0 if group is None else dist.get_rank(group))
+    return params, optimizer
+
+
+def go_on(optimizer, steps, rank=0):
+    params = params_of(optimizer)
+    for step in steps:
+        set_gradients(params, rank, step)
+        optimizer.step()
+
+
+def params_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def assert_same_run(first, second, rank=0):
+    """Both have the same state, and go on with the same bits."""
+    assert_same_state(first, second)
+    for optimizer in (first, second):
+        go_on(optimizer, range(50, 53), rank)
+    assert_same_state(first, second)
+    for a, b in zip(params_of(first), params_of(second), strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_same_state(first, second):
+    states = [optimizer.state_dict()["state"] for optimizer in (first, second)]
+    assert states[0].keys() == states[1].keys() and states[0]
+    for i, tensors in states[0].items():
+        assert tensors.keys() == states[1][i].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, states[1][i][name]), (i, name)
+
+
+METHODS = [
+    (gmc_cuda.GMC, {}),
+    (gmc_cuda.GMC, {"momentum_form": "iterate"}),
+    (gmc_cuda.GMC, {"density": 1.0}),
+    (gmc_cuda.DGC, {}),
+    (gmc_cuda.DGC, {"density": 1.0}),
+]
+methods = pytest.mark.parametrize("make,options", METHODS)
+
+
+@methods
+def test_loading_its_own_state_changes_nothing(make, options):
+    """Accelerate's prepare and set_optimizer_state_dict do this."""
+    _, optimizer = trained(make, **options)
+    _, twin = trained(make, **options)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert_same_run(optimizer, twin)
+
+
+@methods
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_go_on_like_the_original(make, options, way):
+    _, optimizer = trained(make, **options)
+    optimizer.register_step_post_hook(lambda *_: None)
+    if way == "deepcopy":
+        twin = copy.deepcopy(optimizer)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(optimizer))
+    else:
+        file = io.BytesIO()
+        torch.save(optimizer, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert not set(params_of(twin)) & set(params_of(optimizer))
+    assert twin.stats()["steps"] == optimizer.stats()["steps"] == 3
+    assert_same_run(optimizer, twin)
+    twin.load_state_dict(optimizer.state_dict())
+    assert_same_run(optimizer, twin)
+
+
+def test_a_model_and_its_optimizer_are_copied_together():
+    model = torch.nn.Linear(5, 3)
+    optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1, overlap=True)
+    model2, optimizer2 = copy.deepcopy((model, optimizer))
+    before = flat(list(model2.parameters()))
+    model2(torch.ones(2, 5)).sum().backward()
+    assert model2.weight.grad is None, "overlap sends the copy's gradients too"
+    optimizer2.step()
+    assert optimizer2.param_groups[0]["params"][0] is model2.weight
+    assert not torch.equal(flat(list(model2.parameters())), before)
+    assert optimizer.stats()["steps"] == 0
+
+
+def copy_with_a_group(group):
+    rank = dist.get_rank(group)
+    _, optimizer = trained(group=group)
+    assert_same_run(copy.deepcopy(optimizer), optimizer, rank)
+    twin = pickle.loads(pickle.dumps(optimizer))
+    with pytest.raises(RuntimeError, match=r"set optimizer\.process_group = group"):
+        twin.step()
+    twin.process_group = group
+    assert_same_run(twin, optimizer, rank)
+
+
+def test_copies_on_several_workers(pool):
+    pool.run(2, copy_with_a_group)
+
+
+@methods
+def test_state_dict_is_deterministic_and_safe_to_load(make, options):
+    _, optimizer = trained(make, **options)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    _, twin = trained(make, steps=0, **options)
+    twin.load_state_dict(loaded)
+    assert_same_state(optimizer, twin)
+    assert repr(optimizer.state_dict()) == repr(twin.state_dict())
+
+
+def test_shapes_are_final_from_construction_on():
+    _, fresh = trained(steps=0)
+    _, optimizer = trained()
+    for i, tensors in optimizer.state_dict()["state"].items():
+        for name, tensor in tensors.items():
+            assert fresh.state_dict()["state"][i][name].shape == tensor.shape
+
+
+def test_an_option_that_came_later_keeps_its_value():
+    _, optimizer = trained(momentum_form="iterate")
+    state = optimizer.state_dict()
+    _, twin = trained(momentum_form="iterate", steps=0)
+    for group in state["param_groups"]:
+        del group["momentum_form"], group["previous_lr"]
+        group["lr"] = 0.7
+    twin.load_state_dict(state)
+    group = twin.param_groups[0]
+    assert (group["lr"], group["momentum_form"], group["previous_lr"]) == (0.7, "iterate", None)
+    go_on(twin, range(2))
+
+
+def test_hooks_see_and_change_what_is_loaded():
+    _, optimizer = trained()
+    _, twin = trained(steps=0)
+    calls = []
+
+    def double(optimizer, state_dict):
+        calls.append("pre")
+        state = {i: {**s, "memory": 2 * s["memory"]} for i, s in state_dict["state"].items()}
+        return {**state_dict, "state": state}
+
+    twin.register_load_state_dict_pre_hook(double)
+    twin.register_load_state_dict_pre_hook(lambda *_: calls.append("second"))
+    twin.register_load_state_dict_post_hook(lambda _: calls.append("post"))
+    twin.load_state_dict(optimizer.state_dict())
+    assert calls == ["pre", "second", "post"]
+    for a, b in zip(params_of(optimizer), params_of(twin), strict=True):
+        assert torch.equal(2 * optimizer.state[a]["memory"], twin.state[b]["memory"])
+    optimizer.register_state_dict_post_hook(lambda _, s: calls.append(sorted(s["state"][0])))
+    optimizer.state_dict()
+    assert calls[-1] == ["memory", "momentum_buffer"]
+
+
+# ------------------------------------------------------------------------- other optimizers' states
+
+
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
+def test_sgd_state_goes_on_here_and_back(make):
+    """At density 1 the three runs are one."""
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
+    twins, params = parameters(), parameters()
+    sgd, dense = torch.optim.SGD(twins, **options), make(params, lr=7.0, density=1.0)
+    go_on(sgd, range(3))
+    for param, twin in zip(params, twins, strict=True):
+        param.data.copy_(twin)
+    dense.load_state_dict(sgd.state_dict())
+    assert dense.param_groups[0]["lr"] == 0.1 and dense.param_groups[0]["density"] == 1.0
+    for optimizer in (sgd, dense):
+        go_on(optimizer, range(3, 6))
+    torch.testing.assert_close(flat(params), flat(twins), rtol=1e-5, atol=1e-6)
+    if make is gmc_cuda.DGC:
+        return
+    sgd2 = torch.optim.SGD(params, lr=5.0)
+    sgd2.load_state_dict(dense.sgd_state_dict())
+    for optimizer in (sgd, sgd2):
+        go_on(optimizer, range(6, 9))
+    torch.testing.assert_close(flat(params), flat(twins), rtol=1e-5, atol=1e-6)
+
+
+def test_sgd_before_its_first_step_or_without_momentum():
+    _, optimizer = trained()
+    params = parameters()
+    sgd = torch.optim.SGD([{"params": params[:4]}, {"params": params[4:]}], lr=0.3)
+    optimizer.load_state_dict(sgd.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.3 and optimizer.param_groups[0]["momentum"] == 0
+    for state in optimizer.state_dict()["state"].values():
+        assert not any(tensor.any() for tensor in state.values())
+
+
+def test_memory_is_not_dropped_on_the_way_to_sgd():
+    _, optimizer = trained()
+    with pytest.raises(ValueError, match="not sent yet.*set density to 1.0 in every param group"):
+        optimizer.sgd_state_dict()
+    for group in optimizer.param_groups:
+        group["density"] = 1.0
+    go_on(optimizer, [7])
+    optimizer.sgd_state_dict()
+
+
+TWO_GROUPS = (slice(0, 4), slice(4, None))
+
+
+def state_of(make, cut=TWO_GROUPS, **options):
+    params = parameters()
+    optimizer = make([{"params": params[part]} for part in cut], lr=0.1, **options)
+    go_on(optimizer, range(1))
+    return optimizer.state_dict()
+
+
+def changed(change):
+    def make():
+        state = copy.deepcopy(state_of(gmc_cuda.GMC))
+        change(state["state"], state["param_groups"])
+        return state
+
+    return make
+
+
+SGD = torch.optim.SGD
+WRONG_STATES = {
+    "DGC's": (lambda: state_of(gmc_cuda.DGC), "got the state of DGC, must be of GMC"),
+    "AdamW's": (
+        lambda: state_of(torch.optim.AdamW),
+        "the state of another optimizer, with .*'exp_avg'",
+    ),
+    "damped SGD's": (
+        lambda: state_of(SGD, momentum=0.9, dampening=0.1),
+        "SGD's with dampening=0.1, must be 0",
+    ),
+    "Nesterov SGD's": (
+        lambda: state_of(SGD, momentum=0.9, nesterov=True),
+        "nesterov=True, must be False",
+    ),
+    "one group": (
+        lambda: state_of(gmc_cuda.GMC, [slice(None)]),
+        "got 1 param groups, must be 2",
+    ),
+    "other groups": (
+        lambda: state_of(gmc_cuda.GMC, [slice(0, 3), slice(3, None)]),
+        "got 3 parameters in group 0, must be 4",
+    ),
+    "a parameter twice": (
+        changed(lambda state, groups: groups[1].update(params=[0, 1])),
+        "parameter 0 stands in it twice",
+    ),
+    "no memory": (
+        changed(lambda state, groups: state[2].pop("memory")),
+        "parameter 2 has no 'memory'",
+    ),
+    "another shape": (
+        changed(lambda state, groups: state[2].update(memory=torch.zeros(3))),
+        r"memory of parameter 2 has shape \(3,\), must be \(16, 8\)",
+    ),
+    "a later format": (
+        changed(lambda state, groups: [g["saved_by"].update(format=9) for g in groups]),
+        "got format 9, this version of gmc_cuda reads 1",
+    ),
+    "an option out of range": (
+        changed(lambda state, groups: groups[1].update(density=7)),
+        "density of param group 1: got 7, must be above 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_STATES)
+def test_wrong_states_are_refused_and_change_nothing(case):
+    make_state, words = WRONG_STATES[case]
+    _, optimizer = trained()
+    _, twin = trained()
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(make_state())
+    assert_same_run(optimizer, twin)
+
+
+def test_overridden_methods_keep_torch_parameter_names():
+    for name in ("step", "add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+        ours = inspect.signature(getattr(gmc_cuda.GMC, name)).parameters
+        theirs = inspect.signature(getattr(torch.optim.Optimizer, name)).parameters
+        assert list(ours)[: len(theirs)] == list(theirs), name
+
+
+# -------------------------------------------------------------------------- other ranks' memories
+
+
+def load_rank_zeros(group, average):
+    """What frameworks do that save the optimizer of rank 0 only."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    params, optimizer = trained(group=group)
+    unsent = mean(group, memory_of(optimizer, params))
+    if average:
+        optimizer.average_memory_()
+    saved = [optimizer.state_dict() if rank == 0 else None]
+    dist.broadcast_object_list(saved, dist.get_global_rank(group, 0), group=group)
+    resumed, optimizer2 = trained(group=group, steps=0)
+    for a, b in zip(params, resumed, strict=True):
+        b.data.copy_(a)
+    if rank == 0 or average:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer2.load_state_dict(saved[0])
+    else:
+        words = f"this optimizer is rank {rank} of {size}, but the state was saved by rank 0 of"
+        with pytest.warns(UserWarning, match=words):
+            optimizer2.load_state_dict(saved[0])
+    kept = mean(group, memory_of(optimizer2, resumed))
+    if not average:
+        assert (kept - unsent).norm() > 0.1 * unsent.norm()
+        return
+    torch.testing.assert_close(kept, unsent, rtol=1e-6, atol=1e-6)
+    assert torch.equal(aggregate_of(optimizer, params), aggregate_of(optimizer2, resumed))
+    assert_same_run(optimizer, optimizer2, rank)
+    assert not optimizer.state_dict()["param_groups"][0]["saved_by"]["averaged"]
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_rank_zeros_state_on_all_ranks(pool, average):
+    pool.run(2, load_rank_zeros, average)
+
+
+def average(group, make):
+    """Invariant 10: the sum of what is unsent, the aggregate and x go on."""
+    rank = dist.get_rank(group)
+    params, optimizer = trained(make, group=group)
+    before, aggregate = mean(group, memory_of(optimizer, params)), aggregate_of(optimizer, params)
+    x = flat(params) - 0.1 * before
+    optimizer.average_memory_()
+    after = memory_of(optimizer, params)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(flat(params) - 0.1 * after, x, rtol=1e-6, atol=1e-6)
+    assert torch.equal(aggregate_of(optimizer, params), aggregate)
+    assert torch.equal(mean(group, after), after)
+    go_on(optimizer, range(3, 5), rank)
+    assert same_on_all_ranks(group, params)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
+def test_averaged_memory_keeps_the_run(pool, size, make):
+    pool.run(size, average, make)
+
+
+def save_and_load_distributed(group, folder):
+    """Plain torch.distributed.checkpoint: keeps one memory, so it must be the average."""
+    rank = dist.get_rank(group)
+    model = torch.nn.Sequential(torch.nn.Linear(9, 7), torch.nn.Linear(7, 3))
+    optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1, density=0.1, process_group=group)
+    go_on(optimizer, range(3), rank)
+    optimizer.average_memory_()
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, checkpoint_id=folder, process_group=group)
+
+    model2 = copy.deepcopy(model)
+    optimizer2 = gmc_cuda.GMC(model2.parameters(), lr=9.0, density=0.5, process_group=group)
+    state = {"optimizer": get_optimizer_state_dict(model2, optimizer2)}
+    dcp.load(state, checkpoint_id=folder, process_group=group)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_optimizer_state_dict(model2, optimizer2, state["optimizer"])
+    assert optimizer2.param_groups[0]["density"] == 0.1
+    assert_same_run(optimizer, optimizer2, rank)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_plain_distributed_checkpoint(pool, size, tmp_path):
+    pool.run(size, save_and_load_distributed, str(tmp_path))

@@ -15,3 +15,10 @@ roofline    the picture
 session     one run, from the command line to the files
 sanitizers  compute-sanitizer's four tools over the GPU tests, for benchmarks/gpu.py
 """
+
+import sys
+from pathlib import Path
+
+# Where compare_methods (argument types, provenance) and build_toolkit are.
+_ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(_ROOT / "examples"), str(_ROOT / "tools")]

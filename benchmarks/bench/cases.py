@@ -2,10 +2,11 @@
 
 import argparse
 import itertools
-import math
 from dataclasses import asdict, dataclass, replace
 
 import torch
+
+from gmc_cuda import wire
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -23,7 +24,7 @@ class Case:
 
     @property
     def k(self) -> int:
-        return max(1, math.ceil(self.density * self.numel))
+        return wire.entries(self.density, self.numel)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 from build_toolkit import find_toolkits
 
 NAME = "cub::DeviceTopK"

@@ -1,6 +1,6 @@
 """The numbers to reach, next to what was measured: met, missed or not measured."""
 
-from gmc_cuda import ops
+from gmc_cuda import ops, wire
 
 CENTRE = {"density": 0.01, "grad_dtype": "fp32", "ranks": 8, "method": "gmc", "data": "gaussian"}
 CUDA_FLOOR = {25_600_000: 1.4, 124_000_000: 1.18, 10**9: 1.10}  # times a copy of the same bytes
@@ -40,7 +40,7 @@ def for_kernels(records: list[dict], device: str) -> list[Row]:
     measured = here["reference"]["ratio"]["median"] if here else None
     rows.append(_at_most(row, CPU_COMPRESS, measured, _why(device, "cpu")))
     for density, limit in WIRE.items():
-        k = round(density * WIRE_NUMEL)
+        k = wire.entries(density, WIRE_NUMEL)
         row = f"wire, {100 * density:g} %, {_size(WIRE_NUMEL)}: bytes per selected entry"
         measured = ops.payload_nbytes(WIRE_NUMEL, k) / k
         # The goal is given to one decimal.

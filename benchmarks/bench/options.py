@@ -1,6 +1,8 @@
-"""The command line. Imports no torch, so that a mistake is reported at once."""
+"""The command line."""
 
 import argparse
+
+from compare_methods.arguments import density, number, positive_float, positive_int
 
 NUMELS = {"cuda": [10**6, 25_600_000, 124_000_000, 355_000_000, 10**9], "cpu": [10**6, 25_000_000]}
 DENSITIES = [0.01, 0.003, 0.001]
@@ -8,6 +10,8 @@ DTYPES = ["fp32", "bf16"]
 RANKS = [8, 1, 32]
 METHODS = ["gmc", "dgc"]
 DATA = ["gaussian", "laplace", "ties", "zero", "drift"]
+
+_numel = number(lambda t: int(float(t)), lambda v: 0 < v < 2**31, "a number from 1 to 2**31 - 1")
 
 
 def parse(program: str, description: str, arguments: list[str]) -> argparse.Namespace:
@@ -21,18 +25,26 @@ def parse(program: str, description: str, arguments: list[str]) -> argparse.Name
     add = parser.add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--numel", type=_numel, nargs="+", metavar="N", help="elements, such as 25.6e6")
-    add("--density", type=_density, nargs="+", default=DENSITIES, metavar="D")
+    add("--density", type=density, nargs="+", default=DENSITIES, metavar="D")
     add("--grad-dtype", choices=DTYPES, nargs="+", default=DTYPES, help="parameters have it too")
-    add("--ranks", type=_positive_int, nargs="+", default=RANKS, metavar="P")
+    add("--ranks", type=positive_int, nargs="+", default=RANKS, metavar="P")
     add("--method", choices=METHODS, nargs="+", default=METHODS)
     add("--data", choices=DATA, nargs="+", default=DATA)
-    add("--tensors", type=_positive_int, default=1, help="tensors in the bucket (default 1)")
+    add("--tensors", type=positive_int, default=1, help="tensors in the bucket (default 1)")
     add("--no-peers", action="store_true", help="leave out everything that is not ours")
     add("--cross", action="store_true", help="all combinations of the lists")
     add("--quick", action="store_true", help="a few minutes at most: fewer cases, less time each")
-    add("--seconds", type=_positive, metavar="S", help="time for one case (default 10, quick 3)")
     add(
-        "--limit", type=_positive, metavar="S", help="start no further case after this many seconds"
+        "--seconds",
+        type=positive_float,
+        metavar="S",
+        help="time for one case (default 10, quick 3)",
+    )
+    add(
+        "--limit",
+        type=positive_float,
+        metavar="S",
+        help="start no further case after this many seconds",
     )
     add("--output", default="benchmarks/results", metavar="FOLDER")
     options = parser.parse_args(arguments)
@@ -43,22 +55,3 @@ def parse(program: str, description: str, arguments: list[str]) -> argparse.Name
     if options.seconds is None:
         options.seconds = 3.0 if options.quick else 10.0
     return options
-
-
-def _number(convert, accept, wanted):
-    def parse_one(text):
-        try:
-            value = convert(text)
-        except (ValueError, OverflowError):
-            value = None
-        if value is None or not accept(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-        return value
-
-    return parse_one
-
-
-_positive_int = _number(int, lambda v: v > 0, "a whole number above 0")
-_numel = _number(lambda t: int(float(t)), lambda v: 0 < v < 2**31, "a number from 1 to 2**31 - 1")
-_positive = _number(float, lambda v: 0 < v < float("inf"), "a number above 0")
-_density = _number(float, lambda v: 0 < v <= 1, "a number above 0, at most 1")

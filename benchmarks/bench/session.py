@@ -11,20 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from demo.provenance import provenance
 
 from bench import budget, cases, peers, report
 from bench.cases import Case
 from bench.launches import count
-from bench.options import NUMELS
+from bench.options import NUMELS, parse
 from bench.problem import Problem
 from bench.timing import Participant, ratio, summary
+from compare_methods.provenance import provenance
 from gmc_cuda import ops
 
 WARM_UP = {"cpu": 20, "cuda": 60}  # rounds until the guess has settled
 PEER_CAP = {"cpu": 4.0, "cuda": 2.0}  # seconds for one call of a peer
 
 Measure = Callable[["Session", Case], list[dict]]
+
+
+def main(
+    what: str, description: str, measure: Measure, find_goals: Callable[[list[dict], str], list]
+) -> int:
+    options = parse(f"{what}.py", description.split("\n")[0], sys.argv[1:])
+    return Session(what, options).run(measure, find_goals)
 
 
 class Session:

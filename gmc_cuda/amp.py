@@ -1,0 +1,40 @@
+"""Loss scaling for float16 training on several workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gmc_cuda.compressed_sgd import CompressedSGD
+
+
+class GradScaler(torch.amp.GradScaler):
+    """torch.amp.GradScaler whose workers skip, and change their scale, together.
+
+    Use it as torch's: ``scaler.scale(loss).backward()``, ``scaler.step(optimizer)``,
+    ``scaler.update()``, and ``scaler.unscale_(optimizer)`` before clipping. A worker whose
+    gradients overflowed counts them as zero and tells the others with its payload, so that no
+    worker waits for one that skipped. Unscaling is part of the pass over memory, which never holds
+    scaled values.
+
+    Args: those of :class:`torch.amp.GradScaler`. With other optimizers than GMC and DGC it is that.
+    """
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        if not isinstance(optimizer, CompressedSGD) or not self.is_enabled():
+            return super().step(optimizer, *args, **kwargs)
+        optimizer._scaled_together = True
+        try:
+            return super().step(optimizer, *args, **kwargs)
+        finally:
+            optimizer._scaled_together = False
+            self._find_what_all_found(optimizer)
+
+    def _find_what_all_found(self, optimizer: CompressedSGD) -> None:
+        """Makes update() follow the common verdict instead of this worker's own finding."""
+        skipped = optimizer.last_step_skipped()
+        if skipped is not None:
+            found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+            found.clear()
+            found[skipped.device] = skipped.float()

@@ -1,0 +1,132 @@
+"""What a run must not go on without noticing: damaged payloads, workers that all send the same, and
+replicas that differ.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gmc_cuda import ops
+from gmc_cuda.exchange import Exchange
+from gmc_cuda.transfers import Transfer
+
+
+class DamageWatch:
+    """The flags of steps whose outcome the host has not seen yet.
+
+    On the CPU a damaged payload raises where it is read. Kernels cannot raise: they set a flag in
+    the aggregate and do nothing else. The flags are copied to the host behind the step and looked
+    at when they have arrived, which is usually at the next step.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+
+    def submit(self, aggregates: list[Tensor]) -> None:
+        """Starts copying the flags of CUDA aggregates to the host."""
+        if torch.cuda.is_current_stream_capturing():
+            return  # a replay runs no Python that could look at them
+        flags = ops.aggregate_flags(aggregates)
+        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        host.copy_(flags, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(flags.device))
+        self._waiting.append((event, host))
+
+    def check(self, rank: int) -> None:
+        """Raises RuntimeError if a step that has ended met a damaged payload."""
+        if not self._waiting or torch.cuda.is_current_stream_capturing():
+            return  # asking after an event would end the capture
+        while self._waiting and self._waiting[0][0].query():
+            _, flags = self._waiting.popleft()
+            if (flags & ops.DAMAGED).any():
+                raise RuntimeError(
+                    f"rank {rank} received a damaged payload in an earlier step and did not apply "
+                    "it; replicas may differ: restart from a checkpoint"
+                )
+
+
+class DuplicateWatch:
+    """Warns if in the first steps all workers send the same, which no two shards of data give.
+
+    It reads the payloads on the host, in these few steps only.
+    """
+
+    STEPS = 3
+
+    def __init__(self) -> None:
+        self._same = (
+            0  # steps seen so far, all of them alike; negative: nothing to look for any more
+        )
+
+    def look(self, transfers: list[Transfer], size: int) -> None:
+        if size == 1 or self._same < 0 or _capturing(transfers):
+            return
+        gathered = [t.payloads for t in transfers if t.payloads is not None]
+        if not gathered:
+            return
+        # Gradients of zero are alike and mean nothing.
+        sent = any(t.aggregate.any() and ops.densify(t.aggregate, t.bucket.numel).any()
+                   for t in transfers if t.payloads is not None)  # fmt: skip
+        if not sent:
+            return
+        alike = all(bool((payloads == payloads[0]).all()) for payloads in gathered)
+        self._same = self._same + 1 if alike else -1
+        if self._same == self.STEPS:
+            self._same = -1
+            warnings.warn(
+                f"all {size} workers sent the same payload in {self.STEPS} steps: either "
+                "DistributedDataParallel averages the gradients as well (leave it out, or call "
+                "gmc_cuda.local_gradients(ddp_model)), or every worker reads the same data (use a "
+                "DistributedSampler, or another seed for each rank)",
+                stacklevel=4,
+            )
+
+
+def check_replicas(
+    exchange: Exchange, params: list[Tensor], name: Callable[[int], str], step: int
+) -> None:
+    """Compares the parameters' bits on all ranks, by one 8-byte collective; reads the device.
+
+    Args:
+        params: contiguous tensors.
+        name: says how errors call the i-th of them.
+
+    Raises:
+        RuntimeError: on every rank, naming the first parameter that differs.
+    """
+    if exchange.size == 1 or not params:
+        return
+    prints = ops.fingerprint(params)
+    weights = 2 * torch.arange(prints.numel(), device=prints.device) + 1
+    if _all_equal(exchange, (prints * weights).sum().view(1)) is None:
+        return
+    differing = _all_equal(exchange, prints)
+    if differing is None:  # the sums met in another way; the next check will tell
+        return
+    i = int(differing.any(0).nonzero()[0])
+    ranks = ", ".join(str(rank) for rank in differing[:, i].nonzero().view(-1).tolist())
+    raise RuntimeError(
+        f"replicas differ after step {step}: {name(i)} has other bits on rank {ranks} than "
+        "on rank 0. Something besides this optimizer changed it, or memory is faulty: restart from "
+        "a checkpoint"
+    )
+
+
+def _all_equal(exchange: Exchange, numbers: Tensor) -> Tensor | None:
+    """None if int64 [n] is the same on all ranks, else where rank 0's differ: bool [p, n]."""
+    gathered, work = exchange.all_gather(numbers.view(torch.uint8))
+    work.wait()
+    rows = gathered.view(torch.int64)
+    differs = rows != rows[0]
+    return differs if bool(differs.any()) else None
+
+
+def _capturing(transfers: list[Transfer]) -> bool:
+    cuda = any(t.bucket.memory.is_cuda for t in transfers)
+    return cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,279 @@
+"""One step of one bucket, sparse or dense: send, then wait, then finish with the agreed verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gmc_cuda import ops, wire
+from gmc_cuda.buckets import Bucket
+from gmc_cuda.exchange import Exchange
+
+Arguments = dict[str, Any]
+
+
+class Transfer(Protocol):
+    """A bucket's step on its way.
+
+    Attributes:
+        bucket: what it is about.
+        nbytes: bytes that this worker put into the collective.
+        payloads: every rank's payload, uint8 [p, n], for the verdict; None where v itself is sent.
+        aggregate: a_t, once merge() was called; empty for a skipped step.
+    """
+
+    bucket: Bucket
+    nbytes: int
+    aggregate: Tensor
+
+    @property
+    def payloads(self) -> Tensor | None: ...
+
+    def wait(self) -> None:
+        """Waits for the collective (on CUDA: makes the current stream wait)."""
+
+    def nonfinite(self) -> Tensor:
+        """Every rank's count of non-finite values, int64 [p]."""
+
+    def merge(self, skip: Tensor) -> None:
+        """Makes the aggregate of what arrived. Changes no parameter."""
+
+    def give_back(self) -> None:
+        """Instead of finish(): what was taken from memory returns there, and a_t is zero."""
+
+    def finish(self, lr: float | Tensor, skip: Tensor) -> None:
+        """Applies the aggregate and settles memory and momentum, or, if skipped, gives back."""
+
+
+class SparseTransfer:
+    """Compresses a bucket and gathers the payloads of all ranks.
+
+    A parameter without a gradient on this worker is left alone by it: nothing is added to its
+    memory, neither momentum nor weight decay. What is in its memory can still be sent.
+
+    Args:
+        grads: from ``bucket.flat_grads()``.
+        arguments: keyword arguments of ``ops.compress_`` that say how v is made.
+        masking: DGC's momentum factor masking.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        exchange: Exchange,
+        k: int,
+        grads: list[Tensor | None],
+        arguments: Arguments,
+        wire_dtype: torch.dtype,
+        masking: bool,
+    ) -> None:
+        self.bucket, self.k, self.wire_dtype, self.masking = bucket, k, wire_dtype, masking
+        absent = [i for i, grad in enumerate(grads) if grad is None]
+        params = aggregate = None
+        restore: Callable[[], None] | None = None
+        if absent or arguments["weight_decay"] != 0:
+            params = bucket.flat_params()
+        if bucket.momentum_buffer is None:
+            aggregate = bucket.sparse_aggregate()
+        if absent and params is not None:
+            if bucket.momentum_buffer is None:
+                aggregate = _without(bucket, absent)
+            else:
+                restore = _set_aside(bucket, "momentum_buffer", absent)
+            for i in absent:  # weight decay of zeros
+                params[i] = torch.zeros_like(params[i])
+        self.payload = ops.compress_(
+            bucket.memory,
+            grads,
+            k,
+            params=params,
+            aggregate=aggregate,
+            momentum_buffer=bucket.momentum_buffer,
+            wire_dtype=wire_dtype,
+            state=bucket.select_state(k),
+            **arguments,
+        )
+        if restore is not None:
+            restore()
+        self.nbytes = self.payload.numel()
+        try:
+            self.payloads, self._work = exchange.all_gather(self.payload)
+        except Exception:
+            self.give_back()
+            raise
+
+    def wait(self) -> None:
+        self._work.wait()
+        _use_on_this_stream(self.payload, self.payloads)
+
+    def nonfinite(self) -> Tensor:
+        return ops.payload_nonfinite(self.payloads)
+
+    def merge(self, skip: Tensor) -> None:
+        self.aggregate = ops.merge(
+            self.payloads, self.bucket.numel, self.k, self.wire_dtype, skip=skip
+        )
+
+    def give_back(self) -> None:
+        self._restore(None)
+        self.bucket.aggregate = None
+
+    def _restore(self, skip: Tensor | None) -> None:
+        ops.restore_(self.bucket.memory, self.payload, self.k, self.wire_dtype, skip=skip)
+
+    def finish(self, lr: float | Tensor, skip: Tensor) -> None:
+        bucket = self.bucket
+        ops.apply_(bucket.flat_params(), self.aggregate, lr, skip=skip)
+        self._restore(skip)
+        if bucket.momentum_buffer is None:
+            bucket.keep_aggregate(self.aggregate)
+        elif self.masking:
+            ops.mask_(bucket.momentum_buffer, self.payload, self.k, self.wire_dtype, skip=skip)
+
+
+class DenseTransfer:
+    """Sums v itself over all ranks.
+
+    Behind v travel each rank's count of non-finite values and, for each parameter, how many ranks
+    have a gradient. A parameter that none has a gradient for is left alone, momentum and all, as by
+    torch.optim.SGD; if some have one, the others count as zero.
+    """
+
+    payloads = None
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        exchange: Exchange,
+        grads: list[Tensor | None],
+        arguments: Arguments,
+    ) -> None:
+        self.bucket, self.ranks = bucket, exchange.size
+        absent = [i for i, grad in enumerate(grads) if grad is None]
+        self._absent = absent
+        # What such a parameter has, should it turn out that nobody has a gradient for it.
+        self._had = {
+            name: [bucket.views(flat)[i].clone() for i in absent]
+            for name, flat in bucket.vectors().items()
+            if absent
+        }
+        self._previous = bucket.dense_aggregate() if bucket.momentum_buffer is None else None
+        params = None
+        if absent or arguments["weight_decay"] != 0:
+            params = bucket.flat_params()
+        self._total = ops.accumulate_(
+            bucket.memory,
+            grads,
+            params=params,
+            aggregate=self._previous,
+            momentum_buffer=bucket.momentum_buffer,
+            rank=exchange.rank,
+            ranks=exchange.size + len(grads),
+            **arguments,
+        )
+        present = self._total[bucket.numel + exchange.size :]
+        present.fill_(1.0)
+        for i in absent:
+            present[i] = 0.0
+        self._sent = self._total[: bucket.numel + exchange.size]
+        self._present = present
+        self._work = exchange.all_reduce(self._total)
+        self.nbytes = 4 * self._total.numel()
+
+    def wait(self) -> None:
+        self._work.wait()
+        _use_on_this_stream(self._total)
+
+    def nonfinite(self) -> Tensor:
+        return self._sent[self.bucket.numel :].to(torch.int64)
+
+    def merge(self, skip: Tensor) -> None:
+        self.aggregate = self._total[: self.bucket.numel]
+
+    def give_back(self) -> None:
+        self.bucket.aggregate = None  # memory holds all of v until finish()
+
+    def finish(self, lr: float | Tensor, skip: Tensor) -> None:
+        bucket = self.bucket
+        alone = [self._present[i] == 0 for i in self._absent]
+        self._leave_alone(self.aggregate, alone, None)
+        ops.apply_dense_(bucket.flat_params(), bucket.memory, self._sent, lr, skip=skip)
+        for name, flat in bucket.vectors().items():
+            self._leave_alone(flat, alone, self._had.get(name))
+        if bucket.momentum_buffer is None:
+            if self._previous is not None and self._absent:
+                views = bucket.views(self._previous)
+                self._leave_alone(self.aggregate, alone, [views[i] for i in self._absent])
+            bucket.keep_aggregate(self.aggregate)
+
+    def _leave_alone(self, flat: Tensor, alone: list[Tensor], old: list[Tensor] | None) -> None:
+        """Where nobody had a gradient, flat becomes what it was (None: zero). No host sync."""
+        views = self.bucket.views(flat) if alone else []
+        for n, i in enumerate(self._absent):
+            before = 0.0 if old is None else old[n]
+            views[i].copy_(torch.where(alone[n], before, views[i]))
+
+
+def start(
+    bucket: Bucket,
+    exchange: Exchange,
+    k: int,
+    grads: list[Tensor | None],
+    arguments: Arguments,
+    wire_dtype: torch.dtype,
+    masking: bool,
+) -> Transfer:
+    """Starts a bucket's step the cheaper way."""
+    nbytes = ops.payload_nbytes(bucket.numel, k, wire_dtype)
+    if wire.dense_is_cheaper(bucket.numel, k, nbytes, exchange.size):
+        return DenseTransfer(bucket, exchange, grads, arguments)
+    return SparseTransfer(bucket, exchange, k, grads, arguments, wire_dtype, masking)
+
+
+def agree(transfers: list[Transfer]) -> Tensor:
+    """The verdict over all buckets, int32 [1], as of ``ops.verdict``."""
+    payloads = [t.payloads for t in transfers if t.payloads is not None]
+    flags = [ops.verdict(payloads)] if payloads else []
+    for transfer in transfers:
+        if transfer.payloads is None:
+            flags.append(transfer.nonfinite().any().to(torch.int32).view(1))
+    skip = flags[0]
+    for flag in flags[1:]:
+        skip = skip | flag
+    return skip
+
+
+def _without(bucket: Bucket, absent: list[int]) -> Tensor | None:
+    """a_{t-1} as compress_ takes it, without the entries of some parameters."""
+    dense = bucket.dense_aggregate()
+    if dense is None or len(absent) == len(bucket.params):
+        return None
+    dense = dense.clone()
+    views = bucket.views(dense)
+    for i in absent:
+        views[i].zero_()
+    return ops.sparsify(dense)
+
+
+def _set_aside(bucket: Bucket, name: str, absent: list[int]) -> Callable[[], None]:
+    """Zeroes some parameters' part of a vector; calling the result puts it back."""
+    views = bucket.views(bucket.vectors()[name])
+    kept = [views[i].clone() for i in absent]
+    for i in absent:
+        views[i].zero_()
+
+    def restore() -> None:
+        for i, old in zip(absent, kept, strict=True):
+            views[i].copy_(old)
+
+    return restore
+
+
+def _use_on_this_stream(*tensors: Tensor) -> None:
+    """With overlap they were made on the backward pass's stream, and are used and freed on this."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))

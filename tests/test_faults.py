@@ -1,0 +1,269 @@
+"""A worker that dies, stops or comes too late: nothing unsent is lost, and training goes on."""
+
+import os
+import re
+import signal
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from problems import aggregate_of, flat, mean, memory_of, parameters, same_on_all_ranks
+from processes import Processes
+
+import gmc_cuda
+from gmc_cuda import exchange
+
+SIZE, VICTIM = 3, 1
+SURVIVORS = [rank for rank in range(SIZE) if rank != VICTIM]
+FATAL = 4  # the step in which a worker is lost; the first is 1
+LR, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 0.01
+LOST = re.compile(
+    r"step (\d+), rank (\d) lost the group: nothing was applied, state_dict\(\) is usable; .+"
+)
+
+
+def build(make, overlap):
+    """Three sparse buckets and one that is sent dense."""
+    params = parameters()
+    groups = [{"params": params[:3]}, {"params": params[3:5], "density": 1.0},
+              {"params": params[5:]}]  # fmt: skip
+    optimizer = make(
+        groups, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, density=0.1, overlap=overlap,
+        bucket_cap_mb=150 * 4 / 2**20,
+    )  # fmt: skip
+    assert len(optimizer._buckets) == 4
+    return params, optimizer
+
+
+def noise(params, step):
+    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+    return [torch.randn(p.shape, generator=generator) for p in params]
+
+
+def train_a_step(params, optimizer, step):
+    """The gradients come from a backward pass, as overlap=True needs it."""
+    optimizer.zero_grad()
+    sum((p * g).sum() for p, g in zip(params, noise(params, step), strict=True)).backward()
+    optimizer.step()
+
+
+def momentum_of(optimizer, params):
+    return flat([optimizer.state[p].get("momentum_buffer", torch.zeros_like(p)) for p in params])
+
+
+def end():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def at_collective(optimizer, number, do):
+    """Calls do() before this worker joins in the step's collective of that number."""
+    calls = []
+
+    def before(collective):
+        def call(tensor):
+            calls.append(tensor)
+            if len(calls) == number:
+                do()
+            return collective(tensor)
+
+        return call
+
+    group = optimizer._exchange
+    group.all_gather, group.all_reduce = before(group.all_gather), before(group.all_reduce)
+
+
+def before_applying(optimizer, do):
+    apply = optimizer._apply
+
+    def call(skip):
+        do()
+        apply(skip)
+
+    optimizer._apply = call
+
+
+def refuse_the_second(optimizer):
+    """As a backend does that reports a lost group when a collective is issued, not when waited for.
+
+    On all ranks, so that nobody waits for a collective that others did not issue.
+    """
+    real, calls = exchange._all_gather, []
+
+    def fail(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("communicator was aborted")
+        return real(*args, **kwargs)
+
+    exchange._all_gather = fail
+
+
+MOMENTS = {
+    "before the step": lambda optimizer: end(),
+    "before the first collective": lambda optimizer: at_collective(optimizer, 1, end),
+    "between two collectives": lambda optimizer: at_collective(optimizer, 3, end),
+    "while the others wait": lambda optimizer: at_collective(optimizer, 2, stop),
+    "after the collectives": lambda optimizer: before_applying(optimizer, end),
+    "after applying": lambda optimizer: optimizer.register_step_post_hook(lambda *_: end()),
+    "issuing fails": refuse_the_second,
+}
+
+
+def run(say, make, overlap, moment=None, disturbed=(VICTIM,), steps=FATAL + 2):
+    """Trains until the group is lost. Returns what was seen at each step, and the error."""
+    params, optimizer = build(make, overlap)
+    seen = []
+    for step in range(1, steps + 1):
+        if step == FATAL and dist.get_rank() in disturbed and moment is not None:
+            MOMENTS[moment](optimizer)
+        seen.append(
+            {
+                "w": flat(params),
+                "u": memory_of(optimizer, params),
+                "a": aggregate_of(optimizer, params),
+                "m": momentum_of(optimizer, params),
+            }
+        )
+        try:
+            train_a_step(params, optimizer, step)
+        except RuntimeError as error:
+            return seen, check_lost(params, optimizer, seen, error)
+    return seen, None
+
+
+def check_lost(params, optimizer, seen, error):
+    """The step added its gradient to memory and did nothing else; then the survivors go on."""
+    words = LOST.fullmatch(str(error))
+    assert words, str(error)
+    assert isinstance(error.__cause__.__cause__, RuntimeError), "gloo's own words are kept"
+    assert str(error.__cause__.__cause__) in str(error)
+    step, rank = len(seen), dist.get_rank()
+    assert (int(words[1]), int(words[2])) == (step, rank)
+    w, u, a, m = (seen[-1][key] for key in "wuam")
+    assert torch.equal(flat(params), w)
+    came_in = flat(noise(params, step)) + WEIGHT_DECAY * w
+    if isinstance(optimizer, gmc_cuda.DGC):
+        m = MOMENTUM * m + came_in
+        torch.testing.assert_close(momentum_of(optimizer, params), m, rtol=1e-6, atol=1e-6)
+        v = u + m
+    else:
+        v = u + came_in + MOMENTUM * a
+    torch.testing.assert_close(memory_of(optimizer, params), v, rtol=1e-6, atol=1e-6)
+    assert aggregate_of(optimizer, params).count_nonzero() == 0
+    assert optimizer.stats()["steps"] == optimizer.stats()["skipped_steps"] + step - 1 == step
+    return step, go_on_without_the_victim(params, optimizer)
+
+
+def go_on_without_the_victim(params, optimizer):
+    """The survivors' state, as saved, in new optimizers and a group of their own."""
+    saved = optimizer.state_dict()
+    kept = memory_of(optimizer, params)
+    store = dist.distributed_c10d._get_default_store()
+    rank = SURVIVORS.index(dist.get_rank()) if dist.get_rank() != VICTIM else None
+    dist.destroy_process_group()
+    if rank is None:
+        return None
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=len(SURVIVORS),
+        timeout=timedelta(seconds=30),
+    )  # fmt: skip
+    resumed, optimizer = build(type(optimizer), optimizer.overlap)
+    for new, old in zip(resumed, params, strict=True):
+        new.data.copy_(old)
+    with pytest.warns(UserWarning, match="the state was saved by rank"):
+        optimizer.load_state_dict(saved)
+    assert torch.equal(memory_of(optimizer, resumed), kept)
+    equal = same_on_all_ranks(None, resumed)  # not if only one of them had made the last step
+    if equal and isinstance(optimizer, gmc_cuda.GMC):
+        w, ubar = flat(resumed), mean(None, kept)
+        train_a_step(resumed, optimizer, 50)
+        a = aggregate_of(optimizer, resumed)
+        came_in = mean(None, flat(noise(resumed, 50))) + WEIGHT_DECAY * w
+        ubar_next = mean(None, memory_of(optimizer, resumed))
+        torch.testing.assert_close(ubar_next + a, ubar + came_in, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(flat(resumed), w - LR * a, rtol=1e-6, atol=1e-6)
+        assert same_on_all_ranks(None, resumed) and a.any()
+    return equal
+
+
+CASES = [(gmc_cuda.GMC, False), (gmc_cuda.GMC, True), (gmc_cuda.DGC, False)]
+_undisturbed = {}
+
+
+@pytest.fixture
+def undisturbed(request, tmp_path_factory):
+    """What each rank sees at each step of the run that nothing happens to."""
+    make, overlap = (request.getfixturevalue(name) for name in ("make", "overlap"))
+    if (make, overlap) not in _undisturbed:
+        with Processes(SIZE, tmp_path_factory.mktemp("run"), run, make, overlap) as workers:
+            _undisturbed[make, overlap] = [seen for seen, _ in workers.results()]
+    return _undisturbed[make, overlap]
+
+
+def assert_same(seen, expected):
+    for now, then in zip(seen, expected, strict=False):
+        for key in now:
+            assert torch.equal(now[key], then[key]), key
+
+
+@pytest.mark.parametrize("make,overlap", CASES)
+@pytest.mark.parametrize("moment", list(MOMENTS)[:-1])
+def test_a_killed_worker(tmp_path, undisturbed, make, overlap, moment):
+    with Processes(SIZE, tmp_path, run, make, overlap, moment) as workers:
+        if moment == "while the others wait":
+            workers.wait_until_stopped(VICTIM)
+            with pytest.raises(AssertionError, match="says nothing"):
+                workers.hear(SURVIVORS[0], patience=0.3)
+            workers.send_signal(VICTIM, signal.SIGKILL)
+        with pytest.raises(EOFError):
+            workers.hear(VICTIM)
+        results = workers.results(SURVIVORS)
+    for rank, (seen, (step, _)) in zip(SURVIVORS, results, strict=True):
+        assert_same(seen, undisturbed[rank])
+        # What the dead worker had handed to the kernel may or may not arrive.
+        possible = {"after the collectives": (FATAL, FATAL + 1), "after applying": (FATAL, FATAL + 1)}
+        assert step in possible.get(moment, (FATAL,))
+    if moment not in ("after the collectives", "after applying"):
+        assert all(went_on for _, (_, went_on) in results)
+
+
+@pytest.mark.parametrize("make,overlap", CASES[:2])
+def test_a_paused_worker_only_delays(tmp_path, undisturbed, make, overlap):
+    moment = "while the others wait"
+    with Processes(SIZE, tmp_path, run, make, overlap, moment) as workers:
+        workers.wait_until_stopped(VICTIM)
+        with pytest.raises(AssertionError, match="says nothing"):
+            workers.hear(SURVIVORS[0], patience=0.5)
+        workers.send_signal(VICTIM, signal.SIGCONT)
+        for rank, (seen, error) in enumerate(workers.results()):
+            assert error is None and len(seen) == FATAL + 2
+            assert_same(seen, undisturbed[rank])
+
+
+@pytest.mark.parametrize("make,overlap", CASES[:2])
+def test_a_worker_that_comes_too_late(tmp_path, undisturbed, make, overlap):
+    """Past the group's time-out all ranks raise, the late one too."""
+    moment = "while the others wait"
+    with Processes(SIZE, tmp_path, run, make, overlap, moment, seconds=1.0) as workers:
+        workers.wait_until_stopped(VICTIM)
+        results = dict(zip(SURVIVORS, workers.results(SURVIVORS), strict=True))
+        workers.send_signal(VICTIM, signal.SIGCONT)
+        results[VICTIM] = workers.hear(VICTIM)
+    for rank, (seen, (step, went_on)) in results.items():
+        assert step == FATAL and (went_on or rank == VICTIM)
+        assert_same(seen, undisturbed[rank])
+
+
+@pytest.mark.parametrize("make,overlap", CASES)
+def test_a_group_that_fails_when_a_collective_is_issued(tmp_path, undisturbed, make, overlap):
+    """The buckets that come after it take in their gradients too."""
+    arguments = (make, overlap, "issuing fails", range(SIZE))
+    with Processes(SIZE, tmp_path, run, *arguments) as workers:
+        for rank, (seen, (step, went_on)) in enumerate(workers.results()):
+            assert step == FATAL and (went_on or rank == VICTIM)
+            assert_same(seen, undisturbed[rank])
