@@ -85,6 +85,13 @@ class Call:
             **rule,
         )
 
+    def assert_same(self, other: Call, output: Tensor, expected: Tensor) -> None:
+        """After one call on either of two backends: what it returned, memory, momentum buffer."""
+        assert_same_bytes(output, expected, "output")
+        assert_same_bytes(self.memory, other.memory, "memory")
+        if self.momentum_buffer is not None:
+            assert_same_bytes(self.momentum_buffer, other.momentum_buffer, "momentum_buffer")
+
 
 def unaligned(values: Tensor, offset: int) -> Tensor:
     """The same values `offset` elements behind an aligned address."""
@@ -140,11 +147,3 @@ def assert_same_bytes(actual: Tensor, expected: Tensor, what: str) -> None:
             f"{what}: {int(differs.sum())} bytes differ, first at element {i}: "
             f"{actual[i].item()!r}, must be {expected[i].item()!r}"
         )
-
-
-def assert_same_outcome(mine: Call, theirs: Call, output: Tensor, expected: Tensor) -> None:
-    """After one call on either of two backends: what it returned, memory and momentum buffer."""
-    assert_same_bytes(output, expected, "output")
-    assert_same_bytes(mine.memory, theirs.memory, "memory")
-    if mine.momentum_buffer is not None:
-        assert_same_bytes(mine.momentum_buffer, theirs.momentum_buffer, "momentum_buffer")

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import (
-    DTYPES,
-    NUMELS,
-    VALUES,
-    Call,
-    assert_same_bytes,
-    assert_same_outcome,
-    ks,
-    sample_call,
-)
+from cases import DTYPES, NUMELS, VALUES, Call, assert_same_bytes, ks, sample_call
 
 from gmc_cuda import ops
 
@@ -70,7 +61,7 @@ def gpu_call(call: Call) -> Call:
 def assert_backends_agree(call: Call, state=None):
     mine, theirs = gpu_call(call), call.copy()
     payload = mine.run(ops, state)
-    assert_same_outcome(mine, theirs, payload, theirs.run(ops))
+    mine.assert_same(theirs, payload, theirs.run(ops))
     return payload
 
 
@@ -88,14 +79,14 @@ def test_dense_buckets_equal_cpu(values):
         call = sample_call(seed, values, n, 1)
         mine, theirs = gpu_call(call), call.copy()
         total, expected = (side.accumulate(ops, 0, ranks) for side in (mine, theirs))
-        assert_same_outcome(mine, theirs, total, expected)
+        mine.assert_same(theirs, total, expected)
         for skip in (1, 0):
             flag = torch.tensor([skip], dtype=torch.int32)
             params = call.options["params"]
             moved = on_gpu(params)
             ops.apply_dense_(moved, mine.memory, total, 0.1, skip=flag.cuda())
             ops.apply_dense_(params, theirs.memory, expected, 0.1, skip=flag)
-            assert_same_outcome(mine, theirs, total, expected)
+            mine.assert_same(theirs, total, expected)
             for one, other in zip(moved, params, strict=True):
                 assert_same_bytes(one, other, "params")
 

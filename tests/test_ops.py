@@ -4,16 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import (
-    DTYPES,
-    NUMELS,
-    VALUES,
-    Call,
-    assert_same_bytes,
-    assert_same_outcome,
-    ks,
-    sample_call,
-)
+from cases import DTYPES, NUMELS, VALUES, Call, assert_same_bytes, ks, sample_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +14,7 @@ from gmc_cuda import ops, reference
 def assert_backends_agree(call: Call, state=None):
     mine, theirs = call.copy(), call.copy()
     payload = mine.run(ops, state)
-    assert_same_outcome(mine, theirs, payload, theirs.run(reference))
+    mine.assert_same(theirs, payload, theirs.run(reference))
     assert mine.memory.isfinite().all()
     return payload
 
@@ -199,7 +190,7 @@ def test_accumulate_equals_reference(values):
             mine, theirs = call.copy(), call.copy()
             total = mine.accumulate(ops, ranks // 2, ranks)
             expected = theirs.accumulate(reference, ranks // 2, ranks)
-            assert_same_outcome(mine, theirs, total, expected)
+            mine.assert_same(theirs, total, expected)
             assert_same_bytes(total[:n], mine.memory, "what is sent")
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import assert_same_bytes, assert_same_outcome, sample_call
+from cases import assert_same_bytes, sample_call
 from compilation import FLAVOURS
 from kernel_ops import LARGEST_COUNT, WORK_TILE, Kernels, assert_same_aggregate, program
 
@@ -117,7 +117,7 @@ def test_random_calls(running, values, numel):
             call = sample_call(100 * seed + k, values, numel, k)
             expected = call.copy()
             payload = call.run(Kernels(running, seed, offset=seed % 4))
-            assert_same_outcome(call, expected, payload, expected.run(ops))
+            call.assert_same(expected, payload, expected.run(ops))
 
 
 @pytest.mark.parametrize("values", ["gaussian", "heavy ties", "near overflow"])
@@ -130,7 +130,7 @@ def test_accumulate(running, values, numel):
         ranks = seed % 3 + 1
         total = call.accumulate(Kernels(running, seed, offset=seed % 4), seed % ranks, ranks)
         right = expected.accumulate(ops, seed % ranks, ranks)
-        assert_same_outcome(call, expected, total, right)
+        call.assert_same(expected, total, right)
 
 
 @pytest.mark.parametrize("rule", ["global", "local", "nesterov"])
