@@ -124,32 +124,23 @@ def compress_(
     grads: Sequence[Tensor | None],
     k: int,
     *,
-    momentum: float | Tensor = 0.0,
     aggregate: Tensor | None = None,
     momentum_buffer: Tensor | None = None,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    params: Sequence[Tensor] | None = None,
-    maximize: bool = False,
-    grad_scale: float | Tensor | None = None,
-    found_inf: Tensor | None = None,
     wire_dtype: torch.dtype = torch.bfloat16,
     state: Tensor | None = None,
+    **rule: Any,
 ) -> Tensor:
-    """c = C(v) becomes the payload, u = v - c stays in ``memory``. See ``ops.compress_``."""
+    """c = C(v) becomes the payload, u = v - c stays in ``memory``. See ``ops.compress_``.
+
+    ``rule``: the other arguments of :func:`accumulate`.
+    """
     numel = memory.numel()
     value, new_buffer, nonfinite = accumulate(
         memory,
         grads,
-        momentum=momentum,
         aggregate=None if aggregate is None else densify(aggregate, numel),
         momentum_buffer=momentum_buffer,
-        nesterov=nesterov,
-        weight_decay=weight_decay,
-        params=params,
-        maximize=maximize,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
+        **rule,
     )
     indices = select(value, k)
     values = to_wire(value[indices], wire_dtype)

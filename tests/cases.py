@@ -85,6 +85,13 @@ class Call:
             **rule,
         )
 
+    def assert_same(self, other: Call, output: Tensor, expected: Tensor) -> None:
+        """After one call on either of two backends: what it returned, memory, momentum buffer."""
+        assert_same_bytes(output, expected, "output")
+        assert_same_bytes(self.memory, other.memory, "memory")
+        if self.momentum_buffer is not None:
+            assert_same_bytes(self.momentum_buffer, other.momentum_buffer, "momentum_buffer")
+
 
 def unaligned(values: Tensor, offset: int) -> Tensor:
     """The same values `offset` elements behind an aligned address."""

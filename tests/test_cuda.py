@@ -61,11 +61,7 @@ def gpu_call(call: Call) -> Call:
 def assert_backends_agree(call: Call, state=None):
     mine, theirs = gpu_call(call), call.copy()
     payload = mine.run(ops, state)
-    expected = theirs.run(ops)
-    assert_same_bytes(payload, expected, "payload")
-    assert_same_bytes(mine.memory, theirs.memory, "memory")
-    if mine.momentum_buffer is not None:
-        assert_same_bytes(mine.momentum_buffer, theirs.momentum_buffer, "momentum_buffer")
+    mine.assert_same(theirs, payload, theirs.run(ops))
     return payload
 
 
@@ -74,6 +70,25 @@ def test_compress_equals_cpu(values):
     for seed, n in enumerate(NUMELS):
         for k in ks(n):
             assert_backends_agree(sample_call(seed * 1000 + k, values, n, k))
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_dense_buckets_equal_cpu(values):
+    for seed, n in enumerate((*NUMELS, 1_000_003)):
+        ranks = seed % 3 + 1
+        call = sample_call(seed, values, n, 1)
+        mine, theirs = gpu_call(call), call.copy()
+        total, expected = (side.accumulate(ops, 0, ranks) for side in (mine, theirs))
+        mine.assert_same(theirs, total, expected)
+        for skip in (1, 0):
+            flag = torch.tensor([skip], dtype=torch.int32)
+            params = call.options["params"]
+            moved = on_gpu(params)
+            ops.apply_dense_(moved, mine.memory, total, 0.1, skip=flag.cuda())
+            ops.apply_dense_(params, theirs.memory, expected, 0.1, skip=flag)
+            mine.assert_same(theirs, total, expected)
+            for one, other in zip(moved, params, strict=True):
+                assert_same_bytes(one, other, "params")
 
 
 @pytest.mark.parametrize("n", [1_000_003, 4096 * 1024 * 2 + 17])
@@ -160,6 +175,9 @@ def test_everything_else_equals_cpu(ranks, n, k, wire):
     assert ops.verdict([payloads.cuda()]).item() == 0
     payloads[-1, 4] = 1
     assert ops.verdict([payloads.cuda()] * 200).item() == 1
+    assert ops.payload_nonfinite(payloads.cuda()).tolist() == [0] * (ranks - 1) + [1]
+    skipped = ops.merge(payloads.cuda(), n, k, wire, skip=torch.ones(1, device="cuda").int())
+    assert ops.aggregate_flags([skipped] * 300).tolist() == [1] * 300
 
 
 def test_damaged_payloads():
@@ -175,7 +193,7 @@ def test_damaged_payloads():
             expected = ops.densify(ops.merge(broken, n, k, wire), n)
         except RuntimeError:
             expected = torch.zeros(n)
-            assert int(aggregate[4:8].view(torch.int32)) & 2, byte
+            assert ops.aggregate_flags([aggregate]).item() & 2, byte
         assert_same_bytes(ops.densify(aggregate, n), expected, f"byte {byte}")
         memory = torch.zeros(n, device="cuda")
         ops.restore_(memory, broken[1].cuda(), k, wire)
@@ -295,7 +313,8 @@ def test_no_op_waits_for_the_device():
     torch.manual_seed(7)
     payloads = payloads_of(2, n, k, torch.bfloat16).cuda()
     call = gpu_call(sample_call(1, "gaussian", n, k))
-    call.options |= {"grad_scale": torch.tensor(2.0, device="cuda")}
+    scale = torch.tensor(2.0, device="cuda")
+    call.options |= {"grad_scale": scale}
     param, memory = torch.randn(n, device="cuda"), torch.zeros(n, device="cuda")
     found_inf = torch.zeros(1, device="cuda")
     state = ops.select_state(n, k, "cuda")
@@ -312,6 +331,10 @@ def test_no_op_waits_for_the_device():
         ops.mask_(memory, payload, k, skip=skip)
         ops.unpack(payload, n, k)
         ops.densify(ops.sparsify(memory), n)
+        ops.payload_nonfinite(payloads)
+        ops.aggregate_flags([aggregate])
+        total = ops.accumulate_(memory, [param], grad_scale=scale, found_inf=found_inf)
+        ops.apply_dense_([param], memory, total, 0.1, skip=skip)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -12,13 +12,9 @@ from gmc_cuda import ops, reference
 
 
 def assert_backends_agree(call: Call, state=None):
-    """One compress_ on both: payload, memory and momentum buffer. Returns the payload."""
     mine, theirs = call.copy(), call.copy()
     payload = mine.run(ops, state)
-    assert_same_bytes(payload, theirs.run(reference), "payload")
-    assert_same_bytes(mine.memory, theirs.memory, "memory")
-    if mine.momentum_buffer is not None:
-        assert_same_bytes(mine.momentum_buffer, theirs.momentum_buffer, "momentum_buffer")
+    mine.assert_same(theirs, payload, theirs.run(reference))
     assert mine.memory.isfinite().all()
     return payload
 
@@ -118,6 +114,28 @@ def test_wire_saturates_and_memory_keeps_the_rest():
     assert memory[0] == 1e6 - 65504
 
 
+def test_conversions_equal_torch():
+    """Wire values (saturated), parameters (to infinity) and gradients, bit for bit."""
+    x = torch.randint(-(2**31), 2**31, (20_000,)).to(torch.int32)
+    x[:10_000] = (x[:10_000] & 0x07FFFFFF) + 0x34000000  # around the range of float16
+    x[5000:10_000] = -x[5000:10_000].view(torch.float32).view(torch.int32)
+    x = x.view(torch.float32)
+    x = x[x.isfinite()]
+    x[:5] = torch.tensor([65519.99, 65520.0, -65520.0, 2.0**-25, 0.0])
+    n = x.numel()
+    for dtype in DTYPES[1:]:
+        payload = ops.compress_(torch.zeros(n), [x], n, wire_dtype=dtype)
+        _, sent, _ = ops.unpack(payload, n, n, dtype)
+        assert_same_bytes(sent, reference.to_wire(x + 0.0, dtype).float(), f"{dtype} on the wire")
+        param = torch.zeros(n, dtype=dtype)
+        ops.apply_dense_([param], torch.zeros(n), torch.cat([x, torch.zeros(1)]), -1.0)
+        assert_same_bytes(param, (x + 0.0).to(dtype), f"{dtype} parameters")
+        every = torch.arange(2**16).to(torch.int16).view(dtype)
+        total = ops.accumulate_(torch.zeros(2**16), [every])[:-1]
+        exact = every.float()
+        assert_same_bytes(total, torch.where(exact.isfinite(), exact, 0.0) + 0.0, f"{dtype} read")
+
+
 def test_float32_overflow_keeps_the_old_memory_and_is_counted():
     memory = torch.tensor([3e38, 1.0, float("nan")])
     payload = ops.compress_(memory, [torch.tensor([3e38, 1.0, 1.0])], 1, wire_dtype=torch.float32)
@@ -171,11 +189,9 @@ def test_accumulate_equals_reference(values):
             call = sample_call(seed * 10 + ranks, values, n, 1)
             mine, theirs = call.copy(), call.copy()
             total = mine.accumulate(ops, ranks // 2, ranks)
-            assert_same_bytes(total, theirs.accumulate(reference, ranks // 2, ranks), "total")
-            assert_same_bytes(mine.memory, theirs.memory, "memory")
+            expected = theirs.accumulate(reference, ranks // 2, ranks)
+            mine.assert_same(theirs, total, expected)
             assert_same_bytes(total[:n], mine.memory, "what is sent")
-            if call.momentum_buffer is not None:
-                assert_same_bytes(mine.momentum_buffer, theirs.momentum_buffer, "momentum_buffer")
 
 
 @pytest.mark.parametrize("values", ["gaussian", "heavy ties", "near overflow"])

@@ -10,17 +10,17 @@ constexpr int kBatch = 4;  // entries of a thread whose parameters are on their 
 
 // A block owns one wire tile.
 __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__ ApplyArgs args) {
-  if (args.skip && *args.skip != 0) return;
+  if (args.move.skipped()) return;
   const int64_t begin = blockIdx.x * kTile;
   const AggregateEntries entries = aggregate_entries(args.aggregate, args.numel, blockIdx.x);
   if (entries.count == 0) return;
-  const float lr = args.lr.load();
-  const TableSegment* segments = args.params.begin(args.own);
+  const float lr = args.move.lr.load();
+  const TableSegment* segments = args.move.params.begin(args.move.own);
+  const int total = args.move.params.count;
   // The tensors that this tile meets.
   const int64_t last = (begin + kTile < args.numel ? begin + kTile : args.numel) - 1;
-  const int first = find_segment(segments, args.params.count, static_cast<uint32_t>(begin));
-  const int count =
-      find_segment(segments, args.params.count, static_cast<uint32_t>(last)) - first + 1;
+  const int first = find_segment(segments, total, static_cast<uint32_t>(begin));
+  const int count = find_segment(segments, total, static_cast<uint32_t>(last)) - first + 1;
 
   for (uint32_t at = threadIdx.x; at < entries.count; at += kBatch * kThreads) {
     float weight[kBatch], value[kBatch];

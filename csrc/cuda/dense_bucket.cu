@@ -42,13 +42,14 @@ __global__ void __launch_bounds__(kThreads)
     apply_dense_kernel(const __grid_constant__ ApplyDenseArgs args) {
   const WorkTile tile(blockIdx.x, args.numel);
   float a[kPerThread], w[kPerThread];
-  if (args.skip && *args.skip != 0) {
+  const MoveArgs& move = args.move;
+  if (move.skipped()) {
     zero(a);
     store_floats(args.total, tile, a);
     return;
   }
-  const float lr = args.lr.load();
-  const TileSegments shared(args.params.begin(args.own), args.params.count, args.numel, tile);
+  const float lr = move.lr.load();
+  const TileSegments shared(move.params.begin(move.own), move.params.count, args.numel, tile);
   if (shared.whole && with_quads(*shared.first, tile, [&](auto format, auto* words) {
         using Format = decltype(format);
         load_floats(args.total, tile, a);

@@ -33,13 +33,20 @@ cudaError_t fingerprint_launch(const void* data, DType dtype, int64_t numel,
 cudaError_t merge_launch(const Payload& payloads, int64_t ranks, const int32_t* skip,
                          uint8_t* aggregate, cudaStream_t stream);
 
+// How the parameters move.
+struct MoveArgs {
+  Scalar lr;
+  const int32_t* skip;  // nullptr, or a number that is not zero for a step that is skipped
+  SegmentList params;
+  SegmentPiece own;  // segments that are not stored
+
+  GMC_HD bool skipped() const { return skip && *skip != 0; }
+};
+
 struct ApplyArgs {
   Aggregate aggregate;
   int64_t numel;
-  Scalar lr;
-  const int32_t* skip;
-  SegmentList params;
-  SegmentPiece own;
+  MoveArgs move;
 };
 static_assert(sizeof(ApplyArgs) <= 4096, "the limit for kernel parameters on older drivers");
 
@@ -64,10 +71,7 @@ struct ApplyDenseArgs {
   float* total;
   int64_t numel;
   float factor;  // 1 / ranks
-  Scalar lr;
-  const int32_t* skip;
-  SegmentList params;
-  SegmentPiece own;
+  MoveArgs move;
 };
 static_assert(sizeof(ApplyDenseArgs) <= 4096, "the limit for kernel parameters on older drivers");
 

@@ -77,11 +77,11 @@ __device__ __forceinline__ void add_momentum(const float* aggregate, float momen
 }
 
 // Bit e of the result: element e is not finite.
-__device__ __forceinline__ uint32_t settle(float (&v)[kPerThread]) {
+__device__ __forceinline__ uint32_t settle_tile(float (&v)[kPerThread]) {
   uint32_t overflowed = 0;
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) {
-    v[e] = gmc::settle(v[e]);
+    v[e] = settle(v[e]);
     overflowed |= static_cast<uint32_t>(!is_finite(v[e])) << e;
   }
   return overflowed;
@@ -123,7 +123,7 @@ struct GlobalMomentum {
     for (int e = 0; e < kPerThread; ++e) v[e] = add(u[e], v[e]);
     if (kDecay) add_decay(tile, v);
     add_momentum(aggregate, args.momentum.load(), tile, v);
-    const uint32_t overflowed = settle(v);
+    const uint32_t overflowed = settle_tile(v);
     if (overflowed) {
       *nonfinite += __popc(overflowed);
       keep_old(tile, args.memory, overflowed, v);
@@ -150,7 +150,7 @@ struct LocalMomentum {
       m[e] = next_momentum(m[e], v[e], momentum);
       v[e] = local_momentum_value(u[e], v[e], m[e], momentum, args.nesterov);
     }
-    const uint32_t overflowed = settle(v);
+    const uint32_t overflowed = settle_tile(v);
     if (overflowed) {
       *nonfinite += __popc(overflowed);
       keep_old(tile, args.momentum_buffer, overflowed, m);

@@ -114,6 +114,14 @@ void fill_rule(const RuleTensors& rule, Temporaries* temporaries, RuleArgs* args
   args->nesterov = rule.nesterov;
 }
 
+void fill_move(const std::vector<Segment>& params, const Tensor& lr, const OptionalTensor& skip,
+               Temporaries* temporaries, MoveArgs* args) {
+  args->lr = scalar_of(lr, "lr");
+  args->skip = skip_of(skip);
+  int used = 0;
+  args->params = place_table(params, &args->own, &used, temporaries);
+}
+
 }  // namespace
 
 int64_t state_nbytes(int64_t numel, int64_t k) { return workspace_nbytes(numel, k); }
@@ -171,10 +179,7 @@ void apply_dense(const std::vector<Segment>& params, const Tensor& memory, const
   args.total = mutable_data<float>(total);
   args.numel = memory.numel();
   args.factor = mean_factor(ranks);
-  args.lr = scalar_of(lr, "lr");
-  args.skip = skip_of(skip);
-  int used = 0;
-  args.params = place_table(params, &args.own, &used, &temporaries);
+  fill_move(params, lr, skip, &temporaries, &args.move);
   check_cuda(apply_dense_launch(args, place.stream));
 }
 
@@ -230,14 +235,11 @@ void merge(const PayloadTensor& payloads, int64_t ranks, const OptionalTensor& s
 void apply(const std::vector<Segment>& params, const Tensor& aggregate, int64_t numel,
            const Tensor& lr, const OptionalTensor& skip) {
   const Place place(aggregate);
+  Temporaries temporaries{place, {}};
   ApplyArgs args = {};
   args.aggregate = aggregate_of(aggregate);
   args.numel = numel;
-  args.lr = scalar_of(lr, "lr");
-  args.skip = skip_of(skip);
-  Temporaries temporaries{place, {}};
-  int used = 0;
-  args.params = place_table(params, &args.own, &used, &temporaries);
+  fill_move(params, lr, skip, &temporaries, &args.move);
   check_cuda(apply_launch(args, place.stream));
 }
 

@@ -81,6 +81,13 @@ void fill_rule(Case& in, RuleArgs* args) {
   args->nesterov = in.integer("nesterov") != 0;
 }
 
+void fill_move(Case& in, MoveArgs* args) {
+  args->lr = number(in, "lr", 0.0f);
+  args->skip = skip(in);
+  int used = 0;
+  args->params = place(segments(in, "param"), &args->own, &used);
+}
+
 void release(const RuleArgs& args) {
   release(args.grads);
   release(args.params);
@@ -123,12 +130,9 @@ CUDA_CASE(apply_dense) {
   args.numel = in.count("memory");
   args.total = in.array<float>("total");
   args.factor = mean_factor(in.count("total") - args.numel);
-  args.lr = number(in, "lr", 0.0f);
-  args.skip = skip(in);
-  int used = 0;
-  args.params = place(segments(in, "param"), &args.own, &used);
+  fill_move(in, &args.move);
   require(apply_dense_launch(args, nullptr));
-  release(args.params);
+  release(args.move.params);
 }
 
 CUDA_CASE(verdict) {
@@ -175,12 +179,9 @@ CUDA_CASE(apply) {
   ApplyArgs args = {};
   args.aggregate = aggregate(in);
   args.numel = in.integer("numel");
-  args.lr = number(in, "lr", 0.0f);
-  args.skip = skip(in);
-  int used = 0;
-  args.params = place(segments(in, "param"), &args.own, &used);
+  fill_move(in, &args.move);
   require(apply_launch(args, nullptr));
-  release(args.params);
+  release(args.move.params);
 }
 
 CUDA_CASE(restore) {

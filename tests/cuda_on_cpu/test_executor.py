@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from compilation import FLAVOURS, HERE, CompileError, build
 from program import At, KernelFault, Program
 
@@ -123,21 +122,6 @@ def test_bit_functions(samples):
             (wide >> 9) % 2**32,
             int.from_bytes(bytes(permuted), "little"),
         ]
-
-
-def test_conversions_equal_torch():
-    bits = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint32)
-    bits[:10_000] = (bits[:10_000] & 0x87FFFFFF) + 0x34000000  # around the range of binary16
-    x = bits.view(np.float32)
-    x[:6] = 65519.99, 65520.0, np.inf, -np.inf, 0.0, 2**-25
-    x = x[~np.isnan(x)]
-    with program("plain") as samples:
-        out = samples.call("convert", x=x)
-    exact = torch.from_numpy(x)
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        wanted = exact.to(dtype).view(torch.int16).numpy().view(np.uint16)
-        np.testing.assert_array_equal(out[name], wanted)
-    np.testing.assert_array_equal(out["from_fp16"], exact.half().float().numpy())
 
 
 def test_atomics_let_other_threads_run():

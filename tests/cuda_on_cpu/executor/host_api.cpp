@@ -25,39 +25,29 @@ cudaError_t occupancy(int* blocks, int block_size, size_t dynamic_bytes) {
   return cudaSuccess;
 }
 
+struct Description {
+  cudaError_t error;
+  const char *name, *text;
+};
+
+Description described(cudaError_t error) {
+  static constexpr Description known[] = {
+      {cudaSuccess, "cudaSuccess", "no error"},
+      {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
+      {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
+      {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration",
+       "invalid configuration argument"},
+      {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
+  };
+  for (const Description& description : known)
+    if (description.error == error) return description;
+  return {error, "unrecognized error code", "unrecognized error code"};
+}
+
 }  // namespace cuda_on_cpu
 
-const char* cudaGetErrorName(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess:
-      return "cudaSuccess";
-    case cudaErrorInvalidValue:
-      return "cudaErrorInvalidValue";
-    case cudaErrorMemoryAllocation:
-      return "cudaErrorMemoryAllocation";
-    case cudaErrorInvalidConfiguration:
-      return "cudaErrorInvalidConfiguration";
-    case cudaErrorNotSupported:
-      return "cudaErrorNotSupported";
-  }
-  return "unrecognized error code";
-}
-
-const char* cudaGetErrorString(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess:
-      return "no error";
-    case cudaErrorInvalidValue:
-      return "invalid argument";
-    case cudaErrorMemoryAllocation:
-      return "out of memory";
-    case cudaErrorInvalidConfiguration:
-      return "invalid configuration argument";
-    case cudaErrorNotSupported:
-      return "operation not supported";
-  }
-  return "unrecognized error code";
-}
+const char* cudaGetErrorName(cudaError_t error) { return cuda_on_cpu::described(error).name; }
+const char* cudaGetErrorString(cudaError_t error) { return cuda_on_cpu::described(error).text; }
 
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;

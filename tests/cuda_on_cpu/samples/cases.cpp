@@ -42,10 +42,3 @@ CUDA_CASE(atomics) {
 CUDA_CASE(turns) {
   require(turns_launch(in.array<unsigned>("turn"), in.output<unsigned>("out", 64), nullptr));
 }
-
-CUDA_CASE(convert) {
-  const int64_t n = in.count("x");
-  require(convert_launch(in.array<float>("x"), int(n), in.output<unsigned short>("bf16", n),
-                         in.output<unsigned short>("fp16", n), in.output<float>("from_fp16", n),
-                         nullptr));
-}

@@ -1,7 +1,4 @@
 // One warp calls what the other samples leave out; each lane writes one row of results.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "samples.h"
 
 namespace {
@@ -72,55 +69,30 @@ __global__ void turns_kernel(unsigned* turn, unsigned* out) {
   out[threadIdx.x] = atomicAdd(turn, 1u);
 }
 
-__global__ void convert_kernel(const float* x, int n, unsigned short* bf16, unsigned short* fp16,
-                               float* from_fp16) {
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < n) {
-    bf16[i] = __bfloat16_as_ushort(__float2bfloat16_rn(x[i]));
-    fp16[i] = __half_as_ushort(__float2half_rn(x[i]));
-    from_fp16[i] = __half2float(__ushort_as_half(fp16[i]));
-  }
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), int blocks, int threads, cudaStream_t stream,
+                   Parameters... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 }  // namespace
 
 cudaError_t warp_launch(const unsigned* x, unsigned* out, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = 1;
-  config.blockDim = 32;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, warp_kernel, x, out);
+  return launch(warp_kernel, 1, 32, stream, x, out);
 }
 
 cudaError_t bits_launch(const unsigned* x, unsigned* out, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = 1;
-  config.blockDim = 64;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, bits_kernel, x, out);
+  return launch(bits_kernel, 1, 64, stream, x, out);
 }
 
 cudaError_t atomics_launch(const unsigned* x, unsigned* out, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = 3;
-  config.blockDim = 64;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, atomics_kernel, x, out);
+  return launch(atomics_kernel, 3, 64, stream, x, out);
 }
 
 cudaError_t turns_launch(unsigned* turn, unsigned* out, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = 1;
-  config.blockDim = 64;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, turns_kernel, turn, out);
-}
-
-cudaError_t convert_launch(const float* x, int n, unsigned short* bf16, unsigned short* fp16,
-                           float* from_fp16, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = (n + 63) / 64;
-  config.blockDim = 64;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, convert_kernel, x, n, bf16, fp16, from_fp16);
+  return launch(turns_kernel, 1, 64, stream, turn, out);
 }

@@ -30,7 +30,3 @@ cudaError_t atomics_launch(const unsigned* x, unsigned* out, cudaStream_t stream
 
 // out[t] = 63 - t, by threads that wait for each other; turn is zero before.
 cudaError_t turns_launch(unsigned* turn, unsigned* out, cudaStream_t stream);
-
-// x rounded to bfloat16 and to binary16, as bits, and the latter back as float.
-cudaError_t convert_launch(const float* x, int n, unsigned short* bf16, unsigned short* fp16,
-                           float* from_fp16, cudaStream_t stream);
