@@ -138,6 +138,22 @@ def test_default_archs_are_those_the_compiler_knows(build_toolkit, known, expect
     assert build_toolkit.arch_list({"TORCH_CUDA_ARCH_LIST": "8.6 9.0"}, listed) == "8.6 9.0"
 
 
+@pytest.mark.parametrize(
+    ("archs", "codes"),
+    [
+        ("9.0", ["compute_90,code=sm_90"]),
+        ("8.0;9.0a", ["compute_80,code=sm_80", "compute_90a,code=sm_90a"]),
+        ("8.6 10.0+PTX", ["compute_86,code=sm_86", "compute_100,code=sm_100",
+                          "compute_100,code=compute_100"]),
+    ],
+)  # fmt: skip
+def test_archs_become_flags_of_the_compiler(build_toolkit, archs, codes):
+    compile = importlib.import_module("compile")
+    assert compile.gencode_flags(archs) == [f"-gencode=arch={code}" for code in codes]
+    with pytest.raises(SystemExit, match="'Hopper' is not of the form 9.0"):
+        compile.gencode_flags("9.0;Hopper")
+
+
 @pytest.fixture
 def plan(build_toolkit, tmp_path):
     """make_plan with toolkits of the given versions found, and no others."""
