@@ -41,14 +41,16 @@ gpu:  ## on a machine with a GPU: build, tests, sanitizers, benchmarks, NCCL; RE
 	    '$(MAKE) --no-print-directory $(VENV)/demo.installed $(VENV)/test.installed build'
 
 # The wheel serves one version of Python and every torch from 2.11 on. Its tests install it into
-# new environments: TORCH='torch==2.12.0' instead of three versions, SHORT=1 for the main tests.
+# new environments. WITH='torch==2.12.0 installed' says with which torch (installed: this
+# environment's), SHORT=1 runs the main tests with the oldest and with the installed one.
 wheel: $(VENV)/build.installed  ## build the wheel into dist/
 	@rm -rf build/lib.* dist/*.whl  # what is in there would come along, renamed since or not
 	@$(python) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
 test-wheel: wheel  ## test the installed wheel with the oldest torch, with 2.13.0 and the newest
-	@$(python) tools/test_wheel.py dist/*.whl $(if $(TORCH),--torch '$(TORCH)') $(if $(SHORT),--short) $(ARGS)
+	@$(python) tools/test_wheel.py dist/*.whl $(if $(SHORT),--short) \
+	    $(if $(WITH),--torch $(foreach torch,$(WITH),'$(torch)')) $(ARGS)
 
 clean:  ## remove what was made here: the environment, the build
 	@rm -rf $(VENV) build dist *.egg-info tests/*/build gmc_cuda/*.so gmc_cuda/_build_config.json

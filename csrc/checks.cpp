@@ -3,28 +3,6 @@
 namespace gmc {
 namespace {
 
-// torch's C++ calls a dtype "Float"; users know it as torch.float32.
-std::string dtype_name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return "torch.float32";
-    case ScalarType::BFloat16:
-      return "torch.bfloat16";
-    case ScalarType::Half:
-      return "torch.float16";
-    case ScalarType::Double:
-      return "torch.float64";
-    case ScalarType::Byte:
-      return "torch.uint8";
-    case ScalarType::Int:
-      return "torch.int32";
-    case ScalarType::Long:
-      return "torch.int64";
-    default:
-      return std::string("torch.") + torch::headeronly::toString(dtype);
-  }
-}
-
 std::string bracketed(const int64_t* numbers, size_t count) {
   std::string text = "[";
   for (size_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(numbers[i]);
@@ -37,8 +15,21 @@ std::string strides_of(const Tensor& tensor) {
 }
 
 bool is_floating(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
-         dtype == ScalarType::BFloat16;
+  switch (dtype) {
+    case ScalarType::Float:
+    case ScalarType::Double:
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+    case ScalarType::Float8_e5m2:
+    case ScalarType::Float8_e4m3fn:
+    case ScalarType::Float8_e5m2fnuz:
+    case ScalarType::Float8_e4m3fnuz:
+    case ScalarType::Float8_e8m0fnu:
+    case ScalarType::Float4_e2m1fn_x2:
+      return true;
+    default:
+      return false;
+  }
 }
 
 }  // namespace
@@ -61,6 +52,28 @@ std::ostream& operator<<(std::ostream& out, const Device& device) {
   return device.index < 0 ? out : out << ":" << device.index;
 }
 
+// torch's C++ calls a dtype "Float"; users know it as torch.float32.
+std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Byte:
+      return "torch.uint8";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Long:
+      return "torch.int64";
+    default:
+      return std::string("torch.") + torch::headeronly::toString(dtype);
+  }
+}
+
 std::string sizes_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return bracketed(sizes.data(), sizes.size());
@@ -71,6 +84,14 @@ DType check_float_dtype(ScalarType dtype, Name name) {
   if (dtype == ScalarType::BFloat16) return DType::kBFloat16;
   if (dtype == ScalarType::Half) return DType::kFloat16;
   raise("TypeError", name, ": got ", dtype_name(dtype),
+        ", must be torch.float32, torch.bfloat16 or torch.float16");
+}
+
+WireType check_wire_type(ScalarType dtype) {
+  if (dtype == ScalarType::Float) return WireType::kFloat32;
+  if (dtype == ScalarType::BFloat16) return WireType::kBFloat16;
+  if (dtype == ScalarType::Half) return WireType::kFloat16;
+  raise("TypeError", "wire_dtype: got ", dtype_name(dtype),
         ", must be torch.float32, torch.bfloat16 or torch.float16");
 }
 
@@ -120,8 +141,8 @@ void check_skip(const OptionalTensor& skip, Device device) {
   if (skip) check_vector(*skip, "skip", device, ScalarType::Int, 1);
 }
 
-void check_payload(const Tensor& payload, Device device, int64_t numel, int64_t k, DType wire) {
-  check_vector(payload, "payload", device, ScalarType::Byte, PayloadLayout(numel, k, wire).nbytes);
+void check_payload(const Tensor& payload, Device device, const PayloadShape& shape) {
+  check_vector(payload, "payload", device, ScalarType::Byte, PayloadLayout(shape).nbytes);
 }
 
 void check_aggregate(const Tensor& aggregate, Device device, int64_t numel) {
@@ -131,19 +152,18 @@ void check_aggregate(const Tensor& aggregate, Device device, int64_t numel) {
                   ", must come from merge or sparsify for ", numel, " elements");
   if (!device.is_cpu()) return;  // the header is checked by the kernels
   const auto* bytes = data<uint8_t>(aggregate);
-  const auto* header = reinterpret_cast<const AggregateHeader*>(bytes);
-  GMC_CHECK_VALUE(header->tag == kAggregateMagic,
+  const AggregateHeader& header = *at<AggregateHeader>(bytes, 0);
+  GMC_CHECK_VALUE(header.tag == kAggregateMagic,
                   "aggregate: got bytes that are no aggregate, must come from merge or sparsify");
-  GMC_CHECK_VALUE(header->numel == numel, "aggregate: got one for ", header->numel,
+  GMC_CHECK_VALUE(header.numel == numel, "aggregate: got one for ", header.numel,
                   " elements, must be for ", numel);
-  const AggregateLayout layout(numel, header->capacity);
-  bool sound = layout.nbytes == aggregate.numel();
+  bool sound = sound_aggregate(header, numel, aggregate.numel());
+  const AggregateView view(bytes, AggregateLayout(numel, header.capacity));
   for (int64_t tile = 0; sound && tile < tile_count(numel); ++tile) {
-    const int64_t start = reinterpret_cast<const uint32_t*>(bytes + layout.starts)[tile];
-    const int64_t count = reinterpret_cast<const uint32_t*>(bytes + layout.counts)[tile];
-    sound = start + count <= header->capacity;
+    const int64_t start = view.starts[tile], count = view.counts[tile];
+    sound = start + count <= header.capacity;
     if (!sound || count == 0) continue;
-    const auto* indices = reinterpret_cast<const uint16_t*>(bytes + layout.indices) + start;
+    const uint16_t* indices = view.indices + start;
     for (int64_t i = 1; i < count; ++i) sound &= indices[i] > indices[i - 1];
     sound &= tile * kTile + indices[count - 1] < numel;
   }

@@ -38,11 +38,13 @@ struct Name {
 std::ostream& operator<<(std::ostream& out, const Name& name);
 std::ostream& operator<<(std::ostream& out, const Device& device);  // "cuda:0"
 
+std::string dtype_name(ScalarType dtype);  // "torch.float32"
 // "[3, 4]"
 std::string sizes_of(const Tensor& tensor);
 
 // Raises TypeError unless the dtype is one of float32, bfloat16 and float16.
 DType check_float_dtype(ScalarType dtype, Name name);
+WireType check_wire_type(ScalarType dtype);
 void check_numel(int64_t numel, Name name);
 void check_k(int64_t k, int64_t numel);
 
@@ -54,7 +56,7 @@ void check_vector(const Tensor& tensor, Name name, Device device, ScalarType dty
 // One floating-point number, on the CPU or on the given device.
 void check_number(const Tensor& tensor, Name name, Device device);
 void check_skip(const OptionalTensor& skip, Device device);
-void check_payload(const Tensor& payload, Device device, int64_t numel, int64_t k, DType wire);
+void check_payload(const Tensor& payload, Device device, const PayloadShape& shape);
 // Opaque bytes that merge or sparsify made for numel elements.
 void check_aggregate(const Tensor& aggregate, Device device, int64_t numel);
 

@@ -1,4 +1,5 @@
-// Number formats, by integer arithmetic so that every backend rounds alike.
+// Number formats, by integer arithmetic so that every backend rounds alike: what parameters and
+// gradients are stored as (DType), and what values are sent as (WireType).
 // Torch-free, and free of the standard library beyond fixed-width integers.
 #pragma once
 
@@ -6,15 +7,14 @@
 
 #if defined(__CUDACC__)
 #define GMC_HD __host__ __device__ __forceinline__
+// For templates that call whatever they are given, on either side.
+#define GMC_ANY_SIDE _Pragma("nv_exec_check_disable")
 #else
 #define GMC_HD inline __attribute__((always_inline))
+#define GMC_ANY_SIDE
 #endif
 
 namespace gmc {
-
-enum class DType : uint32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-GMC_HD int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 GMC_HD uint32_t float_bits(float x) {
 #if defined(__CUDA_ARCH__)
@@ -38,8 +38,19 @@ GMC_HD float bits_float(uint32_t bits) {
 
 // Orders values by magnitude: larger key, larger |x|; infinities and NaN lie at kInfKey and above.
 constexpr uint32_t kInfKey = 0x7f800000u;
-GMC_HD uint32_t magnitude_key(float x) { return float_bits(x) & 0x7fffffffu; }
-GMC_HD bool is_finite(float x) { return magnitude_key(x) < kInfKey; }
+constexpr uint32_t kKeyMask = 0x7fffffffu;
+GMC_HD uint32_t magnitude_key(float x) { return float_bits(x) & kKeyMask; }
+
+GMC_HD bool is_finite(float x) {
+#if defined(__CUDA_ARCH__)
+  // As floats, not keys: the absolute value costs no instruction and no register.
+  return fabsf(x) < bits_float(kInfKey);
+#else
+  return magnitude_key(x) < kInfKey;
+#endif
+}
+
+GMC_HD float finite_or_zero(float x) { return is_finite(x) ? x : 0.0f; }
 
 GMC_HD float bf16_to_float(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
 
@@ -71,31 +82,155 @@ GMC_HD uint16_t float_to_fp16(float x) {
   return static_cast<uint16_t>(sign | (bits < (113u << 23) ? denormal : normal));
 }
 
-GMC_HD float load_value(const void* values, DType dtype, int64_t i) {
+// ---------------------------------------------------------------------------------------------
+// Parameters and gradients. They round to nearest even as well, but overflow to infinity and keep
+// NaN, like torch.
+// ---------------------------------------------------------------------------------------------
+
+enum class DType : uint32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct Float32 {
+  using Word = float;
+  static GMC_HD float to_float(Word word) { return word; }
+  static GMC_HD Word round(float x) { return x; }
+};
+
+struct BFloat16 {
+  using Word = uint16_t;
+  static GMC_HD float to_float(Word word) { return bf16_to_float(word); }
+  static GMC_HD Word round(float x) {
+    const uint32_t key = magnitude_key(x), sign = (float_bits(x) >> 16) & 0x8000u;
+    const uint32_t rounded = (key + 0x7fffu + ((key >> 16) & 1u)) >> 16;
+    return static_cast<Word>(key > kInfKey ? 0x7fc0u : (sign | rounded));
+  }
+};
+
+struct Float16 {
+  using Word = uint16_t;
+  static GMC_HD float to_float(Word word) { return fp16_to_float(word); }
+  static GMC_HD Word round(float x) {
+    const uint32_t key = magnitude_key(x), sign = (float_bits(x) >> 16) & 0x8000u;
+    const uint32_t special = key > kInfKey ? 0x7e00u : 0x7c00u;
+    const uint32_t overflow = 0x477ff000u;  // 65520, half-way from 65504 to the next step
+    return key >= overflow ? static_cast<Word>(sign | special) : float_to_fp16(x);
+  }
+};
+
+// Calls function(format), the format being one of the structs above.
+GMC_ANY_SIDE
+template <class Function>
+GMC_HD auto with_dtype(DType dtype, const Function& function) {
   switch (dtype) {
     case DType::kBFloat16:
-      return bf16_to_float(static_cast<const uint16_t*>(values)[i]);
+      return function(BFloat16{});
     case DType::kFloat16:
-      return fp16_to_float(static_cast<const uint16_t*>(values)[i]);
+      return function(Float16{});
     default:
-      return static_cast<const float*>(values)[i];
+      return function(Float32{});
   }
 }
 
-// Parameters round to nearest even as well, but overflow to infinity and keep NaN, like torch.
-GMC_HD void store_param(void* params, DType dtype, int64_t i, float x) {
-  const uint32_t key = magnitude_key(x);
-  const uint16_t sign = static_cast<uint16_t>((float_bits(x) >> 16) & 0x8000u);
-  if (dtype == DType::kFloat32) {
-    static_cast<float*>(params)[i] = x;
-  } else if (dtype == DType::kBFloat16) {
-    const uint32_t rounded = (key + 0x7fffu + ((key >> 16) & 1u)) >> 16;
-    static_cast<uint16_t*>(params)[i] = key > kInfKey ? 0x7fc0u : (sign | rounded);
-  } else {
-    const uint16_t special = key > kInfKey ? 0x7e00u : 0x7c00u;
-    const uint32_t overflow = 0x477ff000u;  // 65520, half-way from 65504 to the next step
-    static_cast<uint16_t*>(params)[i] = key >= overflow ? (sign | special) : float_to_fp16(x);
+GMC_HD int64_t element_size(DType dtype) {
+  return with_dtype(dtype, [](auto format) {
+    return static_cast<int64_t>(sizeof(typename decltype(format)::Word));
+  });
+}
+
+template <class Format>
+GMC_HD float load_as(const void* values, int64_t i) {
+  return Format::to_float(static_cast<const typename Format::Word*>(values)[i]);
+}
+
+template <class Format>
+GMC_HD void store_as(void* values, int64_t i, float x) {
+  static_cast<typename Format::Word*>(values)[i] = Format::round(x);
+}
+
+GMC_HD float load_value(const void* values, DType dtype, int64_t i) {
+  return with_dtype(dtype, [=](auto format) { return load_as<decltype(format)>(values, i); });
+}
+
+GMC_HD void store_value(void* values, DType dtype, int64_t i, float x) {
+  with_dtype(dtype, [=](auto format) { store_as<decltype(format)>(values, i, x); });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Values on the wire. They saturate at the largest finite value; a reader takes finite ones only.
+// The code of a type is part of every payload's header.
+// ---------------------------------------------------------------------------------------------
+
+enum class WireType : uint32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct WireFloat32 {
+  using Word = float;
+  static GMC_HD float decode(Word word) { return word; }
+  static GMC_HD Word encode(float x) { return x; }
+  static GMC_HD bool sound(Word word) { return is_finite(word); }
+};
+
+struct WireBFloat16 {
+  using Word = uint16_t;
+  static GMC_HD float decode(Word word) { return bf16_to_float(word); }
+  static GMC_HD Word encode(float x) { return float_to_bf16(x); }
+  static GMC_HD bool sound(Word word) { return (word & 0x7fffu) < 0x7f80u; }
+};
+
+struct WireFloat16 {
+  using Word = uint16_t;
+  static GMC_HD float decode(Word word) { return fp16_to_float(word); }
+  static GMC_HD Word encode(float x) { return float_to_fp16(x); }
+  static GMC_HD bool sound(Word word) { return (word & 0x7fffu) < 0x7c00u; }
+};
+
+constexpr uint32_t kWireTypes = 3;  // codes below this one are known
+
+// Calls function(format), the format being one of the structs above.
+GMC_ANY_SIDE
+template <class Function>
+GMC_HD auto with_wire_type(WireType wire, const Function& function) {
+  switch (wire) {
+    case WireType::kBFloat16:
+      return function(WireBFloat16{});
+    case WireType::kFloat16:
+      return function(WireFloat16{});
+    default:
+      return function(WireFloat32{});
   }
+}
+
+// Bytes of k values.
+GMC_HD int64_t wire_nbytes(WireType wire, int64_t k) {
+  return with_wire_type(wire, [=](auto format) {
+    return k * static_cast<int64_t>(sizeof(typename decltype(format)::Word));
+  });
+}
+
+template <class Format>
+GMC_HD float load_wire_as(const void* values, int64_t i) {
+  return Format::decode(static_cast<const typename Format::Word*>(values)[i]);
+}
+
+// Returns what a reader of the payload will see.
+template <class Format>
+GMC_HD float store_wire_as(void* values, int64_t i, float x) {
+  const typename Format::Word word = Format::encode(x);
+  static_cast<typename Format::Word*>(values)[i] = word;
+  return Format::decode(word);
+}
+
+template <class Format>
+GMC_HD bool sound_wire_as(const void* values, int64_t i) {
+  return Format::sound(static_cast<const typename Format::Word*>(values)[i]);
+}
+
+GMC_HD float load_wire(const void* values, WireType wire, int64_t i) {
+  return with_wire_type(wire,
+                        [=](auto format) { return load_wire_as<decltype(format)>(values, i); });
+}
+
+GMC_HD float store_wire(void* values, WireType wire, int64_t i, float x) {
+  return with_wire_type(wire,
+                        [=](auto format) { return store_wire_as<decltype(format)>(values, i, x); });
 }
 
 }  // namespace gmc

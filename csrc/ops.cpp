@@ -4,9 +4,11 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "cuda/tensors.h"
+#include "rule.h"
 #include "tensor.h"
 
 namespace gmc {
@@ -35,9 +37,9 @@ const Tensor* get(const OptionalTensor& tensor) { return tensor ? &*tensor : nul
 // Checks a bucket's tensors and lays them out one behind the other. Entries without a value
 // take their size from `sizes`.
 template <class List>
-std::vector<cpu::Segment> segments(const List& tensors, const char* list, Device device,
-                                   const std::vector<int64_t>* sizes) {
-  std::vector<cpu::Segment> result;
+std::vector<Segment> segments(const List& tensors, const char* list, Device device,
+                              const std::vector<int64_t>* sizes) {
+  std::vector<Segment> result;
   result.reserve(tensors.size());
   int64_t begin = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -61,7 +63,7 @@ std::vector<cpu::Segment> segments(const List& tensors, const char* list, Device
   return result;
 }
 
-int64_t total(const std::vector<cpu::Segment>& segments) {
+int64_t total_numel(const std::vector<Segment>& segments) {
   return segments.empty() ? 0 : segments.back().begin + segments.back().numel;
 }
 
@@ -70,7 +72,7 @@ bool skipped(const OptionalTensor& skip) { return skip && *data<int32_t>(*skip) 
 int64_t payload_nbytes(int64_t numel, int64_t k, ScalarType wire_dtype) {
   check_numel(numel, "numel");
   check_k(k, numel);
-  return PayloadLayout(numel, k, check_float_dtype(wire_dtype, "wire_dtype")).nbytes;
+  return PayloadLayout({numel, k, check_wire_type(wire_dtype)}).nbytes;
 }
 
 int64_t aggregate_nbytes(int64_t numel, int64_t k, int64_t ranks) {
@@ -90,7 +92,72 @@ int64_t state_nbytes(int64_t numel, int64_t k, torch::stable::Device device) {
   return state_size(numel, k, device.is_cuda());
 }
 
-Tensor compress(const Tensor& memory, const std::vector<OptionalTensor>& grads, int64_t k,
+using TensorOrNoneList = std::vector<OptionalTensor>;
+
+// The rule's arguments besides memory, which was checked before.
+RuleTensors rule_tensors(const Tensor& memory, const TensorOrNoneList& grads,
+                         const Tensor& momentum, bool global_momentum,
+                         const OptionalTensor& momentum_buffer, bool nesterov, double weight_decay,
+                         const std::optional<TensorList>& params, bool maximize,
+                         const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+  const Device device(memory);
+  const int64_t numel = memory.numel();
+  check_number(momentum, "momentum", device);
+  GMC_CHECK_VALUE(!(global_momentum && momentum_buffer),
+                  "aggregate: got a tensor beside momentum_buffer, must be None with local "
+                  "momentum");
+  GMC_CHECK_VALUE(!nesterov || momentum_buffer,
+                  "nesterov: got True without momentum_buffer, must be False");
+  if (momentum_buffer)
+    check_vector(*momentum_buffer, "momentum_buffer", device, ScalarType::Float, numel);
+  GMC_CHECK_VALUE(weight_decay == 0 || params,
+                  "params: got None with weight_decay = ", weight_decay,
+                  ", must be the parameters to decay");
+
+  std::vector<Segment> param_segments;
+  std::vector<int64_t> sizes;
+  if (params) {
+    param_segments = segments(*params, "params", device, nullptr);
+    for (const auto& segment : param_segments) sizes.push_back(segment.numel);
+    GMC_CHECK_VALUE(grads.size() == params->size(), "grads: got ", grads.size(),
+                    " tensors, must be ", params->size(), " like params");
+  }
+  std::vector<Segment> grad_segments = segments(grads, "grads", device, params ? &sizes : nullptr);
+  GMC_CHECK_VALUE(total_numel(grad_segments) == numel, "grads: got ", total_numel(grad_segments),
+                  " elements in all, must be ", numel, " like memory");
+  if (grad_scale) check_number(*grad_scale, "grad_scale", device);
+  if (found_inf) check_number(*found_inf, "found_inf", device);
+  if (weight_decay == 0) param_segments.clear();
+  return {memory,
+          momentum_buffer,
+          std::move(grad_segments),
+          std::move(param_segments),
+          momentum,
+          grad_scale,
+          found_inf,
+          static_cast<float>(weight_decay),
+          maximize,
+          nesterov};
+}
+
+cpu::RuleArgs rule_args(RuleTensors&& rule) {
+  const float scale = rule.grad_scale ? number(*rule.grad_scale) : 1.0f;
+  return {
+      .memory = mutable_data<float>(rule.memory),
+      .momentum_buffer =
+          rule.momentum_buffer ? mutable_data<float>(*rule.momentum_buffer) : nullptr,
+      .grads = std::move(rule.grads),
+      .params = std::move(rule.params),
+      .numel = rule.memory.numel(),
+      .momentum = number(rule.momentum),
+      .weight_decay = rule.weight_decay,
+      .grad_factor = gradient_factor(scale, rule.maximize),
+      .nesterov = rule.nesterov,
+      .found_inf = rule.found_inf && number(*rule.found_inf) != 0,
+  };
+}
+
+Tensor compress(const Tensor& memory, const TensorOrNoneList& grads, int64_t k,
                 const Tensor& momentum, const OptionalTensor& aggregate,
                 const OptionalTensor& momentum_buffer, bool nesterov, double weight_decay,
                 const std::optional<TensorList>& params, bool maximize,
@@ -101,66 +168,90 @@ Tensor compress(const Tensor& memory, const std::vector<OptionalTensor>& grads, 
   check_numel(numel, "memory");
   check_vector(memory, "memory", device, ScalarType::Float, numel);
   check_k(k, numel);
-  const DType wire = check_float_dtype(wire_dtype, "wire_dtype");
-  check_number(momentum, "momentum", device);
-  GMC_CHECK_VALUE(!(aggregate && momentum_buffer),
-                  "aggregate: got a tensor beside momentum_buffer, must be None with local "
-                  "momentum");
-  GMC_CHECK_VALUE(!nesterov || momentum_buffer,
-                  "nesterov: got True without momentum_buffer, must be False");
+  const WireType wire = check_wire_type(wire_dtype);
+  RuleTensors rule = rule_tensors(memory, grads, momentum, aggregate.has_value(), momentum_buffer,
+                                  nesterov, weight_decay, params, maximize, grad_scale, found_inf);
   if (aggregate) check_aggregate(*aggregate, device, numel);
-  if (momentum_buffer)
-    check_vector(*momentum_buffer, "momentum_buffer", device, ScalarType::Float, numel);
-  GMC_CHECK_VALUE(weight_decay == 0 || params,
-                  "params: got None with weight_decay = ", weight_decay,
-                  ", must be the parameters to decay");
-
-  std::vector<cpu::Segment> param_segments;
-  std::vector<int64_t> sizes;
-  if (params) {
-    param_segments = segments(*params, "params", device, nullptr);
-    for (const auto& segment : param_segments) sizes.push_back(segment.numel);
-    GMC_CHECK_VALUE(grads.size() == params->size(), "grads: got ", grads.size(),
-                    " tensors, must be ", params->size(), " like params");
-  }
-  std::vector<cpu::Segment> grad_segments =
-      segments(grads, "grads", device, params ? &sizes : nullptr);
-  GMC_CHECK_VALUE(total(grad_segments) == numel, "grads: got ", total(grad_segments),
-                  " elements in all, must be ", numel, " like memory");
-  if (grad_scale) check_number(*grad_scale, "grad_scale", device);
-  if (found_inf) check_number(*found_inf, "found_inf", device);
   if (state)
     check_vector(*state, "state", device, ScalarType::Byte, state_size(numel, k, !device.is_cpu()));
   const bool gpu = on_gpu(memory, "compress_");
 
-  Tensor payload = empty({PayloadLayout(numel, k, wire).nbytes}, ScalarType::Byte, device);
-  if (weight_decay == 0) param_segments.clear();
+  Tensor payload = empty({PayloadLayout({numel, k, wire}).nbytes}, ScalarType::Byte, device);
   if (gpu) {
-    if constexpr (kWithCuda)
-      cuda::compress({memory, momentum_buffer, std::move(grad_segments), std::move(param_segments),
-                      k, momentum, grad_scale, found_inf, static_cast<float>(weight_decay),
-                      maximize, nesterov, aggregate, wire, payload, state});
+    if constexpr (kWithCuda) cuda::compress(rule, aggregate, k, wire, payload, state);
     return payload;
   }
-  const float factor = grad_scale ? 1.0f / number(*grad_scale) : 1.0f;
   cpu::compress({
-      .memory = mutable_data<float>(memory),
-      .momentum_buffer = momentum_buffer ? mutable_data<float>(*momentum_buffer) : nullptr,
-      .grads = std::move(grad_segments),
-      .params = std::move(param_segments),
-      .numel = numel,
-      .k = k,
-      .momentum = number(momentum),
-      .weight_decay = static_cast<float>(weight_decay),
-      .grad_factor = maximize ? -factor : factor,
-      .nesterov = nesterov,
-      .found_inf = found_inf && number(*found_inf) != 0,
+      .rule = rule_args(std::move(rule)),
       .aggregate = aggregate ? data<uint8_t>(*aggregate) : nullptr,
+      .k = k,
       .wire = wire,
       .payload = mutable_data<uint8_t>(payload),
       .state = state ? mutable_data<uint8_t>(*state) : nullptr,
   });
   return payload;
+}
+
+Tensor accumulate(const Tensor& memory, const TensorOrNoneList& grads, int64_t rank, int64_t ranks,
+                  const Tensor& momentum, const OptionalTensor& aggregate,
+                  const OptionalTensor& momentum_buffer, bool nesterov, double weight_decay,
+                  const std::optional<TensorList>& params, bool maximize,
+                  const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+  const Device device(memory);
+  const int64_t numel = memory.numel();
+  check_numel(numel, "memory");
+  check_vector(memory, "memory", device, ScalarType::Float, numel);
+  GMC_CHECK_VALUE(ranks >= 1, "ranks: got ", ranks, ", must be at least 1");
+  GMC_CHECK_VALUE(rank >= 0 && rank < ranks, "rank: got ", rank,
+                  ", must be between 0 and ranks - 1 = ", ranks - 1);
+  RuleTensors rule = rule_tensors(memory, grads, momentum, aggregate.has_value(), momentum_buffer,
+                                  nesterov, weight_decay, params, maximize, grad_scale, found_inf);
+  if (aggregate) check_vector(*aggregate, "aggregate", device, ScalarType::Float, numel);
+  const bool gpu = on_gpu(memory, "accumulate_");
+  Tensor total = empty({numel + ranks}, ScalarType::Float, device);
+  if (gpu) {
+    if constexpr (kWithCuda) cuda::accumulate(rule, aggregate, rank, ranks, total);
+    return total;
+  }
+  cpu::accumulate({
+      .rule = rule_args(std::move(rule)),
+      .aggregate = aggregate ? data<float>(*aggregate) : nullptr,
+      .total = mutable_data<float>(total),
+      .rank = rank,
+      .ranks = ranks,
+  });
+  return total;
+}
+
+void apply_dense(const TensorList& params, const Tensor& memory, const Tensor& total,
+                 const Tensor& lr, const OptionalTensor& skip) {
+  const Device device(memory);
+  const int64_t numel = memory.numel();
+  check_numel(numel, "memory");
+  check_vector(memory, "memory", device, ScalarType::Float, numel);
+  check_tensor(total, "total", device, ScalarType::Float);
+  GMC_CHECK_VALUE(total.dim() == 1 && total.numel() > numel, "total: got shape ", sizes_of(total),
+                  ", must be [numel + ranks], numel = ", numel, " like memory");
+  std::vector<Segment> param_segments = segments(params, "params", device, nullptr);
+  const int64_t got = total_numel(param_segments);
+  GMC_CHECK_VALUE(got == numel, "params: got ", got, " elements in all, must be ", numel,
+                  " like memory");
+  check_number(lr, "lr", device);
+  check_skip(skip, device);
+  const int64_t ranks = total.numel() - numel;
+  if (on_gpu(memory, "apply_dense_")) {
+    if constexpr (kWithCuda) cuda::apply_dense(param_segments, memory, total, ranks, lr, skip);
+    return;
+  }
+  cpu::apply_dense({
+      .params = std::move(param_segments),
+      .memory = mutable_data<float>(memory),
+      .total = mutable_data<float>(total),
+      .numel = numel,
+      .ranks = ranks,
+      .lr = number(lr),
+      .skip = skipped(skip),
+  });
 }
 
 int64_t repairs(const Tensor& state) {
@@ -175,17 +266,17 @@ int64_t repairs(const Tensor& state) {
 }
 
 // Checks the arguments that all readers of one payload share.
-cuda::PayloadTensor payload_tensor(const Tensor& payload, Device device, int64_t numel, int64_t k,
-                                   ScalarType wire_dtype) {
+PayloadTensor payload_tensor(const Tensor& payload, Device device, int64_t numel, int64_t k,
+                             ScalarType wire_dtype) {
   check_numel(numel, "numel");
   check_k(k, numel);
-  const DType wire = check_float_dtype(wire_dtype, "wire_dtype");
-  check_payload(payload, device, numel, k, wire);
-  return {payload, numel, k, wire};
+  const PayloadShape shape{numel, k, check_wire_type(wire_dtype)};
+  check_payload(payload, device, shape);
+  return {payload, shape};
 }
 
-cpu::PayloadArgs payload_args(const cuda::PayloadTensor& payload) {
-  return {data<uint8_t>(payload.bytes), payload.numel, payload.k, payload.wire};
+Payload payload_args(const PayloadTensor& payload) {
+  return {data<uint8_t>(payload.bytes), payload.shape};
 }
 
 std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& payload, int64_t numel, int64_t k,
@@ -205,16 +296,20 @@ std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& payload, int64_t numel, 
   return {indices, values, nonfinite};
 }
 
+// Gathered payloads of which only the size is known.
+void check_gathered(const Tensor& payloads, Name name, Device device) {
+  check_tensor(payloads, name, device, ScalarType::Byte);
+  GMC_CHECK_VALUE(payloads.dim() == 2 && payloads.size(0) >= 1 &&
+                      payloads.size(1) >= static_cast<int64_t>(sizeof(PayloadHeader)),
+                  name, ": got shape ", sizes_of(payloads),
+                  ", must be [world size, payload_nbytes]");
+}
+
 Tensor verdict(const TensorList& payloads) {
   GMC_CHECK_VALUE(!payloads.empty(), "payloads: got an empty list, must hold one tensor a bucket");
   const Device device(payloads[0]);
-  for (size_t i = 0; i < payloads.size(); ++i) {
-    check_tensor(payloads[i], Name("payloads", i), device, ScalarType::Byte);
-    GMC_CHECK_VALUE(payloads[i].dim() == 2 && payloads[i].size(0) >= 1 &&
-                        payloads[i].size(1) >= static_cast<int64_t>(sizeof(PayloadHeader)),
-                    Name("payloads", i), ": got shape ", sizes_of(payloads[i]),
-                    ", must be [world size, payload_nbytes]");
-  }
+  for (size_t i = 0; i < payloads.size(); ++i)
+    check_gathered(payloads[i], Name("payloads", i), device);
   const bool gpu = on_gpu(payloads[0], "verdict");
   const Tensor verdict = empty({1}, ScalarType::Int, device);
   if (gpu) {
@@ -228,14 +323,65 @@ Tensor verdict(const TensorList& payloads) {
   return verdict;
 }
 
+Tensor payload_nonfinite(const Tensor& payloads) {
+  const Device device(payloads);
+  check_gathered(payloads, "payloads", device);
+  const bool gpu = on_gpu(payloads, "payload_nonfinite");
+  const int64_t ranks = payloads.size(0);
+  const Tensor nonfinite = empty({ranks}, ScalarType::Long, device);
+  if (gpu) {
+    if constexpr (kWithCuda) cuda::payload_nonfinite(payloads, nonfinite);
+  } else {
+    cpu::payload_nonfinite(data<uint8_t>(payloads), ranks, payloads.size(1),
+                           mutable_data<int64_t>(nonfinite));
+  }
+  return nonfinite;
+}
+
+Tensor fingerprint(const TensorList& params) {
+  GMC_CHECK_VALUE(!params.empty(), "params: got an empty list, must hold at least one");
+  const Device device(params[0]);
+  const auto list = segments(params, "params", device, nullptr);
+  const bool gpu = on_gpu(params[0], "fingerprint");
+  const Tensor prints = empty({static_cast<int64_t>(list.size())}, ScalarType::Long, device);
+  if (gpu) {
+    if constexpr (kWithCuda) cuda::fingerprint(list, prints);
+  } else {
+    cpu::fingerprint(list, list.back().begin + list.back().numel,
+                     reinterpret_cast<uint64_t*>(mutable_data<int64_t>(prints)));
+  }
+  return prints;
+}
+
+Tensor aggregate_flags(const TensorList& aggregates) {
+  GMC_CHECK_VALUE(!aggregates.empty(), "aggregates: got an empty list, must hold at least one");
+  const Device device(aggregates[0]);
+  for (size_t i = 0; i < aggregates.size(); ++i) {
+    const Name name("aggregates", i);
+    check_tensor(aggregates[i], name, device, ScalarType::Byte);
+    GMC_CHECK_VALUE(aggregates[i].numel() >= static_cast<int64_t>(sizeof(AggregateHeader)), name,
+                    ": got shape ", sizes_of(aggregates[i]), ", must come from merge or sparsify");
+  }
+  const bool gpu = on_gpu(aggregates[0], "aggregate_flags");
+  const Tensor flags = empty({static_cast<int64_t>(aggregates.size())}, ScalarType::Int, device);
+  if (gpu) {
+    if constexpr (kWithCuda) cuda::aggregate_flags(aggregates, flags);
+    return flags;
+  }
+  auto* out = mutable_data<int32_t>(flags);
+  for (const Tensor& aggregate : aggregates)
+    *out++ = static_cast<int32_t>(at<AggregateHeader>(data<uint8_t>(aggregate), 0)->flags);
+  return flags;
+}
+
 Tensor merge(const Tensor& payloads, int64_t numel, int64_t k, ScalarType wire_dtype,
              const OptionalTensor& skip) {
   check_numel(numel, "numel");
   check_k(k, numel);
-  const DType wire = check_float_dtype(wire_dtype, "wire_dtype");
+  const PayloadShape shape{numel, k, check_wire_type(wire_dtype)};
   const Device device(payloads);
   check_tensor(payloads, "payloads", device, ScalarType::Byte);
-  const int64_t nbytes = PayloadLayout(numel, k, wire).nbytes;
+  const int64_t nbytes = PayloadLayout(shape).nbytes;
   GMC_CHECK_VALUE(payloads.dim() == 2 && payloads.size(0) >= 1 && payloads.size(1) == nbytes,
                   "payloads: got shape ", sizes_of(payloads), ", must be [world size, ", nbytes,
                   "]");
@@ -243,7 +389,7 @@ Tensor merge(const Tensor& payloads, int64_t numel, int64_t k, ScalarType wire_d
   const bool gpu = on_gpu(payloads, "merge");
   const int64_t ranks = payloads.size(0);
   Tensor aggregate = empty({aggregate_nbytes(numel, k, ranks)}, ScalarType::Byte, device);
-  const cuda::PayloadTensor args{payloads, numel, k, wire};
+  const PayloadTensor args{payloads, shape};
   if (gpu) {
     if constexpr (kWithCuda) cuda::merge(args, ranks, skip, aggregate);
   } else {
@@ -256,7 +402,7 @@ void apply(const TensorList& params, const Tensor& aggregate, const Tensor& lr,
            const OptionalTensor& skip) {
   const Device device(aggregate);
   const auto param_segments = segments(params, "params", device, nullptr);
-  const int64_t numel = total(param_segments);
+  const int64_t numel = total_numel(param_segments);
   check_numel(numel, "params");
   check_aggregate(aggregate, device, numel);
   check_number(lr, "lr", device);
@@ -337,9 +483,20 @@ STABLE_TORCH_LIBRARY(gmc_cuda, m) {
       "Tensor(c!)? state=None) -> Tensor");
   m.def("repairs(Tensor state) -> int");
   m.def(
+      "accumulate_(Tensor(a!) memory, Tensor?[] grads, *, int rank, int ranks, Tensor momentum, "
+      "Tensor? aggregate=None, Tensor(b!)? momentum_buffer=None, bool nesterov=False, "
+      "float weight_decay=0.0, Tensor[]? params=None, bool maximize=False, "
+      "Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor");
+  m.def(
+      "apply_dense_(Tensor(a!)[] params, Tensor(b!) memory, Tensor(c!) total, Tensor lr, *, "
+      "Tensor? skip=None) -> ()");
+  m.def(
       "unpack(Tensor payload, int numel, int k, ScalarType wire_dtype) -> "
       "(Tensor indices, Tensor values, Tensor nonfinite)");
   m.def("verdict(Tensor[] payloads) -> Tensor");
+  m.def("payload_nonfinite(Tensor payloads) -> Tensor");
+  m.def("aggregate_flags(Tensor[] aggregates) -> Tensor");
+  m.def("fingerprint(Tensor[] params) -> Tensor");
   m.def(
       "merge(Tensor payloads, int numel, int k, ScalarType wire_dtype, *, Tensor? skip=None) "
       "-> Tensor");
@@ -357,9 +514,14 @@ STABLE_TORCH_LIBRARY(gmc_cuda, m) {
 // One function serves every backend: it checks the arguments and then picks the kernels.
 void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("compress_", TORCH_BOX(&compress));
+  m.impl("accumulate_", TORCH_BOX(&accumulate));
+  m.impl("apply_dense_", TORCH_BOX(&apply_dense));
   m.impl("repairs", TORCH_BOX(&repairs));
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("verdict", TORCH_BOX(&verdict));
+  m.impl("payload_nonfinite", TORCH_BOX(&payload_nonfinite));
+  m.impl("aggregate_flags", TORCH_BOX(&aggregate_flags));
+  m.impl("fingerprint", TORCH_BOX(&fingerprint));
   m.impl("merge", TORCH_BOX(&merge));
   m.impl("apply_", TORCH_BOX(&apply));
   m.impl("restore_", TORCH_BOX(&restore));

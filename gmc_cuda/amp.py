@@ -26,13 +26,15 @@ class GradScaler(torch.amp.GradScaler):
             return super().step(optimizer, *args, **kwargs)
         optimizer._scaled_together = True
         try:
-            result = super().step(optimizer, *args, **kwargs)
+            return super().step(optimizer, *args, **kwargs)
         finally:
             optimizer._scaled_together = False
+            self._find_what_all_found(optimizer)
+
+    def _find_what_all_found(self, optimizer: CompressedSGD) -> None:
+        """Makes update() follow the common verdict instead of this worker's own finding."""
         skipped = optimizer.last_step_skipped()
         if skipped is not None:
-            # What update() reads: not this worker's finding any more, but that of all.
             found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
             found.clear()
             found[skipped.device] = skipped.float()
-        return result

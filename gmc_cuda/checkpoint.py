@@ -152,7 +152,7 @@ class _Save:
     def __init__(
         self, folder: Path, model: torch.nn.Module, optimizer: CompressedSGD, extra: Any
     ) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()  # a script may change its folder before it is written
         exchange, params, held = optimizer._exchange, _params(optimizer), optimizer._held()
         own = optimizer._rule.own_state()
         shared: dict[str, Tensor] = {}

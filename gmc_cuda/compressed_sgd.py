@@ -226,6 +226,15 @@ class CompressedSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        try:
+            self._make_step()
+        except BaseException:
+            self._forget_scaler()
+            raise
+        return loss
+
+    def _make_step(self) -> None:
+        self._verdict = None
         self._exchange.check()
         self._damage.check(self._exchange.rank)
         self._check_scaler()
@@ -254,7 +263,6 @@ class CompressedSGD(torch.optim.Optimizer):
             params = [p for bucket in self._buckets for p in bucket.flat_params()]
             names = list(self._bucket_of)
             check_replicas(self._exchange, params, lambda i: self._name(names[i]), self._steps)
-        return loss
 
     def _start(self, bucket: Bucket, grads: list[Tensor | None]) -> None:
         group = self.param_groups[bucket.group]
@@ -280,6 +288,12 @@ class CompressedSGD(torch.optim.Optimizer):
             "found_inf": found_inf if isinstance(found_inf, Tensor) else None,
         }
 
+    def _forget_scaler(self) -> None:
+        # A scaler takes these back after a step that went well only; the next one would multiply
+        # its scale with what it finds.
+        for name in ("grad_scale", "found_inf"):
+            self.__dict__.pop(name, None)
+
     def _check_scaler(self) -> None:
         hyperparameters.check_scaler(
             hasattr(self, "found_inf"), self._scaled_together, self._exchange.size, self.overlap
@@ -292,7 +306,10 @@ class CompressedSGD(torch.optim.Optimizer):
         return sys._getframe(1).f_globals.get("__name__") == torch.amp.grad_scaler.__name__
 
     def last_step_skipped(self) -> Tensor | None:
-        """Whether the last step was skipped: bool [1] on the device; None before the first one."""
+        """Whether the last step was skipped: bool [1] on the device.
+
+        None before the first step, and after one that failed before the workers had agreed.
+        """
         return None if self._verdict is None else self._verdict != 0
 
     def _receive(self) -> Tensor | None:

@@ -12,20 +12,26 @@ to compress v, what is sent c, parameters w, learning rate eta, numel N, world s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gmc_cuda import _extension  # noqa: F401  (loads the operators)
+from gmc_cuda import _extension, fake_ops  # noqa: F401  (load and complete the operators)
 
 __all__ = [
     "payload_nbytes",
     "select_state",
     "repairs",
     "compress_",
+    "accumulate_",
+    "apply_dense_",
     "unpack",
     "verdict",
+    "payload_nonfinite",
+    "aggregate_flags",
+    "fingerprint",
     "merge",
     "apply_",
     "restore_",
@@ -35,6 +41,8 @@ __all__ = [
 ]
 
 _ops = torch.ops.gmc_cuda
+
+NONFINITE, DAMAGED = 1, 2  # bits of a verdict and of an aggregate's flags
 _KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError)}
 
 
@@ -48,6 +56,16 @@ def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
         if problem is None:
             raise
         raise problem from None
+
+
+def _tensor(op: Any, *args: Any, **kwargs: Any) -> Tensor:
+    result: Tensor = _call(op, *args, **kwargs)
+    return result
+
+
+def _integer(op: Any, *args: Any) -> int:
+    result: int = _call(op, *args)
+    return result
 
 
 def _unusual_layout(op: Any, args: Sequence[Any]) -> Exception | None:
@@ -73,7 +91,7 @@ def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype = torch.bfloat16)
         k: entries sent, 1 to numel.
         wire_dtype: torch.bfloat16, torch.float16 or torch.float32.
     """
-    return _call(_ops.payload_nbytes, numel, k, wire_dtype)
+    return _integer(_ops.payload_nbytes, numel, k, wire_dtype)
 
 
 def select_state(numel: int, k: int, device: torch.device | str) -> Tensor:
@@ -83,7 +101,7 @@ def select_state(numel: int, k: int, device: torch.device | str) -> Tensor:
     selected; use one for each bucket.
     """
     device = torch.device(device)
-    nbytes = _call(_ops.state_nbytes, numel, k, device)
+    nbytes = _integer(_ops.state_nbytes, numel, k, device)
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
 
@@ -92,7 +110,7 @@ def repairs(state: Tensor) -> int:
 
     Reads the device: do not call it inside a step.
     """
-    return _call(_ops.repairs, state)
+    return _integer(_ops.repairs, state)
 
 
 def compress_(
@@ -147,15 +165,8 @@ def compress_(
     Returns:
         The payload, uint8 [payload_nbytes(numel, k, wire_dtype)].
     """
-    if grads is None:
-        grads = [None] * len(params or ())
-    grads = list(grads)
-    if params is not None:
-        params = list(params)
-        needed = weight_decay != 0 or any(grad is None for grad in grads)
-        if not needed and len(params) == len(grads):
-            params = None  # a list of 161 tensors takes 45 us to hand over
-    return _call(
+    grads, params = _lists(grads, params, weight_decay)
+    return _tensor(
         _ops.compress_,
         memory,
         grads,
@@ -164,7 +175,7 @@ def compress_(
         aggregate=aggregate,
         momentum_buffer=momentum_buffer,
         nesterov=nesterov,
-        weight_decay=weight_decay,
+        weight_decay=float(weight_decay),
         params=params,
         maximize=maximize,
         grad_scale=None if grad_scale is None else _number(grad_scale, "grad_scale"),
@@ -172,6 +183,83 @@ def compress_(
         wire_dtype=wire_dtype,
         state=state,
     )
+
+
+def accumulate_(
+    memory: Tensor,
+    grads: Sequence[Tensor | None] | None,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    momentum: float | Tensor = 0.0,
+    aggregate: Tensor | None = None,
+    momentum_buffer: Tensor | None = None,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    params: Sequence[Tensor] | None = None,
+    maximize: bool = False,
+    grad_scale: float | Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    """Accumulates a dense bucket's gradient into memory, all of which is to be sent.
+
+    v is that of :func:`compress_`, bit for bit, with the same arguments but for ``aggregate``. All
+    of v stays in memory until :func:`apply_dense_` knows the verdict.
+
+    Args:
+        memory: u, float32 [numel], becomes v in place.
+        rank: this rank's number, 0 to ranks - 1.
+        ranks: p, how many ranks will be summed over.
+        aggregate: a_{t-1}, dense float32 [numel]; global momentum only.
+
+    Returns:
+        What is to be summed over all ranks, float32 [numel + ranks]: v, then zeros but for place
+        ``numel + rank``, which holds this rank's count of non-finite values (2**24 at most, up to
+        where a float32 counts on).
+    """
+    grads, params = _lists(grads, params, weight_decay)
+    return _tensor(
+        _ops.accumulate_,
+        memory,
+        grads,
+        rank=rank,
+        ranks=ranks,
+        momentum=_number(momentum, "momentum"),
+        aggregate=aggregate,
+        momentum_buffer=momentum_buffer,
+        nesterov=nesterov,
+        weight_decay=float(weight_decay),
+        params=params,
+        maximize=maximize,
+        grad_scale=None if grad_scale is None else _number(grad_scale, "grad_scale"),
+        found_inf=found_inf,
+    )
+
+
+def apply_dense_(
+    params: Sequence[Tensor],
+    memory: Tensor,
+    total: Tensor,
+    lr: float | Tensor,
+    *,
+    skip: Tensor | None = None,
+) -> None:
+    """w -= eta * a for a dense bucket, a = total / p, and memory is empty: all of it was sent.
+
+    ``total[:numel]`` becomes a, dense, for the next step's :func:`accumulate_`.
+
+    Args:
+        params: contiguous float32, bfloat16 or float16 tensors, updated in place; computed in
+            float32 and rounded to each one's dtype.
+        memory: float32 [numel], zero afterwards.
+        total: float32 [numel + p] from :func:`accumulate_`, summed over all ranks, updated in
+            place.
+        lr: eta, a number or a tensor holding one.
+        skip: int32 [1]; non-zero leaves params and memory as they are, and a is zero.
+    """
+    params = list(params)
+    _call(_ops.apply_dense_, params, memory, total, _number(lr, "lr"), skip=skip)
+    _changed(params)
 
 
 def unpack(
@@ -186,7 +274,8 @@ def unpack(
     Raises:
         RuntimeError: the payload is damaged (CPU).
     """
-    return _call(_ops.unpack, payload, numel, k, wire_dtype)
+    result: tuple[Tensor, Tensor, Tensor] = _call(_ops.unpack, payload, numel, k, wire_dtype)
+    return result
 
 
 def verdict(payloads: Sequence[Tensor]) -> Tensor:
@@ -201,7 +290,19 @@ def verdict(payloads: Sequence[Tensor]) -> Tensor:
     """
     if not payloads:
         raise ValueError("payloads: got an empty list, must hold one tensor for each bucket")
-    return _call(_ops.verdict, list(payloads))
+    return _tensor(_ops.verdict, list(payloads))
+
+
+def payload_nonfinite(payloads: Tensor) -> Tensor:
+    """Every rank's count of non-finite values, from the headers of its payload.
+
+    Args:
+        payloads: one bucket's gathered payloads, uint8 [p, payload_nbytes].
+
+    Returns:
+        int64 [p].
+    """
+    return _tensor(_ops.payload_nonfinite, payloads)
 
 
 def merge(
@@ -225,7 +326,7 @@ def merge(
     Raises:
         RuntimeError: a payload is damaged (CPU).
     """
-    return _call(_ops.merge, payloads, numel, k, wire_dtype, skip=skip)
+    return _tensor(_ops.merge, payloads, numel, k, wire_dtype, skip=skip)
 
 
 def apply_(
@@ -245,8 +346,7 @@ def apply_(
     """
     params = list(params)
     _call(_ops.apply_, params, aggregate, _number(lr, "lr"), skip=skip)
-    if not torch.compiler.is_compiling():  # the stable interface cannot tell autograd of the change
-        torch.autograd.graph.increment_version(params)
+    _changed(params)
 
 
 def restore_(
@@ -290,72 +390,68 @@ def sparsify(dense: Tensor) -> Tensor:
 
     It has room for numel entries (6 bytes each).
     """
-    return _call(_ops.sparsify, dense)
+    return _tensor(_ops.sparsify, dense)
 
 
 def densify(aggregate: Tensor, numel: int) -> Tensor:
     """The aggregate as a dense tensor, float32 [numel]."""
-    return _call(_ops.densify, aggregate, numel)
+    return _tensor(_ops.densify, aggregate, numel)
+
+
+def aggregate_flags(aggregates: Sequence[Tensor]) -> Tensor:
+    """What went wrong where these were made.
+
+    Args:
+        aggregates: from :func:`merge`, all on one device.
+
+    Returns:
+        int32 [len(aggregates)] on their device. Bit 0: the step was skipped. Bit 1: a payload was
+        damaged (CUDA; on the CPU :func:`merge` raises), and the aggregate counts as empty.
+    """
+    if not aggregates:
+        raise ValueError("aggregates: got an empty list, must hold at least one")
+    return _tensor(_ops.aggregate_flags, list(aggregates))
+
+
+def fingerprint(params: Sequence[Tensor]) -> Tensor:
+    """A 64-bit fingerprint of each tensor's bits, by which replicas that differ are told.
+
+    Every bit and its place counts, and nothing else: it is the same on CPU and CUDA, whatever the
+    number of threads.
+
+    Args:
+        params: contiguous float32, bfloat16 or float16 tensors, all on one device.
+
+    Returns:
+        int64 [len(params)] on their device.
+    """
+    if not params:
+        raise ValueError("params: got an empty list, must hold at least one")
+    return _tensor(_ops.fingerprint, list(params))
+
+
+def _lists(
+    grads: Sequence[Tensor | None] | None, params: Sequence[Tensor] | None, weight_decay: float
+) -> tuple[list[Tensor | None], list[Tensor] | None]:
+    """What the operators take; params only where they are needed."""
+    grads = [None] * len(params or ()) if grads is None else list(grads)
+    if params is not None:
+        params = list(params)
+        needed = weight_decay != 0 or any(grad is None for grad in grads)
+        if not needed and len(params) == len(grads):
+            params = None  # a list of 161 tensors takes 45 us to hand over
+    return grads, params
+
+
+def _changed(params: list[Tensor]) -> None:
+    """Tells autograd that these were changed in place, which the stable interface cannot."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(params)
 
 
 def _number(value: float | Tensor, name: str) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, must be a number or a tensor")
-    return torch.tensor(value, dtype=torch.float64)
-
-
-@torch.library.register_fake("gmc_cuda::compress_")
-def _(memory, grads, k, *, wire_dtype, **rest):
-    for i, grad in enumerate(grads):
-        if grad is not None and grad.device != memory.device:
-            raise ValueError(
-                f"grads[{i}]: got device {grad.device}, must be {memory.device}, like memory"
-            )
-    return memory.new_empty(payload_nbytes(memory.numel(), k, wire_dtype), dtype=torch.uint8)
-
-
-@torch.library.register_fake("gmc_cuda::unpack")
-def _(payload, numel, k, wire_dtype):
-    return (
-        payload.new_empty(k, dtype=torch.int64),
-        payload.new_empty(k, dtype=torch.float32),
-        payload.new_empty((), dtype=torch.int64),
-    )
-
-
-@torch.library.register_fake("gmc_cuda::verdict")
-def _(payloads):
-    return payloads[0].new_empty(1, dtype=torch.int32)
-
-
-@torch.library.register_fake("gmc_cuda::merge")
-def _(payloads, numel, k, wire_dtype, *, skip=None):
-    return payloads.new_empty(_ops.aggregate_nbytes(numel, k, payloads.size(0)))
-
-
-@torch.library.register_fake("gmc_cuda::sparsify")
-def _(dense):
-    nbytes = _ops.aggregate_nbytes(dense.numel(), dense.numel(), 1)
-    return dense.new_empty(nbytes, dtype=torch.uint8)
-
-
-@torch.library.register_fake("gmc_cuda::densify")
-def _(aggregate, numel):
-    return aggregate.new_empty(numel, dtype=torch.float32)
-
-
-@torch.library.register_fake("gmc_cuda::apply_")
-def _(params, aggregate, lr, *, skip=None):
-    return None
-
-
-@torch.library.register_fake("gmc_cuda::restore_")
-def _(memory, payload, k, wire_dtype, *, skip=None):
-    return None
-
-
-@torch.library.register_fake("gmc_cuda::mask_")
-def _(momentum_buffer, payload, k, wire_dtype, *, skip=None):
-    return None
+    return torch.tensor(float(value), dtype=torch.float64)

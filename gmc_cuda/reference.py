@@ -12,12 +12,15 @@ momentum factor masking).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 TILE = 65536
 PAYLOAD_MAGIC = 0x10434D47
+MAX_NUMEL = 2**31 - 1
+LARGEST_COUNT = 2**24  # a float32 sum counts on exactly up to here
 NONFINITE, DAMAGED = 1, 2
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # their position is their code
 
@@ -43,7 +46,8 @@ def accumulate(
     the number of non-finite values met (int64 scalar tensor).
     """
     beta = torch.as_tensor(momentum, dtype=torch.float32)
-    sizes = [p.numel() for p in params] if params is not None else [None] * len(grads)
+    # Without params no gradient is None: nothing would say how large it is.
+    sizes = [0] * len(grads) if params is None else [p.numel() for p in params]
     grad = torch.cat(
         [
             torch.zeros(n, device=memory.device) if g is None else g.reshape(-1).float()
@@ -64,7 +68,7 @@ def accumulate(
         grad = torch.where(grad.isfinite(), grad, 0.0)
     decay = None
     if weight_decay != 0:
-        flat = torch.cat([p.detach().reshape(-1).float() for p in params])
+        flat = torch.cat([p.detach().reshape(-1).float() for p in params or ()])
         decay = torch.tensor(weight_decay, dtype=torch.float32) * flat
 
     if momentum_buffer is None:
@@ -86,7 +90,7 @@ def accumulate(
         overflow = ~value.isfinite()
         nonfinite += overflow.sum()
         value = torch.where(overflow, torch.where(memory.isfinite(), memory, 0.0), value)
-        if new_buffer is not None:
+        if new_buffer is not None and momentum_buffer is not None:
             kept = torch.where(momentum_buffer.isfinite(), momentum_buffer, 0.0)
             new_buffer = torch.where(overflow, kept, new_buffer)
     return value, new_buffer, nonfinite
@@ -151,9 +155,54 @@ def compress_(
     values = to_wire(value[indices], wire_dtype)
     value[indices] -= values.float()
     memory.copy_(value)
-    if new_buffer is not None:
+    if new_buffer is not None and momentum_buffer is not None:
         momentum_buffer.copy_(new_buffer)
     return pack(indices, values, numel, nonfinite)
+
+
+def accumulate_(
+    memory: Tensor,
+    grads: Sequence[Tensor | None],
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    momentum_buffer: Tensor | None = None,
+    **rule: Any,
+) -> Tensor:
+    """v stays in ``memory``; v and the counts are to be summed. See ``ops.accumulate_``.
+
+    ``rule``: the other arguments of :func:`accumulate`.
+    """
+    value, new_buffer, nonfinite = accumulate(
+        memory, grads, momentum_buffer=momentum_buffer, **rule
+    )
+    memory.copy_(value)
+    if new_buffer is not None and momentum_buffer is not None:
+        momentum_buffer.copy_(new_buffer)
+    counts = torch.zeros(ranks, device=memory.device)
+    counts[rank] = nonfinite.clamp(max=LARGEST_COUNT)
+    return torch.cat([value, counts])
+
+
+def apply_dense_(
+    params: Sequence[Tensor],
+    memory: Tensor,
+    total: Tensor,
+    lr: float | Tensor,
+    *,
+    skip: Tensor | None = None,
+) -> None:
+    """a = total / p, w_{t+1} = w_t - eta_t * a, and u = 0. See ``ops.apply_dense_``."""
+    mean = total[: memory.numel()]
+    if skip is not None and skip.item():
+        mean.zero_()
+        return
+    mean.mul_(torch.tensor(1 / (total.numel() - memory.numel()), dtype=torch.float32))
+    moves = torch.as_tensor(lr, dtype=torch.float32, device=total.device) * mean
+    for param, move in zip(params, moves.split([p.numel() for p in params]), strict=True):
+        moved = param.detach().float() - move.view(param.shape)
+        param.detach().copy_(moved.to(param.dtype))
+    memory.zero_()
 
 
 def pack(indices: Tensor, values: Tensor, numel: int, nonfinite: Tensor) -> Tensor:
@@ -182,29 +231,49 @@ def unpack(
     begins = [0]
     for size in sizes[:-1]:
         begins.append(begins[-1] + _pad16(size))
-    header, starts, local, values = (
+    _, starts, local, values = (
         payload[b : b + s].clone() for b, s in zip(begins, sizes, strict=True)
     )
-    header = header.view(torch.int32).long() & 0xFFFFFFFF
-    expected = [PAYLOAD_MAGIC | WIRE_DTYPES.index(wire_dtype) << 24, k, numel]
-    if header[[0, 2, 3]].tolist() != expected:
+    if _described(payload) != (numel, k, wire_dtype):
         raise RuntimeError("the payload's header is damaged")
     starts = starts.view(torch.int32).long()
     counts = torch.diff(starts, append=torch.tensor([k], device=payload.device))
     tile = torch.repeat_interleave(torch.arange(tiles, device=payload.device), counts)
     indices = tile * TILE + (local.view(torch.int16).long() & 0xFFFF)
-    return indices, values.view(wire_dtype).float(), header[1]
+    return indices, values.view(wire_dtype).float(), _header(payload)[1]
 
 
 def verdict(payloads: Sequence[Tensor]) -> Tensor:
     """int32 [1]: bit 0 when any header counts a non-finite value, bit 1 for a damaged header."""
     flags = 0
-    for payload in payloads:
-        for row in payload:
-            header = row[:16].clone().view(torch.int32).long() & 0xFFFFFFFF
-            flags |= NONFINITE * bool(header[1] != 0)
-            flags |= DAMAGED * bool((header[0] & 0xF0FFFFFF) != PAYLOAD_MAGIC)
+    for gathered in payloads:
+        flags |= NONFINITE * bool(payload_nonfinite(gathered).any())
+        flags |= DAMAGED * any(_described(payload) is None for payload in gathered)
     return torch.tensor([flags], dtype=torch.int32, device=payloads[0].device)
+
+
+def payload_nonfinite(payloads: Tensor) -> Tensor:
+    """Every rank's count of non-finite values, int64 [p]."""
+    return torch.stack([_header(payload)[1] for payload in payloads])
+
+
+def _header(payload: Tensor) -> Tensor:
+    """Tag, count of non-finite values, k and numel, int64 [4]."""
+    return payload[:16].clone().view(torch.int32).long() & 0xFFFFFFFF
+
+
+def _described(payload: Tensor) -> tuple[int, int, torch.dtype] | None:
+    """numel, k and wire dtype as the header says, or None if it describes no payload like this."""
+    tag, _, k, numel = _header(payload).tolist()
+    code = tag >> 24 & 0xF
+    if tag & 0xF0FFFFFF != PAYLOAD_MAGIC or code >= len(WIRE_DTYPES):
+        return None
+    if not 1 <= k <= numel <= MAX_NUMEL:
+        return None
+    wire_dtype = WIRE_DTYPES[code]
+    if payload_nbytes(numel, k, wire_dtype) != payload.numel():
+        return None
+    return numel, k, wire_dtype
 
 
 def merge(
@@ -265,6 +334,26 @@ def mask_(
     if skip is None or not skip.item():
         indices, values, _ = unpack(payload, momentum_buffer.numel(), k, wire_dtype)
         momentum_buffer[indices[values != 0]] = 0.0
+
+
+def fingerprint(params: Sequence[Tensor]) -> Tensor:
+    """Each tensor's fingerprint: sum over i of mix(2**32 * i + bits_i), modulo 2**64."""
+    return torch.stack([_mix(param.detach().reshape(-1)).sum() for param in params])
+
+
+def _mix(values: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, in int64 arithmetic that wraps."""
+    wide = values.element_size() == 4
+    bits = values.view(torch.int32 if wide else torch.int16).long()
+    x = bits & (0xFFFFFFFF if wide else 0xFFFF) | torch.arange(len(values)) << 32
+    x = x + (0x9E3779B97F4A7C15 - 2**64)
+    x = (x ^ _shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ _shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, n: int) -> Tensor:
+    return x >> n & (1 << 64 - n) - 1  # int64 shifts the sign in
 
 
 def sparsify(dense: Tensor) -> Tensor:

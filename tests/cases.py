@@ -39,7 +39,7 @@ def ks(n: int) -> list[int]:
 
 @dataclass
 class Call:
-    """Arguments of one compress_ call; `copy()` gives each backend its own."""
+    """Arguments of one compress_ or accumulate_ call; `copy()` gives each backend its own."""
 
     memory: Tensor
     grads: list[Tensor | None]
@@ -70,6 +70,19 @@ class Call:
             momentum_buffer=self.momentum_buffer,
             state=state,
             **self.options,
+        )
+
+    def accumulate(self, backend: Any, rank: int, ranks: int) -> Tensor:
+        """Calls backend.accumulate_ with the same rule; memory and momentum buffer are updated."""
+        rule = {name: value for name, value in self.options.items() if name != "wire_dtype"}
+        return backend.accumulate_(
+            self.memory,
+            self.grads,
+            rank=rank,
+            ranks=ranks,
+            aggregate=self.aggregate,
+            momentum_buffer=self.momentum_buffer,
+            **rule,
         )
 
 

@@ -187,3 +187,20 @@ def test_an_error_changes_nothing():
     with pytest.raises(ValueError):
         ops.compress_(memory, [torch.ones(N)], K, momentum_buffer=buffer, weight_decay=0.1)
     assert torch.equal(memory, torch.ones(N)) and torch.equal(buffer, torch.ones(N))
+
+
+def test_the_operators_themselves_check_too():
+    """Without gmc_cuda.ops the kind of an error is a word of its text."""
+    memory, momentum = torch.zeros(N), torch.tensor(0.9)
+    with pytest.raises(RuntimeError, match=r"^ValueError: k: got 0, must be between 1 and"):
+        torch.ops.gmc_cuda.compress_(memory, [torch.ones(N)], 0, momentum=momentum, wire_dtype=WIRE)
+    with pytest.raises(RuntimeError, match=r"^TypeError: wire_dtype: got torch\.Char"):
+        torch.ops.gmc_cuda.payload_nbytes(N, K, torch.int8)
+
+
+def test_other_errors_pass_unchanged():
+    damaged = payload()
+    damaged[0] ^= 1
+    with pytest.raises(RuntimeError, match="^payload of rank 0 is damaged") as raised:
+        ops.unpack(damaged, N, K, WIRE)
+    assert type(raised.value) is RuntimeError

@@ -164,6 +164,106 @@ def test_merge_apply_restore_mask_equal_reference(p, n, k, wire):
         assert_same_bytes(mine, theirs, name)
 
 
+@pytest.mark.parametrize("values", VALUES)
+def test_accumulate_equals_reference(values):
+    for seed, n in enumerate(NUMELS):
+        for ranks in (1, 3):
+            call = sample_call(seed * 10 + ranks, values, n, 1)
+            mine, theirs = call.copy(), call.copy()
+            total = mine.accumulate(ops, ranks // 2, ranks)
+            assert_same_bytes(total, theirs.accumulate(reference, ranks // 2, ranks), "total")
+            assert_same_bytes(mine.memory, theirs.memory, "memory")
+            assert_same_bytes(total[:n], mine.memory, "what is sent")
+            if call.momentum_buffer is not None:
+                assert_same_bytes(mine.momentum_buffer, theirs.momentum_buffer, "momentum_buffer")
+
+
+@pytest.mark.parametrize("values", ["gaussian", "heavy ties", "near overflow"])
+def test_compress_and_accumulate_make_the_same_v(values):
+    """With every entry sent in float32, the payload's values are v."""
+    for seed in range(12):
+        n = 3000
+        call = sample_call(seed, values, n, n)
+        call.options["wire_dtype"] = torch.float32
+        sparse, dense = call.copy(), call.copy()
+        payload = sparse.run(ops)
+        total = dense.accumulate(ops, 1, 2)
+        _, sent, nonfinite = ops.unpack(payload, n, n, torch.float32)
+        assert_same_bytes(total[:n], sent, "v")
+        assert total[n:].tolist() == [0.0, float(nonfinite)]
+
+
+def test_count_of_a_dense_bucket_ends_where_float32_counts_on():
+    n = 2**24 + 9
+    gradient = torch.full((n,), float("nan"), dtype=torch.bfloat16)
+    total = ops.accumulate_(torch.zeros(n), [gradient], rank=1, ranks=3)
+    assert total[n:].tolist() == [0.0, 2.0**24, 0.0]
+    assert total[:n].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+@pytest.mark.parametrize("n", [1, 9, 5000, 140_001])
+def test_apply_dense_equals_reference(n, ranks):
+    sizes = [n // 3, n // 5, n - n // 3 - n // 5]
+    params = [torch.randn(size).to(dtype) for size, dtype in zip(sizes, DTYPES)]
+    params[2][:3] = torch.tensor([-0.0, 65519.0, 1e-7])[: sizes[2]]
+    memory = torch.randn(n)
+    total = torch.cat([torch.randn(n) * 10 ** (8 * torch.rand(n) - 4), torch.zeros(ranks)])
+    total[0] = -0.0
+    for lr, skip in [(0.1, None), (torch.tensor(3e5), 0), (0.1, 1)]:
+        flag = None if skip is None else torch.tensor([skip], dtype=torch.int32)
+        outcomes = []
+        for backend in (ops, reference):
+            args = [param.clone() for param in params], memory.clone(), total.clone()
+            backend.apply_dense_(*args, lr, skip=flag)
+            outcomes.append([*args[0], *args[1:]])
+        for mine, theirs in zip(*outcomes, strict=True):
+            assert_same_bytes(mine, theirs, f"lr {lr}, skip {skip}")
+        if skip:
+            for param, moved in zip(params, outcomes[0], strict=False):
+                assert_same_bytes(moved, param, "params of a skipped step")
+
+
+def test_a_dense_bucket_is_momentum_sgd():
+    """accumulate_, sum and apply_dense_ against torch.optim.SGD, three ranks simulated."""
+    ranks, n, lr, beta = 3, 4000, 0.25, 0.5
+    params = [torch.randn(n - 100), torch.randn(100)]
+    theirs = [param.clone().requires_grad_() for param in params]
+    sgd = torch.optim.SGD(theirs, lr=lr, momentum=beta, weight_decay=0.125)
+    memories, aggregate = [torch.zeros(n) for _ in range(ranks)], None
+    for _ in range(5):
+        gradients = torch.randint(-8, 8, (ranks, n)).float() * ranks
+        totals = [
+            ops.accumulate_(memory, gradient.split([n - 100, 100]), rank=rank, ranks=ranks,
+                            momentum=beta, aggregate=aggregate, weight_decay=0.125, params=params)
+            for rank, (memory, gradient) in enumerate(zip(memories, gradients, strict=True))
+        ]  # fmt: skip
+        total = sum(totals[1:], totals[0])
+        for memory in memories[1:]:
+            memory.zero_()
+        ops.apply_dense_(params, memories[0], total, lr)
+        aggregate = total[:n]
+        for param, gradient in zip(theirs, gradients.mean(0).split([n - 100, 100]), strict=True):
+            param.grad = gradient
+        sgd.step()
+        for mine, param in zip(params, theirs, strict=True):
+            torch.testing.assert_close(mine, param.detach())
+
+
+def test_threads_share_dense_buckets_without_changing_them():
+    n = 65536 * 3 + 77
+    call = sample_call(3, "gaussian", n, 1)
+    outcomes = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        mine, params = call.copy(), [torch.ones(n - 9), torch.ones(9).bfloat16()]
+        total = mine.accumulate(ops, 0, 1)
+        ops.apply_dense_(params, mine.memory, total, 0.1)
+        outcomes.append([total, mine.memory, *params])
+    for one, three in zip(*outcomes, strict=True):
+        assert_same_bytes(three, one, "with three threads")
+
+
 def test_skip():
     n, k, wire = 1000, 10, torch.bfloat16
     payloads = payloads_of(2, n, k, wire)
@@ -194,6 +294,20 @@ def test_verdict():
         assert backend.verdict([healthy, gathered]).tolist() == [1]
     healthy[1, 0] ^= 1
     assert ops.verdict([gathered, healthy]).item() & 2
+    for backend in (ops, reference):
+        assert backend.payload_nonfinite(gathered).tolist() == [0, 1]
+    gathered[0, 4:8] = 255
+    assert ops.payload_nonfinite(gathered).tolist() == [2**32 - 1, 1]
+
+
+def test_aggregate_flags():
+    n, k, wire = 1000, 10, torch.bfloat16
+    payloads = payloads_of(2, n, k, wire)
+    skip = torch.ones(1, dtype=torch.int32)
+    aggregates = [ops.merge(payloads, n, k, wire), ops.merge(payloads, n, k, wire, skip=skip),
+                  ops.sparsify(torch.ones(3))]  # fmt: skip
+    assert ops.aggregate_flags(aggregates).tolist() == [0, 1, 0]
+    assert ops.aggregate_flags(aggregates[1:]).dtype == torch.int32
 
 
 @settings(max_examples=40)
@@ -204,7 +318,33 @@ def test_sparsify_densify_round_trip(seed, n):
     assert torch.equal(ops.densify(ops.sparsify(dense), n), dense)
 
 
-OPERATORS = "compress_ compress_dgc unpack verdict merge apply_ restore_ mask_ sparsify densify"
+def test_apply_tells_autograd_that_parameters_changed():
+    w = torch.ones(100, requires_grad=True)
+    loss = (w * w).sum()
+    with torch.no_grad():
+        ops.apply_([w], ops.sparsify(torch.ones(100)), 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_operators_inside_a_compiled_function():
+    def step(memory, grad, w, state):
+        payload = ops.compress_(memory, [grad], 10, momentum=0.5, state=state)
+        aggregate = ops.merge(payload.unsqueeze(0), 100, 10)
+        ops.apply_([w], aggregate, 0.1)
+        return ops.densify(aggregate, 100)
+
+    grad = torch.randn(100)
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        memory, w, state = torch.zeros(100), torch.ones(100), ops.select_state(100, 10, "cpu")
+        sent = [function(memory, grad, w, state) for _ in range(3)]
+        results.append([memory, w, *sent])
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(*results))
+
+
+OPERATORS = """compress_ compress_dgc accumulate_ apply_dense_ unpack verdict payload_nonfinite
+aggregate_flags merge apply_ restore_ mask_ sparsify densify"""
 
 
 @pytest.mark.parametrize("name", OPERATORS.split())
@@ -221,6 +361,13 @@ def test_opcheck(name):
         "compress_": ((torch.zeros(n), [dense, None], k),
                       rule | {"aggregate": None, "params": [dense[:200], dense[:100]]}),
         "compress_dgc": ((torch.zeros(n), [dense], k), rule | {"momentum_buffer": torch.zeros(n)}),
+        "accumulate_": ((torch.zeros(n), [dense[:200], None]),
+                        {"rank": 0, "ranks": 2, "momentum": beta, "aggregate": torch.randn(n),
+                         "params": [dense[:200], dense[:100]]}),
+        "apply_dense_": (([torch.zeros(n)], torch.zeros(n), torch.randn(n + 2), lr),
+                         {"skip": skip}),
+        "payload_nonfinite": ((gathered,), {}),
+        "aggregate_flags": (([aggregate, aggregate.clone()],), {}),
         "unpack": ((payload, n, k, wire), {}),
         "verdict": (([gathered],), {}),
         "merge": ((gathered, n, k, wire), {"skip": skip}),

@@ -2,7 +2,8 @@
 
     python tools/test_wheel.py dist/gmc_cuda-*.whl              with 2.11.0, 2.13.0 and the newest
     python tools/test_wheel.py dist/gmc_cuda-*.whl --torch torch==2.12.0
-    python tools/test_wheel.py dist/gmc_cuda-*.whl --short      the main tests, oldest and newest
+    python tools/test_wheel.py dist/gmc_cuda-*.whl --torch installed    what this Python has
+    python tools/test_wheel.py dist/gmc_cuda-*.whl --short    the main tests: 2.11.0 and installed
 
 The tests run in a copy of this folder without the package, so that what they import is the wheel.
 """
@@ -18,10 +19,14 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OLDEST, MIDDLE, NEWEST = "torch==2.11.0", "torch==2.13.0", "torch"
+ALL, QUICK = ["torch==2.11.0", "torch==2.13.0", "torch"], ["torch==2.11.0", "installed"]
 SHORT = ["info", "stable_abi", "errors", "ops", "optim"]
 LEFT_OUT = shutil.ignore_patterns("gmc_cuda", ".git", ".venv", "build", "dist", ".*_cache", "__py*")
-WHERE = "import gmc_cuda, torch; print(torch.__version__, gmc_cuda.__file__)"
+WHERE = """
+import sys, gmc_cuda, torch
+print("torch", torch.__version__, "and", gmc_cuda.__file__)
+assert gmc_cuda.__file__.startswith(sys.prefix)
+"""
 
 
 def test(wheel, torch, folder, pytest_arguments):
@@ -36,9 +41,14 @@ def test(wheel, torch, folder, pytest_arguments):
         return done.returncode == 0
 
     shutil.copytree(ROOT, folder / "tree", ignore=LEFT_OUT)
-    package = f"gmc_cuda[demo,test] @ {wheel.resolve().as_uri()}"
+    packages = [torch, f"gmc_cuda[demo,test] @ {wheel.resolve().as_uri()}"]
+    if torch == "installed":
+        packages = ["--no-deps", str(wheel.resolve())]
+        folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+        (own,) = folder.glob("venv/lib/*/site-packages")
+        (own / "installed.pth").write_text("\n".join(folders) + "\n")
     return (
-        run("-m", "pip", "install", "--quiet", torch, package)
+        run("-m", "pip", "install", "--quiet", *packages)
         and run("-c", WHERE)
         and run("-m", "gmc_cuda.info")
         and run("-m", "pytest", "-q", *pytest_arguments)
@@ -48,12 +58,12 @@ def test(wheel, torch, folder, pytest_arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("--torch", nargs="+", help="what pip is to install, torch==2.12.0 for one")
+    parser.add_argument("--torch", nargs="+", help="what pip is to install, or: installed")
     parser.add_argument("--short", action="store_true")
     arguments, pytest_arguments = parser.parse_known_args()
     if arguments.short:
         pytest_arguments += [f"tests/test_{name}.py" for name in SHORT]
-    versions = arguments.torch or [OLDEST, *([] if arguments.short else [MIDDLE]), NEWEST]
+    versions = arguments.torch or (QUICK if arguments.short else ALL)
     passed = {}
     for torch in versions:
         began = time.monotonic()

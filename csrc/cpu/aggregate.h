@@ -12,24 +12,18 @@ struct AggregateEntries {
 };
 
 inline AggregateEntries aggregate_entries(const uint8_t* aggregate, int64_t numel, int64_t tile) {
-  const auto* header = reinterpret_cast<const AggregateHeader*>(aggregate);
-  const AggregateLayout layout(numel, header->capacity);
-  const uint32_t start = reinterpret_cast<const uint32_t*>(aggregate + layout.starts)[tile];
-  const uint32_t count = reinterpret_cast<const uint32_t*>(aggregate + layout.counts)[tile];
-  return {reinterpret_cast<const uint16_t*>(aggregate + layout.indices) + start,
-          reinterpret_cast<const float*>(aggregate + layout.values) + start, count};
+  const int64_t capacity = at<AggregateHeader>(aggregate, 0)->capacity;
+  const AggregateView view(aggregate, AggregateLayout(numel, capacity));
+  const uint32_t start = view.starts[tile];
+  return {view.indices + start, view.values + start, view.counts[tile]};
 }
 
 // Writes one tile's entries in ascending order, from `start` on; finish() ends it.
 class AggregateTileWriter {
  public:
-  AggregateTileWriter(uint8_t* aggregate, int64_t numel, int64_t capacity, int64_t tile,
-                      int64_t start) {
-    const AggregateLayout layout(numel, capacity);
-    count_ = reinterpret_cast<uint32_t*>(aggregate + layout.counts) + tile;
-    indices_ = reinterpret_cast<uint16_t*>(aggregate + layout.indices) + start;
-    values_ = reinterpret_cast<float*>(aggregate + layout.values) + start;
-    reinterpret_cast<uint32_t*>(aggregate + layout.starts)[tile] = static_cast<uint32_t>(start);
+  AggregateTileWriter(const AggregateView<uint8_t>& out, int64_t tile, int64_t start)
+      : count_(out.counts + tile), indices_(out.indices + start), values_(out.values + start) {
+    out.starts[tile] = static_cast<uint32_t>(start);
   }
 
   void append(int64_t local_index, float value) {

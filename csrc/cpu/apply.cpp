@@ -1,6 +1,7 @@
 // apply: w -= lr * a on the entries of an aggregate.
 #include <algorithm>
 
+#include "../rule.h"
 #include "aggregate.h"
 #include "kernels.h"
 #include "partition.h"
@@ -12,16 +13,15 @@ constexpr int64_t kAhead = 32;  // entries whose parameters are fetched while ot
 
 // The entries [first, end) of a tile, all in one parameter; origin is the parameter's place in the
 // tile.
-template <DType dtype>
-void move(const Segment& param, const AggregateEntries& entries, int64_t first, int64_t end,
-          int64_t origin, float lr) {
-  char* data = static_cast<char*>(param.data);
+template <class Format>
+void move(void* param, const AggregateEntries& entries, int64_t first, int64_t end, int64_t origin,
+          float lr) {
+  auto* const words = static_cast<typename Format::Word*>(param);
   for (int64_t entry = first; entry < end; ++entry) {
     if (entry + kAhead < end)
-      __builtin_prefetch(data + (entries.indices[entry + kAhead] - origin) * element_size(dtype),
-                         1);
-    const int64_t i = entries.indices[entry] - origin;
-    store_param(data, dtype, i, load_value(data, dtype, i) - lr * entries.values[entry]);
+      __builtin_prefetch(words + (entries.indices[entry + kAhead] - origin), 1);
+    auto& word = words[entries.indices[entry] - origin];
+    word = Format::round(moved(Format::to_float(word), lr, entries.values[entry]));
   }
 }
 
@@ -41,16 +41,9 @@ void apply(const std::vector<Segment>& params, const uint8_t* aggregate, int64_t
         end = std::lower_bound(entries.indices + first, entries.indices + entries.count,
                                origin + param->numel) -
               entries.indices;
-        switch (param->dtype) {
-          case DType::kBFloat16:
-            move<DType::kBFloat16>(*param, entries, first, end, origin, lr);
-            break;
-          case DType::kFloat16:
-            move<DType::kFloat16>(*param, entries, first, end, origin, lr);
-            break;
-          default:
-            move<DType::kFloat32>(*param, entries, first, end, origin, lr);
-        }
+        with_dtype(param->dtype, [&](auto format) {
+          move<decltype(format)>(param->data, entries, first, end, origin, lr);
+        });
       }
     }
   });

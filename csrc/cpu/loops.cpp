@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "../numbers.h"
+#include "../rule.h"
 #include "loops_table.h"
 
 namespace gmc::cpu {

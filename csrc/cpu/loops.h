@@ -1,97 +1,73 @@
 // The loops over every element, written so that the compiler vectorises them. loops.cpp includes
 // this file once per instruction set, with GMC_TARGET naming it; there is no include guard.
 
-// x = a gradient's value times factor, zero where that is not finite.
-template <DType dtype>
-GMC_TARGET static inline float gradient_value(const void* grads, int64_t i, float factor,
-                                              uint32_t* nonfinite) {
-  const float x = load_value(grads, dtype, i) * factor;
-  const bool finite = is_finite(x);
-  *nonfinite += !finite;
-  return finite ? x : 0.0f;
+// Each returns the largest key of what it leaves in `value`, which tells whether all is finite.
+
+GMC_TARGET static inline void keep_largest(uint32_t* largest, float x) {
+  const uint32_t key = magnitude_key(x);
+  *largest = key > *largest ? key : *largest;
 }
 
-template <DType dtype>
-GMC_TARGET static uint32_t load_gradient_as(float* out, const void* grads, float factor,
-                                            int64_t n) {
-  uint32_t nonfinite = 0;
-  for (int64_t i = 0; i < n; ++i) out[i] = gradient_value<dtype>(grads, i, factor, &nonfinite);
-  return nonfinite;
+// out = g'; counts what was not finite.
+template <class Format>
+GMC_TARGET static void load_gradient_as(float* out, const void* grads, float factor, int64_t n,
+                                        uint32_t* nonfinite) {
+  uint32_t bad = 0;
+  for (int64_t i = 0; i < n; ++i) out[i] = scaled_gradient(load_as<Format>(grads, i), factor, &bad);
+  *nonfinite += bad;
 }
 
-// Returns how many values were not finite.
-GMC_TARGET static uint32_t load_gradient(float* out, const void* grads, DType dtype, float factor,
-                                         int64_t n) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return load_gradient_as<DType::kBFloat16>(out, grads, factor, n);
-    case DType::kFloat16:
-      return load_gradient_as<DType::kFloat16>(out, grads, factor, n);
-    default:
-      return load_gradient_as<DType::kFloat32>(out, grads, factor, n);
-  }
+GMC_TARGET static void load_gradient(float* out, const void* grads, DType dtype, float factor,
+                                     int64_t n, uint32_t* nonfinite) {
+  with_dtype(dtype, [=](auto format) {
+    load_gradient_as<decltype(format)>(out, grads, factor, n, nonfinite);
+  });
 }
 
-// Global momentum's accumulation: value = (value + g') + 0, in place. Adding +0 turns -0 into +0,
-// so that an aggregate's missing entries equal entries of zero. Keeps the old values in `before`,
-// and returns the largest key, which tells whether every value is finite.
-template <DType dtype>
-GMC_TARGET static uint32_t accumulate_as(float* __restrict value, float* __restrict before,
-                                         const void* grads, float factor, int64_t n,
-                                         uint32_t* nonfinite) {
+// value = (value + g') + 0, in place; keeps the old values in `before`.
+template <class Format>
+GMC_TARGET static uint32_t add_gradient_as(float* __restrict value, float* __restrict before,
+                                           const void* grads, float factor, int64_t n,
+                                           uint32_t* nonfinite) {
   uint32_t largest = 0, bad = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const float grad = gradient_value<dtype>(grads, i, factor, &bad);
+    const float grad = scaled_gradient(load_as<Format>(grads, i), factor, &bad);
     before[i] = value[i];
-    value[i] = (value[i] + grad) + 0.0f;
-    const uint32_t key = magnitude_key(value[i]);
-    largest = key > largest ? key : largest;
+    value[i] = settle(add(value[i], grad));
+    keep_largest(&largest, value[i]);
   }
   *nonfinite += bad;
   return largest;
 }
 
-GMC_TARGET static uint32_t accumulate(float* value, float* before, const void* grads, DType dtype,
-                                      float factor, int64_t n, uint32_t* nonfinite) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return accumulate_as<DType::kBFloat16>(value, before, grads, factor, n, nonfinite);
-    case DType::kFloat16:
-      return accumulate_as<DType::kFloat16>(value, before, grads, factor, n, nonfinite);
-    default:
-      return accumulate_as<DType::kFloat32>(value, before, grads, factor, n, nonfinite);
-  }
+GMC_TARGET static uint32_t add_gradient(float* value, float* before, const void* grads, DType dtype,
+                                        float factor, int64_t n, uint32_t* nonfinite) {
+  return with_dtype(dtype, [=](auto format) {
+    return add_gradient_as<decltype(format)>(value, before, grads, factor, n, nonfinite);
+  });
 }
 
-// value = (value + weight_decay * w) + zero; returns the largest key. zero is -0, which changes
-// nothing, or +0, which settles the sign of a sum of zero.
-template <DType dtype>
-GMC_TARGET static uint32_t add_decay_as(float* value, const void* params, float weight_decay,
-                                        float zero, int64_t n) {
+// value = (value + factor * other) + zero. zero is -0, which changes nothing, or +0, which settles
+// the sign of a sum of zero.
+template <class Format>
+GMC_TARGET static uint32_t add_multiple_as(float* value, const void* other, float factor,
+                                           float zero, int64_t n) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
-    value[i] = (value[i] + weight_decay * load_value(params, dtype, i)) + zero;
-    const uint32_t key = magnitude_key(value[i]);
-    largest = key > largest ? key : largest;
+    value[i] = add(add_scaled(value[i], factor, load_as<Format>(other, i)), zero);
+    keep_largest(&largest, value[i]);
   }
   return largest;
 }
 
-GMC_TARGET static uint32_t add_decay(float* value, const void* params, DType dtype,
-                                     float weight_decay, float zero, int64_t n) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return add_decay_as<DType::kBFloat16>(value, params, weight_decay, zero, n);
-    case DType::kFloat16:
-      return add_decay_as<DType::kFloat16>(value, params, weight_decay, zero, n);
-    default:
-      return add_decay_as<DType::kFloat32>(value, params, weight_decay, zero, n);
-  }
+GMC_TARGET static uint32_t add_multiple(float* value, const void* other, DType dtype, float factor,
+                                        float zero, int64_t n) {
+  return with_dtype(dtype, [=](auto format) {
+    return add_multiple_as<decltype(format)>(value, other, factor, zero, n);
+  });
 }
 
-// DGC: m = momentum * m + g; value = (value + m) + 0, with Nesterov's look-ahead
-// value = ((value + g) + momentum * m) + 0, both in place. Keeps the old value and m; returns the
-// largest key of value, which is not finite where m is not.
+// Local momentum, in place; keeps the old value and m. value is not finite where m is not.
 GMC_TARGET static uint32_t local_momentum(float* __restrict value, float* __restrict before,
                                           float* __restrict buffer, float* __restrict buffer_before,
                                           const float* __restrict grad, float momentum,
@@ -100,13 +76,45 @@ GMC_TARGET static uint32_t local_momentum(float* __restrict value, float* __rest
   for (int64_t i = 0; i < n; ++i) {
     before[i] = value[i];
     buffer_before[i] = buffer[i];
-    buffer[i] = momentum * buffer[i] + grad[i];
-    const float ahead = (value[i] + grad[i]) + momentum * buffer[i];
-    value[i] = (nesterov ? ahead : value[i] + buffer[i]) + 0.0f;
-    const uint32_t key = magnitude_key(value[i]);
-    largest = key > largest ? key : largest;
+    buffer[i] = next_momentum(buffer[i], grad[i], momentum);
+    value[i] = settle(local_momentum_value(value[i], grad[i], buffer[i], momentum, nesterov));
+    keep_largest(&largest, value[i]);
   }
   return largest;
+}
+
+// Adds momentum * the aggregate's entries; their indices count from value - origin.
+GMC_TARGET static uint32_t add_entries(float* value, int64_t origin, const uint16_t* indices,
+                                       const float* entries, int64_t count, float momentum) {
+  uint32_t largest = 0;
+  for (int64_t entry = 0; entry < count; ++entry) {
+    float& sum = value[indices[entry] - origin];
+    sum = settle(add_scaled(sum, momentum, entries[entry]));
+    keep_largest(&largest, sum);
+  }
+  return largest;
+}
+
+// A dense bucket after the sum: total becomes the mean, the parameters move, memory is zero.
+template <class Format>
+GMC_TARGET static void apply_dense_as(float* __restrict total, float* __restrict memory,
+                                      typename Format::Word* __restrict params, float factor,
+                                      float lr, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float mean = multiply(total[i], factor);
+    total[i] = mean;
+    memory[i] = 0.0f;
+    params[i] = Format::round(moved(Format::to_float(params[i]), lr, mean));
+  }
+}
+
+GMC_TARGET static void apply_dense(float* total, float* memory, void* params, DType dtype,
+                                   float factor, float lr, int64_t n) {
+  with_dtype(dtype, [=](auto format) {
+    using Format = decltype(format);
+    apply_dense_as<Format>(total, memory, static_cast<typename Format::Word*>(params), factor, lr,
+                           n);
+  });
 }
 
 // Bit j is set where the key of value[j] reaches the threshold, for 16 values.
@@ -137,20 +145,6 @@ GMC_TARGET static inline uint32_t reaching(const float* value, uint32_t threshol
     bits |= static_cast<uint32_t>(magnitude_key(value[j]) >= threshold) << j;
   return bits;
 #endif
-}
-
-// Adds momentum * the aggregate's entries; their indices count from value - origin. Returns the
-// largest key among the sums.
-GMC_TARGET static uint32_t add_entries(float* value, int64_t origin, const uint16_t* indices,
-                                       const float* entries, int64_t count, float momentum) {
-  uint32_t largest = 0;
-  for (int64_t entry = 0; entry < count; ++entry) {
-    float& sum = value[indices[entry] - origin];
-    sum = (sum + momentum * entries[entry]) + 0.0f;
-    const uint32_t key = magnitude_key(sum);
-    largest = key > largest ? key : largest;
-  }
-  return largest;
 }
 
 // Writes index and bits of every value whose key reaches the threshold, and returns how many. May
@@ -191,5 +185,6 @@ GMC_TARGET static int64_t collect(const float* value, int64_t n, uint32_t first_
 }
 
 GMC_TARGET static constexpr Loops table() {
-  return {load_gradient, accumulate, add_decay, local_momentum, add_entries, collect};
+  return {load_gradient, add_gradient, add_multiple, local_momentum,
+          add_entries,   apply_dense,  collect};
 }

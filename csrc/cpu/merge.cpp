@@ -1,9 +1,9 @@
 // merge: the payloads of all ranks to one aggregate, summed in rank order; sparsify and densify
 // between an aggregate and a dense tensor. One tile at a time, in a scratch of its size.
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
+#include "../rule.h"
 #include "aggregate.h"
 #include "kernels.h"
 #include "partition.h"
@@ -15,15 +15,8 @@ namespace {
 // A tile's sums, and which of its places hold one.
 class TileSum {
  public:
-  void add(const PayloadEntries& entries, DType wire) {
-    switch (wire) {
-      case DType::kBFloat16:
-        return add_as<DType::kBFloat16>(entries);
-      case DType::kFloat16:
-        return add_as<DType::kFloat16>(entries);
-      default:
-        return add_as<DType::kFloat32>(entries);
-    }
+  void add(const PayloadEntries& entries, WireType wire) {
+    with_wire_type(wire, [&](auto format) { add_as<decltype(format)>(entries); });
   }
 
   // Writes sum * factor in ascending order and leaves everything zero again. The writer goes by
@@ -40,11 +33,11 @@ class TileSum {
   }
 
  private:
-  template <DType wire>
+  template <class Format>
   void add_as(const PayloadEntries& entries) {
     for (int64_t entry = 0; entry < entries.count; ++entry) {
       const int64_t i = entries.indices[entry];
-      sum_[i] += load_value(entries.values, wire, entry);
+      sum_[i] += load_wire_as<Format>(entries.values, entry);
       present_[i / 64] |= uint64_t{1} << (i % 64);
     }
   }
@@ -53,28 +46,26 @@ class TileSum {
   std::vector<uint64_t> present_ = std::vector<uint64_t>(kTile / 64);
 };
 
-void write_header(uint8_t* aggregate, int64_t numel, int64_t capacity, uint32_t flags) {
-  const AggregateHeader header{kAggregateMagic, flags, static_cast<uint32_t>(capacity),
-                               static_cast<uint32_t>(numel)};
-  std::memcpy(aggregate, &header, sizeof header);
-}
-
-void write_empty(uint8_t* aggregate, int64_t numel, int64_t capacity) {
-  const AggregateLayout layout(numel, capacity);
-  write_header(aggregate, numel, capacity, kNonfinite);
-  std::memset(aggregate + layout.starts, 0, layout.indices - layout.starts);
+AggregateHeader aggregate_header(int64_t numel, int64_t capacity, uint32_t flags) {
+  return {kAggregateMagic, flags, static_cast<uint32_t>(capacity), static_cast<uint32_t>(numel)};
 }
 
 }  // namespace
 
-void merge(const PayloadArgs& payloads, int64_t ranks, bool skip, uint8_t* aggregate) {
-  const int64_t numel = payloads.numel;
-  const int64_t capacity = aggregate_capacity(numel, payloads.k, ranks);
-  if (skip) return write_empty(aggregate, numel, capacity);
+void merge(const Payload& payloads, int64_t ranks, bool skip, uint8_t* aggregate) {
+  const int64_t numel = payloads.shape.numel;
+  const int64_t capacity = aggregate_capacity(numel, payloads.shape.k, ranks);
+  const AggregateView out(aggregate, AggregateLayout(numel, capacity));
+  if (skip) {
+    *out.header = aggregate_header(numel, capacity, kNonfinite);
+    std::fill_n(out.starts, tile_count(numel), 0u);
+    std::fill_n(out.counts, tile_count(numel), 0u);
+    return;
+  }
 
   std::vector<PayloadReader> readers;
   for (int64_t rank = 0; rank < ranks; ++rank) readers.emplace_back(payloads, rank);
-  const float factor = static_cast<float>(1.0 / static_cast<double>(ranks));
+  const float factor = mean_factor(ranks);
   const int64_t parts = part_count(numel);
   for_each_part(parts, [&](int64_t part) {
     TileSum sum;
@@ -84,28 +75,26 @@ void merge(const PayloadArgs& payloads, int64_t ranks, bool skip, uint8_t* aggre
       for (int64_t rank = 0; rank < ranks; ++rank) {
         const PayloadEntries entries = readers[rank].tile(tile);
         start += entries.start;
-        sum.add(entries, payloads.wire);
+        sum.add(entries, payloads.shape.wire);
       }
-      AggregateTileWriter out(aggregate, numel, capacity, tile, std::min(start, tile * kTile));
-      out = sum.drain(factor, out);
-      out.finish();
+      AggregateTileWriter writer(out, tile, std::min(start, tile * kTile));
+      writer = sum.drain(factor, writer);
+      writer.finish();
     }
   });
-  write_header(aggregate, numel, capacity, 0);
+  *out.header = aggregate_header(numel, capacity, 0);
 }
 
 void sparsify(const float* dense, int64_t numel, uint8_t* aggregate) {
-  const int64_t parts = part_count(numel);
-  for_each_part(parts, [&](int64_t part) {
-    const int64_t end = first_tile(part + 1, parts, numel);
-    for (int64_t tile = first_tile(part, parts, numel); tile < end; ++tile) {
-      AggregateTileWriter out(aggregate, numel, numel, tile, tile * kTile);
-      for (int64_t i = tile * kTile; i < tile_end(tile, numel); ++i)
-        if (dense[i] != 0.0f) out.append(i - tile * kTile, dense[i]);
-      out.finish();
-    }
+  const AggregateView out(aggregate, AggregateLayout(numel, numel));
+  for_each_tile(numel, [&](int64_t tile) {
+    AggregateTileWriter writer(out, tile, tile * kTile);
+    const float* const values = dense + tile * kTile;
+    for (int64_t i = 0; i < tile_size(numel, tile); ++i)
+      if (values[i] != 0.0f) writer.append(i, values[i]);
+    writer.finish();
   });
-  write_header(aggregate, numel, numel, 0);
+  *out.header = aggregate_header(numel, numel, 0);
 }
 
 void densify(const uint8_t* aggregate, int64_t numel, float* dense) {

@@ -1,4 +1,5 @@
-// How a bucket is shared out between threads: whole tiles, contiguous, in ascending order.
+// How a bucket is shared out between threads: whole tiles, contiguous, in ascending order; and the
+// chunks that a thread works on.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -13,6 +14,8 @@
 
 namespace gmc::cpu {
 
+constexpr int64_t kChunk = 2048;  // elements worked on at a time: a few buffers of them fit in L1
+
 inline int64_t part_count(int64_t numel) {
   uint32_t threads = 1;
   if (torch_get_num_threads(&threads)) throw std::runtime_error("torch_get_num_threads failed");
@@ -22,6 +25,11 @@ inline int64_t part_count(int64_t numel) {
 // The first tile of a part; part == parts gives the end.
 inline int64_t first_tile(int64_t part, int64_t parts, int64_t numel) {
   return tile_count(numel) * part / parts;
+}
+
+// The first element of a part; part == parts gives numel.
+inline int64_t first_element(int64_t part, int64_t parts, int64_t numel) {
+  return std::min(first_tile(part, parts, numel) * kTile, numel);
 }
 
 // Calls function(part) for every part, on torch's threads. An exception does not get through
@@ -46,8 +54,13 @@ void for_each_part(int64_t parts, const Function& function) {
   if (context.error) std::rethrow_exception(context.error);
 }
 
-inline int64_t tile_end(int64_t tile, int64_t numel) {
-  return std::min<int64_t>((tile + 1) * kTile, numel);
+template <class Function>
+void for_each_tile(int64_t numel, const Function& function) {
+  const int64_t parts = part_count(numel);
+  for_each_part(parts, [&](int64_t part) {
+    const int64_t end = first_tile(part + 1, parts, numel);
+    for (int64_t tile = first_tile(part, parts, numel); tile < end; ++tile) function(tile);
+  });
 }
 
 }  // namespace gmc::cpu

@@ -9,53 +9,51 @@ namespace gmc::cpu {
 
 struct PayloadEntries {
   const uint16_t* indices;
-  const uint8_t* values;
+  const uint8_t* values;  // of the wire type
   int64_t start, count;
 };
 
 class PayloadReader {
  public:
   // Throws DamagedPayload when the header is not that of this bucket's payload.
-  PayloadReader(const PayloadArgs& args, int64_t rank)
-      : numel_(args.numel),
-        k_(args.k),
-        wire_(args.wire),
-        rank_(rank),
-        layout_(args.numel, args.k, args.wire) {
-    data_ = args.data + rank * layout_.nbytes;
-    header_ = reinterpret_cast<const PayloadHeader*>(data_);
-    if (header_->tag != payload_tag(wire_)) fail("its header has another format or wire dtype");
-    if (header_->k != k_)
-      fail("it says k = " + std::to_string(header_->k) + ", not " + std::to_string(k_));
-    if (header_->numel != numel_)
-      fail("it says numel = " + std::to_string(header_->numel) + ", not " + std::to_string(numel_));
+  PayloadReader(const Payload& payloads, int64_t rank)
+      : shape_(payloads.shape), rank_(rank), view_(view_of(payloads, rank)) {
+    const PayloadHeader& header = *view_.header;
+    switch (header_fault(header, shape_)) {
+      case HeaderFault::kNone:
+        break;
+      case HeaderFault::kK:
+        fail("it says k = " + std::to_string(header.k) + ", not " + std::to_string(shape_.k));
+      case HeaderFault::kNumel:
+        fail("it says numel = " + std::to_string(header.numel) + ", not " +
+             std::to_string(shape_.numel));
+      default:
+        fail("its header has another format or wire dtype");
+    }
   }
 
-  uint32_t nonfinite() const { return header_->nonfinite; }
+  uint32_t nonfinite() const { return view_.header->nonfinite; }
 
   // Throws DamagedPayload unless the tile's entries lie within the payload, its indices ascend
   // within the tile, and its values are finite.
   PayloadEntries tile(int64_t tile) const {
-    const auto* starts = reinterpret_cast<const uint32_t*>(data_ + layout_.starts);
-    const int64_t tiles = tile_count(numel_);
-    const int64_t start = starts[tile];
-    const int64_t end = tile + 1 < tiles ? starts[tile + 1] : k_;
-    if (start > end || end > k_ || (tile == 0 && start != 0))
+    const EntryRange range = tile_entries(view_.starts, shape_, tile);
+    if (range.count < 0)
       fail("the start offsets of tile " + std::to_string(tile) + " are out of order");
-    const PayloadEntries entries{reinterpret_cast<const uint16_t*>(data_ + layout_.indices) + start,
-                                 data_ + layout_.values + start * element_size(wire_), start,
-                                 end - start};
-    const int64_t size = tile + 1 < tiles ? kTile : numel_ - tile * kTile;
-    if (!ascending(entries, size) || !finite(entries))
+    const PayloadEntries entries{view_.indices + range.start,
+                                 view_.values + wire_nbytes(shape_.wire, range.start), range.start,
+                                 range.count};
+    if (!ascending(entries, tile_size(shape_.numel, tile)) || !finite(entries))
       fail("tile " + std::to_string(tile) + " holds indices or values out of range");
     return entries;
   }
 
-  float value(const PayloadEntries& entries, int64_t i) const {
-    return load_value(entries.values, wire_, i);
+ private:
+  static PayloadView<const uint8_t> view_of(const Payload& payloads, int64_t rank) {
+    const PayloadLayout layout(payloads.shape);
+    return {payloads.data + rank * layout.nbytes, layout};
   }
 
- private:
   static bool ascending(const PayloadEntries& entries, int64_t size) {
     bool sound = true;
     for (int64_t i = 1; i < entries.count; ++i)
@@ -64,27 +62,21 @@ class PayloadReader {
   }
 
   bool finite(const PayloadEntries& entries) const {
-    const auto below = [&](const auto* words, uint32_t magnitude, uint32_t infinity) {
+    return with_wire_type(shape_.wire, [&](auto format) {
       bool sound = true;
-      for (int64_t i = 0; i < entries.count; ++i) sound &= (words[i] & magnitude) < infinity;
+      for (int64_t i = 0; i < entries.count; ++i)
+        sound &= sound_wire_as<decltype(format)>(entries.values, i);
       return sound;
-    };
-    if (wire_ == DType::kFloat32)
-      return below(reinterpret_cast<const uint32_t*>(entries.values), 0x7fffffffu, kInfKey);
-    const auto* halves = reinterpret_cast<const uint16_t*>(entries.values);
-    return below(halves, 0x7fffu, wire_ == DType::kBFloat16 ? 0x7f80u : 0x7c00u);
+    });
   }
 
   [[noreturn]] void fail(const std::string& what) const {
     throw DamagedPayload("payload of rank " + std::to_string(rank_) + " is damaged: " + what);
   }
 
-  const int64_t numel_, k_;
-  const DType wire_;
+  const PayloadShape shape_;
   const int64_t rank_;
-  const PayloadLayout layout_;
-  const uint8_t* data_;
-  const PayloadHeader* header_;
+  const PayloadView<const uint8_t> view_;
 };
 
 }  // namespace gmc::cpu

@@ -3,6 +3,7 @@
 #include "select.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "partition.h"
 
@@ -14,13 +15,14 @@ struct Digit {
 };
 constexpr Digit kDigits[] = {{20, 11}, {9, 11}, {0, 9}};
 constexpr int kBins = 2048;
-constexpr uint32_t kKeyMask = 0x7fffffffu;
 
 void count_digits(const KeySpan& span, Digit digit, uint32_t prefix, uint32_t* bins) {
   const int prefix_shift = digit.shift + digit.bits;
   const uint32_t digit_mask = (1u << digit.bits) - 1;
   for (int64_t i = 0; i < span.size; ++i) {
-    const uint32_t key = span.words[i] & kKeyMask;
+    uint32_t key;
+    std::memcpy(&key, static_cast<const char*>(span.words) + 4 * i, sizeof key);
+    key &= kKeyMask;
     if (key >> prefix_shift == prefix) ++bins[(key >> digit.shift) & digit_mask];
   }
 }

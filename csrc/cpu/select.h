@@ -6,9 +6,9 @@
 
 namespace gmc::cpu {
 
-// The values of one part, in index order, as bits: a candidate list or a stretch of memory itself.
+// The values of one part, in index order: the bits in a candidate list, or a stretch of memory.
 struct KeySpan {
-  const uint32_t* words;
+  const void* words;  // 4 bytes each
   int64_t size;
 };
 

@@ -23,18 +23,15 @@ struct AggregateEntries {
 __device__ __forceinline__ AggregateEntries aggregate_entries(const Aggregate& aggregate,
                                                               int64_t numel, int64_t tile) {
   if (!aggregate.data) return {nullptr, nullptr, 0};
-  const auto* header = reinterpret_cast<const AggregateHeader*>(aggregate.data);
-  const int64_t capacity = header->capacity;
-  const AggregateLayout layout(numel, capacity);
-  if (header->tag != kAggregateMagic || (header->flags & kDamaged) != 0 || header->numel != numel ||
-      layout.nbytes != aggregate.nbytes)
+  const AggregateHeader& header = *at<AggregateHeader>(aggregate.data, 0);
+  if ((header.flags & kDamaged) != 0 || !sound_aggregate(header, numel, aggregate.nbytes))
     return {nullptr, nullptr, 0};
-  const int64_t start = reinterpret_cast<const uint32_t*>(aggregate.data + layout.starts)[tile];
-  const int64_t count = reinterpret_cast<const uint32_t*>(aggregate.data + layout.counts)[tile];
+  const int64_t capacity = header.capacity;
+  const AggregateView view(aggregate.data, AggregateLayout(numel, capacity));
+  const int64_t start = view.starts[tile];
+  const int64_t count = view.counts[tile];
   if (start + count > capacity || count > kTile) return {nullptr, nullptr, 0};
-  return {reinterpret_cast<const uint16_t*>(aggregate.data + layout.indices) + start,
-          reinterpret_cast<const float*>(aggregate.data + layout.values) + start,
-          static_cast<uint32_t>(count)};
+  return {view.indices + start, view.values + start, static_cast<uint32_t>(count)};
 }
 
 }  // namespace gmc::cuda

@@ -1,6 +1,7 @@
 // apply: w -= lr * a on the entries of an aggregate. It touches the 32-byte sectors that hold them.
 #include "kernels.h"
 #include "launch.h"
+#include "rule.h"
 
 namespace gmc::cuda {
 namespace {
@@ -14,7 +15,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
   const AggregateEntries entries = aggregate_entries(args.aggregate, args.numel, blockIdx.x);
   if (entries.count == 0) return;
   const float lr = args.lr.load();
-  const Segment* segments = args.params.begin(args.own);
+  const TableSegment* segments = args.params.begin(args.own);
   // The tensors that this tile meets.
   const int64_t last = (begin + kTile < args.numel ? begin + kTile : args.numel) - 1;
   const int first = find_segment(segments, args.params.count, static_cast<uint32_t>(begin));
@@ -22,8 +23,8 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
       find_segment(segments, args.params.count, static_cast<uint32_t>(last)) - first + 1;
 
   for (uint32_t at = threadIdx.x; at < entries.count; at += kBatch * kThreads) {
-    float weight[kBatch], step[kBatch];
-    Segment segment[kBatch];
+    float weight[kBatch], value[kBatch];
+    TableSegment segment[kBatch];
     int64_t place[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
@@ -35,13 +36,13 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
       segment[j] =
           segments[first + find_segment(segments + first, count, static_cast<uint32_t>(i))];
       place[j] = i - segment[j].begin;
-      step[j] = __fmul_rn(lr, entries.values[entry]);
+      value[j] = entries.values[entry];
       weight[j] = load_value(segment[j].data, segment[j].dtype, place[j]);
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j)
       if (segment[j].data)
-        store_param(segment[j].data, segment[j].dtype, place[j], __fsub_rn(weight[j], step[j]));
+        store_value(segment[j].data, segment[j].dtype, place[j], moved(weight[j], lr, value[j]));
   }
 }
 

@@ -2,37 +2,26 @@
 #pragma once
 
 #include "aggregate.cuh"
-#include "scalar.h"
-#include "segments.h"
+#include "rule_args.h"
 #include "workspace.h"
 
 namespace gmc::cuda {
 
 struct CompressArgs {
-  float* memory;
-  float* momentum_buffer;  // nullptr: global momentum
-  SegmentList grads;
-  SegmentList params;  // count == 0 without weight decay
-  int64_t numel, k;
-  Scalar momentum;
-  Scalar grad_scale;
-  Scalar found_inf;  // non-zero counts the whole gradient as zero
-  float weight_decay;
-  bool maximize, nesterov;
+  RuleArgs rule;
   Aggregate aggregate;
-  DType wire;
+  int64_t k;
+  WireType wire;
   uint8_t* payload;
   Workspace workspace;
-  SegmentPiece own;  // segments that are not stored
 };
 static_assert(sizeof(CompressArgs) <= 4096, "the limit for kernel parameters on older drivers");
 
 // What the selection needs of them.
 struct SelectArgs {
   float* memory;
-  int64_t numel, k;
+  PayloadShape shape;
   Scalar found_inf;
-  DType wire;
   uint8_t* payload;
   Workspace workspace;
 };

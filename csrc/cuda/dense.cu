@@ -16,9 +16,7 @@ __global__ void __launch_bounds__(kThreads)
   static __shared__ SparsifyShared shared;
   const int64_t begin = blockIdx.x * kTile;
   const int64_t end = begin + kTile < numel ? begin + kTile : numel;
-  const AggregateLayout layout(numel, numel);
-  auto* indices = reinterpret_cast<uint16_t*>(aggregate + layout.indices) + begin;
-  auto* values = reinterpret_cast<float*>(aggregate + layout.values) + begin;
+  const AggregateView view(aggregate, AggregateLayout(numel, numel));
   uint32_t count = 0;
   int turn = 0;  // two sets of sums, so that one barrier a round is enough
   for (int64_t first = begin; first < end; first += kThreads, turn ^= 1) {
@@ -29,17 +27,16 @@ __global__ void __launch_bounds__(kThreads)
         count + block_exclusive_sum<kThreads>(static_cast<uint32_t>(value != 0.0f), &total,
                                               shared.warp_sums[turn]);
     if (value != 0.0f) {
-      indices[position] = static_cast<uint16_t>(i - begin);
-      values[position] = value;
+      view.indices[begin + position] = static_cast<uint16_t>(i - begin);
+      view.values[begin + position] = value;
     }
     count += total;
   }
   if (threadIdx.x != 0) return;
-  reinterpret_cast<uint32_t*>(aggregate + layout.starts)[blockIdx.x] = static_cast<uint32_t>(begin);
-  reinterpret_cast<uint32_t*>(aggregate + layout.counts)[blockIdx.x] = count;
+  view.starts[blockIdx.x] = static_cast<uint32_t>(begin);
+  view.counts[blockIdx.x] = count;
   if (blockIdx.x == 0)
-    *reinterpret_cast<AggregateHeader*>(aggregate) = {
-        kAggregateMagic, 0, static_cast<uint32_t>(numel), static_cast<uint32_t>(numel)};
+    *view.header = {kAggregateMagic, 0, static_cast<uint32_t>(numel), static_cast<uint32_t>(numel)};
 }
 
 __global__ void __launch_bounds__(kThreads)

@@ -3,9 +3,8 @@
 #pragma once
 
 #include "aggregate.cuh"
-#include "payload_reader.cuh"
-#include "scalar.h"
-#include "segments.h"
+#include "bucket.h"
+#include "rule_args.h"
 
 namespace gmc::cuda {
 
@@ -18,6 +17,16 @@ struct Gathered {
 // flags = the verdict over all headers.
 cudaError_t verdict_launch(const Gathered* buckets, int count, uint32_t* flags,
                            cudaStream_t stream);
+// nonfinite[rank] = the count in each header.
+cudaError_t payload_nonfinite_launch(const Gathered& payloads, int64_t* nonfinite,
+                                     cudaStream_t stream);
+// flags[i] = those in the header of aggregate i.
+cudaError_t aggregate_flags_launch(const uint8_t* const* aggregates, int count, int32_t* flags,
+                                   cudaStream_t stream);
+
+// *print = the sum of one tensor's terms (fingerprint.h).
+cudaError_t fingerprint_launch(const void* data, DType dtype, int64_t numel,
+                               unsigned long long* print, cudaStream_t stream);
 
 // payloads: those of `ranks` ranks. skip: nullptr, or a number that is not zero for a step that is
 // skipped. aggregate: AggregateLayout(numel, aggregate_capacity(numel, k, ranks)).
@@ -35,6 +44,34 @@ struct ApplyArgs {
 static_assert(sizeof(ApplyArgs) <= 4096, "the limit for kernel parameters on older drivers");
 
 cudaError_t apply_launch(const ApplyArgs& args, cudaStream_t stream);
+
+// A dense bucket, before the sum over all ranks: memory = v, and total [numel + ranks] = v and, at
+// place numel + rank, the count of non-finite values.
+struct AccumulateArgs {
+  RuleArgs rule;
+  const float* aggregate;  // [numel]; nullptr: none
+  float* total;
+  int64_t rank, ranks;
+};
+static_assert(sizeof(AccumulateArgs) <= 4096, "the limit for kernel parameters on older drivers");
+
+cudaError_t accumulate_launch(const AccumulateArgs& args, cudaStream_t stream);
+
+// The same bucket, after the sum: total becomes the mean, the parameters move, memory is zero. Or,
+// when the step is skipped: total = 0.
+struct ApplyDenseArgs {
+  float* memory;
+  float* total;
+  int64_t numel;
+  float factor;  // 1 / ranks
+  Scalar lr;
+  const int32_t* skip;
+  SegmentList params;
+  SegmentPiece own;
+};
+static_assert(sizeof(ApplyDenseArgs) <= 4096, "the limit for kernel parameters on older drivers");
+
+cudaError_t apply_dense_launch(const ApplyDenseArgs& args, cudaStream_t stream);
 
 // A tile whose entries contradict each other is left alone: no exception can come from here.
 cudaError_t restore_launch(float* memory, const Payload& payload, const int32_t* skip,

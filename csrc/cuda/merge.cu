@@ -7,6 +7,8 @@
 #include "block.cuh"
 #include "kernels.h"
 #include "launch.h"
+#include "payload_reader.cuh"
+#include "rule.h"
 
 namespace gmc::cuda {
 namespace {
@@ -47,24 +49,24 @@ __device__ __forceinline__ bool open_tiles(const MergeArgs& args, int64_t first_
   return sound;
 }
 
-__global__ void __launch_bounds__(kMergeThreads)
+// Four blocks are what shared memory has room for.
+__global__ void __launch_bounds__(kMergeThreads, 4)
     merge_kernel(const __grid_constant__ MergeArgs args) {
   static __shared__ MergeShared shared;
   const int64_t tile = blockIdx.x;
-  const uint32_t size = tile_size(args.payloads.numel, tile);
-  const AggregateLayout layout(args.payloads.numel, args.capacity);
-  auto* header = reinterpret_cast<AggregateHeader*>(args.aggregate);  // zero so far
+  const int64_t numel = args.payloads.shape.numel;
+  const auto size = static_cast<uint32_t>(tile_size(numel, tile));
+  const AggregateView out(args.aggregate, AggregateLayout(numel, args.capacity));
+  AggregateHeader* const header = out.header;  // zero so far
   const bool skipped = args.skip && *args.skip != 0;
   if (tile == 0 && threadIdx.x == 0) {
     header->tag = kAggregateMagic;
     header->capacity = static_cast<uint32_t>(args.capacity);
-    header->numel = static_cast<uint32_t>(args.payloads.numel);
+    header->numel = static_cast<uint32_t>(numel);
     if (skipped) atomicOr(&header->flags, kNonfinite);
   }
-  uint32_t* const tile_start = reinterpret_cast<uint32_t*>(args.aggregate + layout.starts) + tile;
-  uint32_t* const tile_length = reinterpret_cast<uint32_t*>(args.aggregate + layout.counts) + tile;
   if (skipped) {
-    if (threadIdx.x == 0) *tile_start = *tile_length = 0;
+    if (threadIdx.x == 0) out.starts[tile] = out.counts[tile] = 0;
     return;
   }
 
@@ -96,7 +98,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (!sound) {
     if (threadIdx.x == 0) {
       atomicOr(&header->flags, kDamaged);
-      *tile_start = *tile_length = 0;
+      out.starts[tile] = out.counts[tile] = 0;
     }
     return;
   }
@@ -111,12 +113,12 @@ __global__ void __launch_bounds__(kMergeThreads)
     before += __popc(shared.present[first_word + i]);
   }
   if (threadIdx.x == 0) {
-    *tile_start = static_cast<uint32_t>(start);
-    *tile_length = count;
+    out.starts[tile] = static_cast<uint32_t>(start);
+    out.counts[tile] = count;
   }
 
-  auto* indices = reinterpret_cast<uint16_t*>(args.aggregate + layout.indices) + start;
-  auto* values = reinterpret_cast<float*>(args.aggregate + layout.values) + start;
+  uint16_t* const indices = out.indices + start;
+  float* const values = out.values + start;
   for (uint32_t window = 0; window < count; window += kMergeWindow) {
     for (int i = threadIdx.x; i < kMergeWindow; i += kMergeThreads) shared.sum[i] = 0.0f;
     for (int64_t first = 0; first < args.ranks; first += kMergeRanks) {
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(kMergeThreads)
         for (uint32_t entry = threadIdx.x; entry < payload.count; entry += kMergeThreads) {
           const uint32_t place = position_of(shared, payload.indices[entry]) - window;
           if (place < kMergeWindow)
-            shared.sum[place] = __fadd_rn(shared.sum[place], payload.value(entry));
+            shared.sum[place] = add(shared.sum[place], payload.value(entry));
         }
         __syncthreads();  // the next rank's entries may meet the same sums
       }
@@ -138,7 +140,7 @@ __global__ void __launch_bounds__(kMergeThreads)
         const uint32_t place = position - window;
         if (place >= kMergeWindow) continue;
         indices[position] = static_cast<uint16_t>(word * 32 + __ffs(left) - 1);
-        values[position] = __fmul_rn(shared.sum[place], args.factor);
+        values[position] = multiply(shared.sum[place], args.factor);
       }
     }
     __syncthreads();
@@ -156,9 +158,9 @@ cudaError_t merge_launch(const Payload& payloads, int64_t ranks, const int32_t* 
                        ranks,
                        skip,
                        aggregate,
-                       aggregate_capacity(payloads.numel, payloads.k, ranks),
-                       static_cast<float>(1.0 / static_cast<double>(ranks))};
-  return launch(merge_kernel, tile_count(payloads.numel), kMergeThreads, stream, args);
+                       aggregate_capacity(payloads.shape.numel, payloads.shape.k, ranks),
+                       mean_factor(ranks)};
+  return launch(merge_kernel, tile_count(payloads.shape.numel), kMergeThreads, stream, args);
 }
 
 }  // namespace gmc::cuda

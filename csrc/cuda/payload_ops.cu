@@ -3,6 +3,8 @@
 #include "block.cuh"
 #include "kernels.h"
 #include "launch.h"
+#include "payload_reader.cuh"
+#include "rule.h"
 
 namespace gmc::cuda {
 namespace {
@@ -10,7 +12,7 @@ namespace {
 struct Restore {
   float* memory;
   __device__ void operator()(uint32_t, int64_t index, float value) const {
-    memory[index] = __fadd_rn(memory[index], value);
+    memory[index] = add(memory[index], value);
   }
 };
 
@@ -36,7 +38,7 @@ __global__ void __launch_bounds__(kThreads)
     entries_kernel(Payload payload, const int32_t* skip, bool when_skipped, Action action) {
   if (skip && (*skip != 0) != when_skipped) return;
   const int64_t tile = blockIdx.x;
-  const uint32_t size = tile_size(payload.numel, tile);
+  const auto size = static_cast<uint32_t>(tile_size(payload.shape.numel, tile));
   PayloadTile entries;
   bool sound = open_tile(payload, 0, tile, &entries);
   for (uint32_t entry = threadIdx.x; entry < entries.count; entry += kThreads)
@@ -46,29 +48,26 @@ __global__ void __launch_bounds__(kThreads)
     action(entries.start + entry, tile * kTile + entries.indices[entry], entries.value(entry));
 }
 
-__global__ void nonfinite_kernel(const uint8_t* payload, int64_t* nonfinite) {
-  *nonfinite = reinterpret_cast<const PayloadHeader*>(payload)->nonfinite;
-}
-
 }  // namespace
 
 cudaError_t restore_launch(float* memory, const Payload& payload, const int32_t* skip,
                            cudaStream_t stream) {
-  return launch(entries_kernel<Restore>, tile_count(payload.numel), kThreads, stream, payload, skip,
-                true, Restore{memory});
+  return launch(entries_kernel<Restore>, tile_count(payload.shape.numel), kThreads, stream, payload,
+                skip, true, Restore{memory});
 }
 
 cudaError_t mask_launch(float* momentum_buffer, const Payload& payload, const int32_t* skip,
                         cudaStream_t stream) {
-  return launch(entries_kernel<Mask>, tile_count(payload.numel), kThreads, stream, payload, skip,
-                false, Mask{momentum_buffer});
+  return launch(entries_kernel<Mask>, tile_count(payload.shape.numel), kThreads, stream, payload,
+                skip, false, Mask{momentum_buffer});
 }
 
 cudaError_t unpack_launch(const Payload& payload, int64_t* indices, float* values,
                           int64_t* nonfinite, cudaStream_t stream) {
-  const cudaError_t status = launch(nonfinite_kernel, 1, 1, stream, payload.data, nonfinite);
+  const Gathered alone{payload.data, 1, PayloadLayout(payload.shape).nbytes};
+  const cudaError_t status = payload_nonfinite_launch(alone, nonfinite, stream);
   if (status != cudaSuccess) return status;
-  return launch(entries_kernel<Unpack>, tile_count(payload.numel), kThreads, stream, payload,
+  return launch(entries_kernel<Unpack>, tile_count(payload.shape.numel), kThreads, stream, payload,
                 static_cast<const int32_t*>(nullptr), false, Unpack{indices, values});
 }
 

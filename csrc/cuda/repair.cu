@@ -11,8 +11,9 @@ namespace {
 
 __device__ __forceinline__ bool guess_failed(const SelectArgs& args) {
   const Control& control = *args.workspace.control;
-  return control.guess == 0 || control.found < args.k || control.found > args.workspace.capacity ||
-         args.workspace.pass_bins[kBins - 1] >= args.k;  // the last bin has no upper end
+  return control.guess == 0 || control.found < args.shape.k ||
+         control.found > args.workspace.capacity ||
+         args.workspace.pass_bins[kBins - 1] >= args.shape.k;  // the last bin has no upper end
 }
 
 __global__ void __launch_bounds__(kThreads) coarse_kernel(const __grid_constant__ SelectArgs args) {
@@ -25,8 +26,9 @@ __global__ void __launch_bounds__(kThreads) coarse_kernel(const __grid_constant_
   if (!repair) return;
   clear_bins<kCoarseBins>(bins);
   __syncthreads();
-  for (uint32_t number = blockIdx.x; number < work_tile_count(args.numel); number += gridDim.x) {
-    const WorkTile tile(number, args.numel);
+  for (uint32_t number = blockIdx.x; number < work_tile_count(args.shape.numel);
+       number += gridDim.x) {
+    const WorkTile tile(number, args.shape.numel);
     float x[kPerThread];
     load_floats(args.memory, tile, x);
 #pragma unroll
@@ -49,7 +51,7 @@ __global__ void __launch_bounds__(kThreads)
   const Workspace& workspace = args.workspace;
   if (!workspace.control->repair) return;
   clear_bins<kBins>(shared.bins);
-  const FoundBin coarse = find_bin<kCoarseBins>(workspace.coarse_bins, args.k, &shared.find);
+  const FoundBin coarse = find_bin<kCoarseBins>(workspace.coarse_bins, args.shape.k, &shared.find);
   const uint32_t guess = coarse.bin << kCoarseShift;
   // With heavy ties there may be more candidates than room: the selection then reads memory itself.
   const bool fits = coarse.above + workspace.coarse_bins[coarse.bin] <= workspace.capacity;
@@ -57,8 +59,9 @@ __global__ void __launch_bounds__(kThreads)
     workspace.control->repair_key = guess;
     workspace.control->source = fits ? kFromRepair : kFromMemory;
   }
-  for (uint32_t number = blockIdx.x; number < work_tile_count(args.numel); number += gridDim.x) {
-    const WorkTile tile(number, args.numel);
+  for (uint32_t number = blockIdx.x; number < work_tile_count(args.shape.numel);
+       number += gridDim.x) {
+    const WorkTile tile(number, args.shape.numel);
     float x[kPerThread];
     load_floats(args.memory, tile, x);
     const uint32_t mask = reaching(tile, x, guess);
@@ -79,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t repair_launch(const SelectArgs& args, cudaStream_t stream) {
-  const int64_t tiles = work_tile_count(args.numel);
+  const int64_t tiles = work_tile_count(args.shape.numel);
   const int64_t blocks = tiles < kRepairBlocks ? tiles : kRepairBlocks;
   const cudaError_t status = launch(coarse_kernel, blocks, kThreads, stream, args);
   if (status != cudaSuccess) return status;

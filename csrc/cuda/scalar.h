@@ -1,4 +1,4 @@
-// A number that the host knows, or that lies in device memory and is read when the kernel runs.
+// A number that the host knows, or one in device memory that is read when the kernel runs.
 #pragma once
 
 #include "numbers.h"

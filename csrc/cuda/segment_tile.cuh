@@ -1,4 +1,7 @@
-// A work tile of a list of tensors, as float32.
+// A work tile of a list of tensors.
+//
+// Tiles that hold one tensor's elements alone, aligned, take wide loads and stores. The others (at
+// tensors' ends, or of an unaligned tensor) go element by element, still coalesced.
 #pragma once
 
 #include "segments.h"
@@ -11,62 +14,58 @@ __device__ __forceinline__ void zero(float (&x)[kPerThread]) {
   for (int e = 0; e < kPerThread; ++e) x[e] = 0.0f;
 }
 
-// `data` is where the tile begins in a tensor, aligned to a quad.
-__device__ __forceinline__ void load_quads(const void* data, DType dtype, const WorkTile& tile,
-                                           float (&x)[kPerThread]) {
-  if (dtype == DType::kFloat32) {
-    const float* from = static_cast<const float*>(data) + 4 * threadIdx.x;
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const float4 quad = __ldcs(reinterpret_cast<const float4*>(from + tile.step(4 * q)));
-      x[4 * q] = quad.x;
-      x[4 * q + 1] = quad.y;
-      x[4 * q + 2] = quad.z;
-      x[4 * q + 3] = quad.w;
-    }
-    return;
+// The tensors that share a tile.
+struct TileSegments {
+  const TableSegment* first;
+  int left;    // from the first on, to the end of the table
+  bool whole;  // the first holds all of the tile, and the tile is a full one
+
+  __device__ TileSegments(const TableSegment* segments, int count, int64_t numel,
+                          const WorkTile& tile) {
+    const int index = find_segment(segments, count, tile.begin);
+    first = segments + index;
+    left = count - index;
+    whole = tile.full() && tile.begin + tile.size <= (left > 1 ? first[1].begin : numel);
   }
-  const uint16_t* from = static_cast<const uint16_t*>(data) + 4 * threadIdx.x;
-  uint2 quad[kQuads];
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q)
-    quad[q] = __ldcs(reinterpret_cast<const uint2*>(from + tile.step(4 * q)));
-  const auto half = [&](int e) {
-    const uint32_t word = e % 4 < 2 ? quad[e / 4].x : quad[e / 4].y;
-    return static_cast<uint16_t>(word >> (16 * (e % 2)));
-  };
-  if (dtype == DType::kBFloat16) {
-#pragma unroll
-    for (int e = 0; e < kPerThread; ++e) x[e] = bf16_to_float(half(e));
-  } else {
-#pragma unroll
-    for (int e = 0; e < kPerThread; ++e) x[e] = fp16_to_float(half(e));
+
+  // How many they are.
+  __device__ int count(const WorkTile& tile) const {
+    return find_segment(first, left, tile.begin + tile.size - 1) + 1;
   }
+};
+
+// Calls function(format, words) with the thread's first element, and returns true, if the tile's
+// elements are aligned to quads.
+template <class Function>
+__device__ __forceinline__ bool with_quads(const TableSegment& segment, const WorkTile& tile,
+                                           const Function& function) {
+  return with_dtype(segment.dtype, [&](auto format) {
+    using Word = typename decltype(format)::Word;
+    Word* const words = static_cast<Word*>(segment.data) + (tile.begin - segment.begin);
+    if (!aligned(words, 4 * sizeof(Word))) return false;
+    function(format, words + 4 * threadIdx.x);
+    return true;
+  });
 }
 
-// Tiles that hold one tensor's elements alone, aligned, take wide loads. The others (at tensors'
-// ends, or of a tensor that lies askew) gather element by element, still coalesced, through
-// `stage`, kWorkTile floats of shared memory. Elements past the end of the bucket read as zero.
-__device__ __forceinline__ void load_segments(const Segment* segments, int count, int64_t numel,
-                                              const WorkTile& tile, float* stage,
+// Elements past the end of the bucket read as zero. stage: kWorkTile floats of shared memory.
+__device__ __forceinline__ void load_segments(const TableSegment* segments, int count,
+                                              int64_t numel, const WorkTile& tile, float* stage,
                                               float (&x)[kPerThread]) {
-  const int first = find_segment(segments, count, tile.begin);
-  const uint32_t end = tile.begin + tile.size;
-  const int64_t first_end = first + 1 < count ? segments[first + 1].begin : numel;
-  if (tile.full() && end <= first_end) {
-    const Segment segment = segments[first];
+  const TileSegments shared(segments, count, numel, tile);
+  if (shared.whole) {
+    const TableSegment segment = *shared.first;
     if (!segment.data) return zero(x);
-    const int64_t nbytes = element_size(segment.dtype);
-    const char* data = static_cast<const char*>(segment.data) +
-                       static_cast<int64_t>(tile.begin - segment.begin) * nbytes;
-    if (aligned(data, 4 * nbytes)) return load_quads(data, segment.dtype, tile, x);
+    if (with_quads(segment, tile,
+                   [&](auto format, const auto* words) { load_quads<decltype(format)>(words, x); }))
+      return;
   }
-  const int candidates = find_segment(segments, count, end - 1) - first + 1;
+  const int candidates = shared.count(tile);
   for (uint32_t place = threadIdx.x; place < kWorkTile; place += kThreads) {
     float value = 0.0f;
     if (place < tile.size) {
       const uint32_t i = tile.begin + place;
-      const Segment segment = segments[first + find_segment(segments + first, candidates, i)];
+      const TableSegment segment = shared.first[find_segment(shared.first, candidates, i)];
       if (segment.data) value = load_value(segment.data, segment.dtype, i - segment.begin);
     }
     stage[place] = value;

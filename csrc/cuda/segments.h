@@ -11,30 +11,30 @@
 
 namespace gmc::cuda {
 
-// It ends where the next one begins. data == nullptr stands for zeros.
-struct Segment {
+// A tensor of the table. It ends where the next one begins. data == nullptr stands for zeros.
+struct TableSegment {
   void* data;
   uint32_t begin;
   DType dtype;
 };
-static_assert(sizeof(Segment) == 16, "two 8-byte words");
+static_assert(sizeof(TableSegment) == 16, "two 8-byte words");
 
 struct SegmentPiece {
-  Segment segment[kInlineSegments];
+  TableSegment segment[kInlineSegments];
 };
 
 // Where a kernel finds its segments: in `stored`, or from place `first` of its own parameters.
 struct SegmentList {
-  const Segment* stored;
+  const TableSegment* stored;
   int first, count;
 
-  GMC_HD const Segment* begin(const SegmentPiece& own) const {
+  GMC_HD const TableSegment* begin(const SegmentPiece& own) const {
     return stored ? stored : own.segment + first;
   }
 };
 
 // The last of `count` segments that begins at or before i; the first begins at 0.
-GMC_HD int find_segment(const Segment* segments, int count, uint32_t i) {
+GMC_HD int find_segment(const TableSegment* segments, int count, uint32_t i) {
   int low = 0, high = count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -46,9 +46,5 @@ GMC_HD int find_segment(const Segment* segments, int count, uint32_t i) {
   }
   return low;
 }
-
-// Writes segments[0 .. count) of the host to stored[0 .. count) of the device.
-cudaError_t store_segments_launch(const Segment* segments, int count, Segment* stored,
-                                  cudaStream_t stream);
 
 }  // namespace gmc::cuda

@@ -8,6 +8,7 @@
 #include "bins.cuh"
 #include "compress.h"
 #include "launch.h"
+#include "rule.h"
 #include "tile.cuh"
 
 namespace gmc::cuda {
@@ -20,7 +21,7 @@ struct Entries {
   uint32_t begin, count;
 
   __device__ Entries(const SelectArgs& args, bool from_memory, uint32_t number) {
-    const WorkTile tile(number, args.numel);
+    const WorkTile tile(number, args.shape.numel);
     const uint2 found = from_memory ? make_uint2(0, tile.size) : args.workspace.tiles[number];
     candidates = from_memory ? nullptr : args.workspace.candidates + found.x;
     memory = args.memory;
@@ -33,11 +34,11 @@ struct Entries {
   }
 };
 
-__device__ __forceinline__ uint32_t key_of(uint2 entry) { return entry.y & 0x7fffffffu; }
+__device__ __forceinline__ uint32_t key_of(uint2 entry) { return entry.y & kKeyMask; }
 
 // The tiles of a block.
 __device__ __forceinline__ uint32_t first_tile(const SelectArgs& args, uint32_t group) {
-  return static_cast<uint32_t>(work_tile_count(args.numel) * group / gridDim.x);
+  return static_cast<uint32_t>(work_tile_count(args.shape.numel) * group / gridDim.x);
 }
 
 struct RefineShared {
@@ -52,8 +53,9 @@ __global__ void __launch_bounds__(kThreads) refine_kernel(const __grid_constant_
   const Source source = control->source;
   const uint32_t base = source == kFromPass ? control->guess : control->repair_key;
   clear_bins<kBins>(shared.bins);
-  const FoundBin found = find_bin<kBins>(
-      source == kFromPass ? workspace.pass_bins : workspace.repair_bins, args.k, &shared.find);
+  const FoundBin found =
+      find_bin<kBins>(source == kFromPass ? workspace.pass_bins : workspace.repair_bins,
+                      args.shape.k, &shared.find);
   const uint32_t bin_key = base + (found.bin << kBinBits);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     control->bin_key = bin_key;
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
   static __shared__ CountShared shared;
   const Workspace& workspace = args.workspace;
   Control* control = workspace.control;
-  const uint32_t wanted = static_cast<uint32_t>(args.k) - control->above_bin;
+  const uint32_t wanted = static_cast<uint32_t>(args.shape.k) - control->above_bin;
   const FoundBin found = find_bin<kBins>(workspace.low_bins, wanted, &shared.find);
   const uint32_t threshold = control->bin_key + found.bin;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
@@ -119,12 +121,11 @@ __device__ __forceinline__ uint32_t taken(unsigned long long met, uint32_t ties)
 }
 
 // Writes what a warp's tile contributes to the payload.
-__device__ __forceinline__ void emit_tile(const SelectArgs& args, const PayloadLayout& layout,
+__device__ __forceinline__ void emit_tile(const SelectArgs& args, const PayloadView<uint8_t>& out,
                                           uint32_t number, unsigned long long met) {
   const Control& control = *args.workspace.control;
   const uint32_t threshold = control.threshold, ties = control.ties;
   const Entries entries(args, control.source == kFromMemory, number);
-  auto* indices = reinterpret_cast<uint16_t*>(args.payload + layout.indices);
   for (uint32_t first = 0; first < entries.count; first += 32) {
     const bool present = first + lane_id() < entries.count;
     const uint2 entry = present ? entries.at(first + lane_id()) : make_uint2(0, 0);
@@ -138,16 +139,12 @@ __device__ __forceinline__ void emit_tile(const SelectArgs& args, const PayloadL
     if (above || (tie && static_cast<uint32_t>(before) < ties)) {
       const uint32_t position = taken(before, ties);
       const float value = bits_float(entry.y);
-      indices[position] = static_cast<uint16_t>(entry.x % kTile);
-      const float sent = store_wire(args.payload + layout.values, args.wire, position, value);
-      args.memory[entry.x] = __fsub_rn(value, sent);
+      out.indices[position] = static_cast<uint16_t>(entry.x % kTile);
+      const float sent = store_wire(out.values, args.shape.wire, position, value);
+      args.memory[entry.x] = subtract(value, sent);
     }
     met += (static_cast<unsigned long long>(__popc(all_above)) << 32) + __popc(all_ties);
   }
-}
-
-__device__ __forceinline__ void zero_bytes(uint8_t* payload, int64_t begin, int64_t end) {
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) payload[i] = 0;
 }
 
 // Aims at 1.25 k to 2 k candidates for the next call.
@@ -178,8 +175,8 @@ struct EmitShared {
 __global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ SelectArgs args) {
   static __shared__ EmitShared shared;
   const Workspace& workspace = args.workspace;
-  const PayloadLayout layout(args.numel, args.k, args.wire);
-  auto* starts = reinterpret_cast<uint32_t*>(args.payload + layout.starts);
+  const PayloadLayout layout(args.shape);
+  const PayloadView out(args.payload, layout);
   const uint32_t ties = workspace.control->ties;
 
   unsigned long long sum = 0, met;
@@ -199,11 +196,12 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ 
                   &total, shared.next_warp_sums);
     if (placing) {
       shared.met[threadIdx.x] = before;
-      if (own % (kTile / kWorkTile) == 0) starts[own / (kTile / kWorkTile)] = taken(before, ties);
+      constexpr uint32_t kWorkTiles = kTile / kWorkTile;
+      if (own % kWorkTiles == 0) out.starts[own / kWorkTiles] = taken(before, ties);
     }
     __syncthreads();
     for (uint32_t t = warp_id(); t < kScanTiles && first + t < end; t += kWarps)
-      if (workspace.selected[first + t]) emit_tile(args, layout, first + t, shared.met[t]);
+      if (workspace.selected[first + t]) emit_tile(args, out, first + t, shared.met[t]);
     met += total;  // the next round writes shared.met behind the barrier in its sum
   }
 
@@ -213,19 +211,17 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ 
     workspace.pass_bins[i] = 0;
 
   if (blockIdx.x != gridDim.x - 1) return;
-  zero_bytes(args.payload, layout.starts + 4 * tile_count(args.numel), layout.indices);
-  zero_bytes(args.payload, layout.indices + 2 * args.k, layout.values);
-  zero_bytes(args.payload, layout.values + element_size(args.wire) * args.k, layout.nbytes);
+  layout.for_each_gap([&](int64_t begin, int64_t end) {
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) args.payload[i] = 0;
+  });
   if (threadIdx.x != 0) return;
   Control* control = workspace.control;
   // Exactly k entries, or the header says that the payload is damaged.
-  const bool complete = taken(met, ties) == args.k;
-  auto* header = reinterpret_cast<PayloadHeader*>(args.payload);
-  header->tag = complete ? payload_tag(args.wire) : 0;
-  header->nonfinite = control->nonfinite + (args.found_inf.load() != 0.0f);  // 2 N + 1 at most
-  header->k = static_cast<uint32_t>(args.k);
-  header->numel = static_cast<uint32_t>(args.numel);
-  update_guess(control, args.k);
+  const bool complete = taken(met, ties) == args.shape.k;
+  const bool overflowed = args.found_inf.load() != 0.0f;
+  *out.header = make_header(args.shape, control->nonfinite + overflowed);  // 2 N + 1 at most
+  if (!complete) out.header->tag = 0;
+  update_guess(control, args.shape.k);
   control->found = 0;
   control->refound = 0;
   control->nonfinite = 0;
@@ -234,7 +230,7 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ 
 }  // namespace
 
 cudaError_t select_launch(const SelectArgs& args, cudaStream_t stream) {
-  const int64_t blocks = group_count(args.numel);
+  const int64_t blocks = group_count(args.shape.numel);
   cudaError_t status = launch(refine_kernel, blocks, kThreads, stream, args);
   if (status == cudaSuccess) status = launch(count_kernel, blocks, kThreads, stream, args);
   if (status == cudaSuccess) status = launch(emit_kernel, blocks, kThreads, stream, args);

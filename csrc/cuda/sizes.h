@@ -28,6 +28,9 @@
 #ifndef GMC_INLINE_SEGMENTS
 #define GMC_INLINE_SEGMENTS 220
 #endif
+#ifndef GMC_LARGEST_COUNT
+#define GMC_LARGEST_COUNT (1 << 24)
+#endif
 
 namespace gmc::cuda {
 
@@ -57,6 +60,10 @@ constexpr int kMergeRanks = GMC_MERGE_RANKS;    // ranks whose tile is looked up
 
 // Segments that travel as kernel parameters, whose limit is 4 KiB on older drivers.
 constexpr int kInlineSegments = GMC_INLINE_SEGMENTS;
+
+// A float32 sum over ranks counts on exactly up to here. A count that stops here does not depend on
+// the order in which blocks add to it.
+constexpr uint32_t kLargestCount = GMC_LARGEST_COUNT;
 
 GMC_HD int64_t work_tile_count(int64_t numel) { return (numel + kWorkTile - 1) / kWorkTile; }
 

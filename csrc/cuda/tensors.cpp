@@ -11,6 +11,8 @@
 #include "cuda/compress.h"
 #include "cuda/error.h"
 #include "cuda/kernels.h"
+#include "cuda/segment_table.h"
+#include "rule.h"
 
 // Absent from builds of torch without CUDA, in which this library must load all the same.
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -59,15 +61,19 @@ Scalar scalar_of(const Tensor& tensor, const char* name) {
     case gmc::ScalarType::Double:
       return at(ScalarType::kFloat64);
     default:
-      raise("TypeError", name,
-            ": got another dtype, must be torch.float32, bfloat16, float16 or float64");
+      raise("TypeError", name, ": got ", dtype_name(tensor.scalar_type()),
+            ", must be torch.float32, bfloat16, float16 or float64");
   }
 }
 
 const int32_t* skip_of(const OptionalTensor& skip) { return skip ? data<int32_t>(*skip) : nullptr; }
 
+Gathered gathered_of(const Tensor& payloads) {
+  return {data<uint8_t>(payloads), payloads.size(0), payloads.size(1)};
+}
+
 Payload payload_of(const PayloadTensor& payload, const char* name) {
-  return {bytes_of(payload.bytes, name), payload.numel, payload.k, payload.wire};
+  return {bytes_of(payload.bytes, name), payload.shape};
 }
 
 Aggregate aggregate_of(const OptionalTensor& aggregate) {
@@ -75,77 +81,62 @@ Aggregate aggregate_of(const OptionalTensor& aggregate) {
   return {bytes_of(*aggregate, "aggregate"), aggregate->numel()};
 }
 
-// The table that kernels search: without empty tensors, and with neighbours in one run joined (a
-// flat buffer's views, or several Nones).
-std::vector<Segment> table_of(const std::vector<cpu::Segment>& segments) {
-  std::vector<Segment> table;
-  for (const cpu::Segment& segment : segments) {
-    if (segment.numel == 0) continue;
-    const auto begin = static_cast<uint32_t>(segment.begin);
-    if (!table.empty() && table.back().dtype == segment.dtype) {
-      const Segment& last = table.back();
-      const auto* end =
-          static_cast<const char*>(last.data) + (begin - last.begin) * element_size(last.dtype);
-      if (last.data ? end == segment.data : !segment.data) continue;
-    }
-    table.push_back({segment.data, begin, segment.dtype});
+// Device memory that lives as long as this: until kernels that use it are on their stream.
+struct Temporaries {
+  const Place& place;
+  std::vector<Tensor> tensors;
+
+  void* operator()(int64_t nbytes) {
+    tensors.push_back(empty({nbytes}, gmc::ScalarType::Byte, place.device));
+    return mutable_data<uint8_t>(tensors.back());
   }
-  return table;
+};
+
+SegmentList place_table(const std::vector<Segment>& segments, SegmentPiece* own, int* used,
+                        Temporaries* temporaries) {
+  SegmentList list;
+  check_cuda(place_segments(segments, own, used, *temporaries, temporaries->place.stream, &list));
+  return list;
 }
 
-// Puts a table into the kernel's own parameters from place *used on, or, if it is too long for
-// that, into `stored`, which must outlive the launches.
-SegmentList place_table(const std::vector<Segment>& table, SegmentPiece* own, int* used,
-                        Tensor* stored, const Place& place) {
-  const int count = static_cast<int>(table.size());
-  if (*used + count <= kInlineSegments) {
-    std::copy(table.begin(), table.end(), own->segment + *used);
-    const SegmentList list{nullptr, *used, count};
-    *used += count;
-    return list;
-  }
-  *stored =
-      empty({count * static_cast<int64_t>(sizeof(Segment))}, gmc::ScalarType::Byte, place.device);
-  auto* data = mutable_data<Segment>(*stored);
-  check_cuda(store_segments_launch(table.data(), count, data, place.stream));
-  return {data, 0, count};
+void fill_rule(const RuleTensors& rule, Temporaries* temporaries, RuleArgs* args) {
+  args->memory = mutable_data<float>(rule.memory);
+  if (rule.momentum_buffer) args->momentum_buffer = mutable_data<float>(*rule.momentum_buffer);
+  int used = 0;
+  args->grads = place_table(rule.grads, &args->own, &used, temporaries);
+  args->params = place_table(rule.params, &args->own, &used, temporaries);
+  args->numel = rule.memory.numel();
+  args->momentum = scalar_of(rule.momentum, "momentum");
+  args->grad_scale = rule.grad_scale ? scalar_of(*rule.grad_scale, "grad_scale") : scalar(1.0f);
+  args->found_inf = rule.found_inf ? scalar_of(*rule.found_inf, "found_inf") : scalar(0.0f);
+  args->weight_decay = rule.weight_decay;
+  args->maximize = rule.maximize;
+  args->nesterov = rule.nesterov;
 }
 
 }  // namespace
 
 int64_t state_nbytes(int64_t numel, int64_t k) { return workspace_nbytes(numel, k); }
 
-void compress(const CompressTensors& tensors) {
-  const Place place(tensors.memory);
-  const int64_t numel = tensors.memory.numel(), k = tensors.k;
-
-  Tensor state;
-  if (tensors.state) {
-    state = *tensors.state;
+void compress(const RuleTensors& rule, const OptionalTensor& aggregate, int64_t k, WireType wire,
+              const Tensor& payload, const OptionalTensor& state) {
+  const Place place(rule.memory);
+  Temporaries temporaries{place, {}};
+  const int64_t numel = rule.memory.numel();
+  void* workspace = nullptr;
+  if (state) {
+    workspace = bytes_of(*state, "state");
   } else {
-    state = empty({workspace_nbytes(numel, k)}, gmc::ScalarType::Byte, place.device);
-    check_cuda(cudaMemsetAsync(mutable_data<uint8_t>(state), 0, kZeroBytes, place.stream));
+    workspace = temporaries(workspace_nbytes(numel, k));
+    check_cuda(cudaMemsetAsync(workspace, 0, kZeroBytes, place.stream));
   }
   CompressArgs args = {};
-  args.memory = mutable_data<float>(tensors.memory);
-  if (tensors.momentum_buffer) args.momentum_buffer = mutable_data<float>(*tensors.momentum_buffer);
-  Tensor stored_grads, stored_params;
-  int used = 0;
-  args.grads = place_table(table_of(tensors.grads), &args.own, &used, &stored_grads, place);
-  args.params = place_table(table_of(tensors.params), &args.own, &used, &stored_params, place);
-  args.numel = numel;
+  fill_rule(rule, &temporaries, &args.rule);
+  args.aggregate = aggregate_of(aggregate);
   args.k = k;
-  args.momentum = scalar_of(tensors.momentum, "momentum");
-  args.grad_scale =
-      tensors.grad_scale ? scalar_of(*tensors.grad_scale, "grad_scale") : scalar(1.0f);
-  args.found_inf = tensors.found_inf ? scalar_of(*tensors.found_inf, "found_inf") : scalar(0.0f);
-  args.weight_decay = tensors.weight_decay;
-  args.maximize = tensors.maximize;
-  args.nesterov = tensors.nesterov;
-  args.aggregate = aggregate_of(tensors.aggregate);
-  args.wire = tensors.wire;
-  args.payload = bytes_of(tensors.payload, "payload");
-  args.workspace = make_workspace(bytes_of(state, "state"), numel, k);
+  args.wire = wire;
+  args.payload = bytes_of(payload, "payload");
+  args.workspace = make_workspace(workspace, numel, k);
   check_cuda(compress_launch(args, place.stream));
 }
 
@@ -158,12 +149,42 @@ int64_t repairs(const Tensor& state) {
   return count;
 }
 
+void accumulate(const RuleTensors& rule, const OptionalTensor& aggregate, int64_t rank,
+                int64_t ranks, const Tensor& total) {
+  const Place place(rule.memory);
+  Temporaries temporaries{place, {}};
+  AccumulateArgs args = {};
+  fill_rule(rule, &temporaries, &args.rule);
+  args.aggregate = aggregate ? data<float>(*aggregate) : nullptr;
+  args.total = mutable_data<float>(total);
+  args.rank = rank;
+  args.ranks = ranks;
+  check_cuda(accumulate_launch(args, place.stream));
+}
+
+void apply_dense(const std::vector<Segment>& params, const Tensor& memory, const Tensor& total,
+                 int64_t ranks, const Tensor& lr, const OptionalTensor& skip) {
+  const Place place(memory);
+  Temporaries temporaries{place, {}};
+  ApplyDenseArgs args = {};
+  args.memory = mutable_data<float>(memory);
+  args.total = mutable_data<float>(total);
+  args.numel = memory.numel();
+  args.factor = mean_factor(ranks);
+  args.lr = scalar_of(lr, "lr");
+  args.skip = skip_of(skip);
+  int used = 0;
+  args.params = place_table(params, &args.own, &used, &temporaries);
+  check_cuda(apply_dense_launch(args, place.stream));
+}
+
 void unpack(const PayloadTensor& payload, const Tensor& indices, const Tensor& values,
             const Tensor& nonfinite) {
   const Place place(payload.bytes);
   // A damaged payload raises on the CPU; here its damaged tiles keep index -1 and value 0.
-  check_cuda(cudaMemsetAsync(mutable_data<int64_t>(indices), 0xff, 8 * payload.k, place.stream));
-  check_cuda(cudaMemsetAsync(mutable_data<float>(values), 0, 4 * payload.k, place.stream));
+  check_cuda(
+      cudaMemsetAsync(mutable_data<int64_t>(indices), 0xff, 8 * payload.shape.k, place.stream));
+  check_cuda(cudaMemsetAsync(mutable_data<float>(values), 0, 4 * payload.shape.k, place.stream));
   check_cuda(unpack_launch(payload_of(payload, "payload"), mutable_data<int64_t>(indices),
                            mutable_data<float>(values), mutable_data<int64_t>(nonfinite),
                            place.stream));
@@ -172,11 +193,31 @@ void unpack(const PayloadTensor& payload, const Tensor& indices, const Tensor& v
 void verdict(const TensorList& payloads, const Tensor& flags) {
   const Place place(flags);
   std::vector<Gathered> buckets;
-  for (const Tensor& payload : payloads)
-    buckets.push_back({data<uint8_t>(payload), payload.size(0), payload.size(1)});
+  for (const Tensor& payload : payloads) buckets.push_back(gathered_of(payload));
   check_cuda(verdict_launch(buckets.data(), static_cast<int>(buckets.size()),
                             reinterpret_cast<uint32_t*>(mutable_data<int32_t>(flags)),
                             place.stream));
+}
+
+void payload_nonfinite(const Tensor& payloads, const Tensor& nonfinite) {
+  const Place place(payloads);
+  check_cuda(payload_nonfinite_launch(gathered_of(payloads), mutable_data<int64_t>(nonfinite),
+                                      place.stream));
+}
+
+void aggregate_flags(const TensorList& aggregates, const Tensor& flags) {
+  const Place place(flags);
+  std::vector<const uint8_t*> pointers;
+  for (const Tensor& aggregate : aggregates) pointers.push_back(bytes_of(aggregate, "aggregates"));
+  check_cuda(aggregate_flags_launch(pointers.data(), static_cast<int>(pointers.size()),
+                                    mutable_data<int32_t>(flags), place.stream));
+}
+
+void fingerprint(const std::vector<Segment>& params, const Tensor& prints) {
+  const Place place(prints);
+  auto* print = reinterpret_cast<unsigned long long*>(mutable_data<int64_t>(prints));
+  for (const Segment& param : params)
+    check_cuda(fingerprint_launch(param.data, param.dtype, param.numel, print++, place.stream));
 }
 
 void merge(const PayloadTensor& payloads, int64_t ranks, const OptionalTensor& skip,
@@ -186,7 +227,7 @@ void merge(const PayloadTensor& payloads, int64_t ranks, const OptionalTensor& s
                           bytes_of(aggregate, "aggregate"), place.stream));
 }
 
-void apply(const std::vector<cpu::Segment>& params, const Tensor& aggregate, int64_t numel,
+void apply(const std::vector<Segment>& params, const Tensor& aggregate, int64_t numel,
            const Tensor& lr, const OptionalTensor& skip) {
   const Place place(aggregate);
   ApplyArgs args = {};
@@ -194,9 +235,9 @@ void apply(const std::vector<cpu::Segment>& params, const Tensor& aggregate, int
   args.numel = numel;
   args.lr = scalar_of(lr, "lr");
   args.skip = skip_of(skip);
-  Tensor stored;
+  Temporaries temporaries{place, {}};
   int used = 0;
-  args.params = place_table(table_of(params), &args.own, &used, &stored, place);
+  args.params = place_table(params, &args.own, &used, &temporaries);
   check_cuda(apply_launch(args, place.stream));
 }
 

@@ -5,43 +5,28 @@
 
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "tensor.h"
+#include "arguments.h"
 
 namespace gmc::cuda {
 
-struct CompressTensors {
-  Tensor memory;
-  OptionalTensor momentum_buffer;
-  std::vector<cpu::Segment> grads;
-  std::vector<cpu::Segment> params;  // empty without weight decay
-  int64_t k;
-  Tensor momentum;
-  OptionalTensor grad_scale, found_inf;
-  float weight_decay;
-  bool maximize, nesterov;
-  OptionalTensor aggregate;
-  DType wire;
-  Tensor payload;
-  OptionalTensor state;
-};
-
 int64_t state_nbytes(int64_t numel, int64_t k);
-void compress(const CompressTensors& tensors);
+void compress(const RuleTensors& rule, const OptionalTensor& aggregate, int64_t k, WireType wire,
+              const Tensor& payload, const OptionalTensor& state);
 int64_t repairs(const Tensor& state);  // waits for the device
-
-struct PayloadTensor {
-  Tensor bytes;
-  int64_t numel, k;
-  DType wire;
-};
+void accumulate(const RuleTensors& rule, const OptionalTensor& aggregate, int64_t rank,
+                int64_t ranks, const Tensor& total);
+void apply_dense(const std::vector<Segment>& params, const Tensor& memory, const Tensor& total,
+                 int64_t ranks, const Tensor& lr, const OptionalTensor& skip);
 
 void unpack(const PayloadTensor& payload, const Tensor& indices, const Tensor& values,
             const Tensor& nonfinite);
 void verdict(const TensorList& payloads, const Tensor& flags);
+void payload_nonfinite(const Tensor& payloads, const Tensor& nonfinite);
+void aggregate_flags(const TensorList& aggregates, const Tensor& flags);
+void fingerprint(const std::vector<Segment>& params, const Tensor& prints);
 void merge(const PayloadTensor& payloads, int64_t ranks, const OptionalTensor& skip,
            const Tensor& aggregate);
-void apply(const std::vector<cpu::Segment>& params, const Tensor& aggregate, int64_t numel,
+void apply(const std::vector<Segment>& params, const Tensor& aggregate, int64_t numel,
            const Tensor& lr, const OptionalTensor& skip);
 void restore(const Tensor& memory, const PayloadTensor& payload, const OptionalTensor& skip);
 void mask(const Tensor& momentum_buffer, const PayloadTensor& payload, const OptionalTensor& skip);

@@ -29,44 +29,68 @@ __device__ __forceinline__ bool aligned(const void* pointer, uintptr_t nbytes) {
   return reinterpret_cast<uintptr_t>(pointer) % nbytes == 0;
 }
 
-// Elements past the end of the bucket read as zero.
-__device__ __forceinline__ void load_floats(const float* from, const WorkTile& tile,
-                                            float (&x)[kPerThread]) {
-  from += static_cast<int64_t>(tile.begin) + 4 * threadIdx.x;
-  if (tile.full() && aligned(from, 16)) {
+// A thread's 16 elements of a full tile: four accesses of 16 or 8 bytes. `words` is the first.
+template <class Format>
+__device__ __forceinline__ void load_quads(const typename Format::Word* words,
+                                           float (&x)[kPerThread]) {
+  if constexpr (sizeof(typename Format::Word) == 4) {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
-      const float4 quad = __ldcs(reinterpret_cast<const float4*>(from + tile.step(4 * q)));
+      const float4 quad = __ldcs(reinterpret_cast<const float4*>(words + WorkTile::step(4 * q)));
       x[4 * q] = quad.x;
       x[4 * q + 1] = quad.y;
       x[4 * q + 2] = quad.z;
       x[4 * q + 3] = quad.w;
     }
   } else {
+    uint2 quad[kQuads];
 #pragma unroll
-    for (int e = 0; e < kPerThread; ++e)
-      x[e] = tile.place(e) < tile.size ? from[tile.step(e)] : 0.0f;
+    for (int q = 0; q < kQuads; ++q)
+      quad[q] = __ldcs(reinterpret_cast<const uint2*>(words + WorkTile::step(4 * q)));
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) {
+      const uint32_t pair = e % 4 < 2 ? quad[e / 4].x : quad[e / 4].y;
+      x[e] = Format::to_float(static_cast<uint16_t>(pair >> (16 * (e % 2))));
+    }
   }
+}
+
+template <class Format>
+__device__ __forceinline__ void store_quads(typename Format::Word* words,
+                                            const float (&x)[kPerThread]) {
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const auto word = [&](int c) { return Format::round(x[4 * q + c]); };
+    auto* const to = words + WorkTile::step(4 * q);
+    if constexpr (sizeof(typename Format::Word) == 4) {
+      __stcs(reinterpret_cast<float4*>(to), make_float4(word(0), word(1), word(2), word(3)));
+    } else {
+      const auto pair = [&](int c) { return word(c) | static_cast<uint32_t>(word(c + 1)) << 16; };
+      __stcs(reinterpret_cast<uint2*>(to), make_uint2(pair(0), pair(2)));
+    }
+  }
+}
+
+// Elements past the end of the bucket read as zero.
+__device__ __forceinline__ void load_floats(const float* from, const WorkTile& tile,
+                                            float (&x)[kPerThread]) {
+  from += static_cast<int64_t>(tile.begin) + 4 * threadIdx.x;
+  if (tile.full() && aligned(from, 16)) return load_quads<Float32>(from, x);
+#pragma unroll
+  for (int e = 0; e < kPerThread; ++e) x[e] = tile.place(e) < tile.size ? from[tile.step(e)] : 0.0f;
 }
 
 __device__ __forceinline__ void store_floats(float* to, const WorkTile& tile,
                                              const float (&x)[kPerThread]) {
   to += static_cast<int64_t>(tile.begin) + 4 * threadIdx.x;
-  if (tile.full() && aligned(to, 16)) {
+  if (tile.full() && aligned(to, 16)) return store_quads<Float32>(to, x);
 #pragma unroll
-    for (int q = 0; q < kQuads; ++q)
-      __stcs(reinterpret_cast<float4*>(to + tile.step(4 * q)),
-             make_float4(x[4 * q], x[4 * q + 1], x[4 * q + 2], x[4 * q + 3]));
-  } else {
-#pragma unroll
-    for (int e = 0; e < kPerThread; ++e)
-      if (tile.place(e) < tile.size) to[tile.step(e)] = x[e];
-  }
+  for (int e = 0; e < kPerThread; ++e)
+    if (tile.place(e) < tile.size) to[tile.step(e)] = x[e];
 }
 
 // Comparing magnitudes as floats instead of keys: the absolute value costs no instruction and,
 // unlike 16 keys, no registers.
-__device__ __forceinline__ bool finite(float x) { return fabsf(x) < bits_float(kInfKey); }
 __device__ __forceinline__ bool reaches(float x, uint32_t threshold) {
   return fabsf(x) >= bits_float(threshold);
 }

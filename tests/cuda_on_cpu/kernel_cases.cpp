@@ -4,6 +4,8 @@
 #include "case.h"
 #include "cuda/compress.h"
 #include "cuda/kernels.h"
+#include "cuda/segment_table.h"
+#include "rule.h"
 
 using namespace gmc;
 using namespace gmc::cuda;
@@ -25,39 +27,36 @@ std::vector<Segment> segments(Case& in, const std::string& prefix) {
   if (!in.has(sizes.c_str())) return list;
   int64_t begin = 0;
   for (int64_t i = 0; i < in.count(sizes.c_str()); ++i) {
+    const int64_t numel = in.array<int64_t>(sizes.c_str())[i];
     const int64_t dtype = in.array<int64_t>(dtypes.c_str())[i];
     const std::string name = prefix + std::to_string(i);
     void* data = nullptr;
     if (dtype == 0) data = in.array<float>(name.c_str());
     if (dtype > 0) data = in.array<uint16_t>(name.c_str());
-    const auto code = static_cast<DType>(std::max<int64_t>(dtype, 0));
-    list.push_back({data, static_cast<uint32_t>(begin), code});
-    begin += in.array<int64_t>(sizes.c_str())[i];
+    list.push_back({data, begin, numel, static_cast<DType>(std::max<int64_t>(dtype, 0))});
+    begin += numel;
   }
   return list;
 }
 
-// As tensors.cpp does it: in the kernel's own parameters if there is room.
 SegmentList place(const std::vector<Segment>& list, SegmentPiece* own, int* used) {
-  const int count = static_cast<int>(list.size());
-  if (*used + count <= kInlineSegments) {
-    std::copy(list.begin(), list.end(), own->segment + *used);
-    *used += count;
-    return {nullptr, *used - count, count};
-  }
-  Segment* stored = nullptr;
-  require(cudaMalloc(&stored, count * sizeof(Segment)));
-  require(store_segments_launch(list.data(), count, stored, nullptr));
-  return {stored, 0, count};
+  const auto allocate = [](int64_t nbytes) {
+    void* memory = nullptr;
+    require(cudaMalloc(&memory, nbytes));
+    return memory;
+  };
+  SegmentList placed;
+  require(place_segments(list, own, used, allocate, nullptr, &placed));
+  return placed;
 }
 
 void release(const SegmentList& list) {
-  if (list.stored) require(cudaFree(const_cast<Segment*>(list.stored)));
+  if (list.stored) require(cudaFree(const_cast<TableSegment*>(list.stored)));
 }
 
 Payload payload(Case& in, const char* name) {
-  return {in.array<uint8_t>(name), in.integer("numel"), in.integer("k"),
-          static_cast<DType>(in.integer("wire"))};
+  return {in.array<uint8_t>(name),
+          {in.integer("numel"), in.integer("k"), static_cast<WireType>(in.integer("wire"))}};
 }
 
 Aggregate aggregate(Case& in) {
@@ -67,6 +66,26 @@ Aggregate aggregate(Case& in) {
 
 const int32_t* skip(Case& in) { return in.has("skip") ? in.array<int32_t>("skip") : nullptr; }
 
+void fill_rule(Case& in, RuleArgs* args) {
+  args->memory = in.array<float>("memory");
+  if (in.has("momentum_buffer")) args->momentum_buffer = in.array<float>("momentum_buffer");
+  int used = 0;
+  args->grads = place(segments(in, "grad"), &args->own, &used);
+  args->params = place(segments(in, "param"), &args->own, &used);
+  args->numel = in.count("memory");
+  args->momentum = number(in, "momentum", 0.0f);
+  args->grad_scale = number(in, "grad_scale", 1.0f);
+  args->found_inf = number(in, "found_inf", 0.0f);
+  args->weight_decay = static_cast<float>(in.number("weight_decay"));
+  args->maximize = in.integer("maximize") != 0;
+  args->nesterov = in.integer("nesterov") != 0;
+}
+
+void release(const RuleArgs& args) {
+  release(args.grads);
+  release(args.params);
+}
+
 }  // namespace
 
 CUDA_CASE(state_nbytes) {
@@ -75,27 +94,41 @@ CUDA_CASE(state_nbytes) {
 
 CUDA_CASE(compress) {
   CompressArgs args = {};
-  args.memory = in.array<float>("memory");
-  if (in.has("momentum_buffer")) args.momentum_buffer = in.array<float>("momentum_buffer");
-  int used = 0;
-  args.grads = place(segments(in, "grad"), &args.own, &used);
-  args.params = place(segments(in, "param"), &args.own, &used);
-  args.numel = in.count("memory");
+  fill_rule(in, &args.rule);
   args.k = in.integer("k");
-  args.momentum = number(in, "momentum", 0.0f);
-  args.grad_scale = number(in, "grad_scale", 1.0f);
-  args.found_inf = number(in, "found_inf", 0.0f);
-  args.weight_decay = static_cast<float>(in.number("weight_decay"));
-  args.maximize = in.integer("maximize") != 0;
-  args.nesterov = in.integer("nesterov") != 0;
   args.aggregate = aggregate(in);
-  args.wire = static_cast<DType>(in.integer("wire"));
-  args.workspace = make_workspace(in.array<uint8_t>("state"), args.numel, args.k);
-  args.payload = in.output<uint8_t>("payload", PayloadLayout(args.numel, args.k, args.wire).nbytes);
+  args.wire = static_cast<WireType>(in.integer("wire"));
+  args.workspace = make_workspace(in.array<uint8_t>("state"), args.rule.numel, args.k);
+  const PayloadLayout layout({args.rule.numel, args.k, args.wire});
+  args.payload = in.output<uint8_t>("payload", layout.nbytes);
   require(compress_launch(args, nullptr));
-  release(args.grads);
-  release(args.params);
+  release(args.rule);
   *in.output<int64_t>("repairs", 1) = static_cast<int64_t>(args.workspace.control->repairs);
+}
+
+CUDA_CASE(accumulate) {
+  AccumulateArgs args = {};
+  fill_rule(in, &args.rule);
+  if (in.has("aggregate")) args.aggregate = in.array<float>("aggregate");
+  args.rank = in.integer("rank");
+  args.ranks = in.integer("ranks");
+  args.total = in.output<float>("total", args.rule.numel + args.ranks);
+  require(accumulate_launch(args, nullptr));
+  release(args.rule);
+}
+
+CUDA_CASE(apply_dense) {
+  ApplyDenseArgs args = {};
+  args.memory = in.array<float>("memory");
+  args.numel = in.count("memory");
+  args.total = in.array<float>("total");
+  args.factor = mean_factor(in.count("total") - args.numel);
+  args.lr = number(in, "lr", 0.0f);
+  args.skip = skip(in);
+  int used = 0;
+  args.params = place(segments(in, "param"), &args.own, &used);
+  require(apply_dense_launch(args, nullptr));
+  release(args.params);
 }
 
 CUDA_CASE(verdict) {
@@ -109,11 +142,32 @@ CUDA_CASE(verdict) {
                          in.output<uint32_t>("flags", 1), nullptr));
 }
 
+CUDA_CASE(payload_nonfinite) {
+  const int64_t ranks = in.integer("ranks");
+  const Gathered payloads{in.array<uint8_t>("payloads"), ranks, in.count("payloads") / ranks};
+  require(payload_nonfinite_launch(payloads, in.output<int64_t>("nonfinite", ranks), nullptr));
+}
+
+CUDA_CASE(aggregate_flags) {
+  std::vector<const uint8_t*> aggregates;
+  for (int64_t i = 0; i < in.integer("count"); ++i)
+    aggregates.push_back(in.array<uint8_t>(("aggregate" + std::to_string(i)).c_str()));
+  const int count = static_cast<int>(aggregates.size());
+  require(aggregate_flags_launch(aggregates.data(), count, in.output<int32_t>("flags", count),
+                                 nullptr));
+}
+
+CUDA_CASE(fingerprint) {
+  const auto dtype = static_cast<DType>(in.integer("dtype"));
+  require(fingerprint_launch(in.array<uint8_t>("data"), dtype, in.integer("numel"),
+                             in.output<unsigned long long>("print", 1), nullptr));
+}
+
 CUDA_CASE(merge) {
   const Payload payloads = payload(in, "payloads");
-  const int64_t ranks = in.integer("ranks");
-  const int64_t capacity = aggregate_capacity(payloads.numel, payloads.k, ranks);
-  auto* out = in.output<uint8_t>("aggregate", AggregateLayout(payloads.numel, capacity).nbytes);
+  const int64_t numel = payloads.shape.numel, ranks = in.integer("ranks");
+  const int64_t capacity = aggregate_capacity(numel, payloads.shape.k, ranks);
+  auto* out = in.output<uint8_t>("aggregate", AggregateLayout(numel, capacity).nbytes);
   require(merge_launch(payloads, ranks, skip(in), out, nullptr));
 }
 
@@ -140,10 +194,11 @@ CUDA_CASE(mask) {
 
 CUDA_CASE(unpack) {
   const Payload from = payload(in, "payload");
-  auto* indices = in.output<int64_t>("indices", from.k);
-  auto* values = in.output<float>("values", from.k);
-  std::fill_n(indices, from.k, int64_t{-1});
-  std::fill_n(values, from.k, 0.0f);
+  const int64_t k = from.shape.k;
+  auto* indices = in.output<int64_t>("indices", k);
+  auto* values = in.output<float>("values", k);
+  std::fill_n(indices, k, int64_t{-1});
+  std::fill_n(values, k, 0.0f);
   require(unpack_launch(from, indices, values, in.output<int64_t>("nonfinite", 1), nullptr));
 }
 

@@ -24,8 +24,10 @@ SMALL = {
     "GMC_MERGE_WINDOW": 96,
     "GMC_MERGE_RANKS": 2,
     "GMC_INLINE_SEGMENTS": 3,
+    "GMC_LARGEST_COUNT": 10_000,
 }
 WORK_TILE = 16 * SMALL["GMC_THREADS"]
+LARGEST_COUNT = SMALL["GMC_LARGEST_COUNT"]
 
 
 @cache
@@ -62,6 +64,18 @@ def from_numpy(array, dtype):
     return torch.from_numpy(array.copy())
 
 
+def number(name, value):
+    """A number by value, or in an array, which stands for device memory."""
+    if isinstance(value, torch.Tensor):
+        return {f"{name}_array": value.reshape(1).double().numpy()}
+    return {} if value is None else {name: float(value)}
+
+
+def copy_params(params, out):
+    for i, param in enumerate(params):
+        param.copy_(from_numpy(out[f"param{i}"], param.dtype).view_as(param))
+
+
 class Kernels:
     """gmc_cuda.ops over one Program; every call runs under the given seed of the schedule."""
 
@@ -95,53 +109,70 @@ class Kernels:
         grads,
         k,
         *,
-        momentum=0.0,
-        aggregate=None,
-        momentum_buffer=None,
-        nesterov=False,
-        weight_decay=0.0,
-        params=None,
-        maximize=False,
-        grad_scale=None,
-        found_inf=None,
         wire_dtype=torch.bfloat16,
         state=None,
+        **rule,
     ):
-        sizes = [p.numel() for p in params] if params is not None else [g.numel() for g in grads]
         if state is None:
             state = self.select_state(memory.numel(), k)
+        out = self._run_rule(
+            "compress",
+            memory,
+            grads,
+            rule,
+            k=k,
+            wire=DTYPES.index(wire_dtype),
+            state=to_numpy(state),
+        )
+        state.copy_(torch.from_numpy(out["state"]))
+        self.repairs = int(out["repairs"][0])
+        return torch.from_numpy(out["payload"])
+
+    def accumulate_(self, memory, grads, *, rank=0, ranks=1, **rule):
+        out = self._run_rule("accumulate", memory, grads, rule, rank=rank, ranks=ranks)
+        return torch.from_numpy(out["total"])
+
+    def _run_rule(self, case, memory, grads, rule, **arguments):
+        """What compress_ and accumulate_ share; updates memory and momentum buffer."""
+        rule = {name: value for name, value in rule.items() if value is not None}
+        params = rule.get("params")
+        sizes = [t.numel() for t in (grads if params is None else params)]
+        weight_decay = rule.get("weight_decay", 0.0)
         arrays = self._segments("grad", grads, sizes)
         if weight_decay:
             arrays |= self._segments("param", params, sizes)
-        for name, value in [
-            ("momentum", momentum),
-            ("grad_scale", grad_scale),
-            ("found_inf", found_inf),
-        ]:
-            if isinstance(value, torch.Tensor):
-                arrays[f"{name}_array"] = value.reshape(1).double().numpy()
-            elif value is not None:
-                arrays[name] = float(value)
-        for name, tensor in [("aggregate", aggregate), ("momentum_buffer", momentum_buffer)]:
-            if tensor is not None:
-                arrays[name] = to_numpy(tensor)
+        for name in ("momentum", "grad_scale", "found_inf"):
+            arrays |= number(name, rule.get(name))
+        for name in ("aggregate", "momentum_buffer"):
+            if name in rule:
+                arrays[name] = to_numpy(rule[name])
         out = self._call(
-            "compress",
+            case,
             memory=At(to_numpy(memory), 4 * self.offset),
-            k=k,
             weight_decay=float(weight_decay),
-            maximize=int(maximize),
-            nesterov=int(nesterov),
-            wire=DTYPES.index(wire_dtype),
-            state=to_numpy(state),
+            maximize=int(rule.get("maximize", False)),
+            nesterov=int(rule.get("nesterov", False)),
+            **arrays,
+            **arguments,
+        )
+        for name, tensor in (("memory", memory), ("momentum_buffer", rule.get("momentum_buffer"))):
+            if tensor is not None:
+                tensor.copy_(torch.from_numpy(out[name]))
+        return out
+
+    def apply_dense_(self, params, memory, total, lr, *, skip=None):
+        arrays = self._segments("param", params, [p.numel() for p in params]) | number("lr", lr)
+        if skip is not None:
+            arrays["skip"] = to_numpy(skip)
+        out = self._call(
+            "apply_dense",
+            memory=At(to_numpy(memory), 4 * self.offset),
+            total=At(to_numpy(total), 4 * self.offset),
             **arrays,
         )
-        memory.copy_(torch.from_numpy(out["memory"]))
-        state.copy_(torch.from_numpy(out["state"]))
-        if momentum_buffer is not None:
-            momentum_buffer.copy_(torch.from_numpy(out["momentum_buffer"]))
-        self.repairs = int(out["repairs"][0])
-        return torch.from_numpy(out["payload"])
+        for name, tensor in (("memory", memory), ("total", total)):
+            tensor.copy_(torch.from_numpy(out[name]))
+        copy_params(params, out)
 
     def _payload(self, name, payload, numel, k, wire_dtype, skip=None):
         arrays = {name: to_numpy(payload), "numel": numel, "k": k}
@@ -155,23 +186,36 @@ class Kernels:
         out = self._call("verdict", buckets=len(payloads), ranks=ranks, **arrays)
         return torch.from_numpy(out["flags"].view(np.int32))
 
+    def payload_nonfinite(self, payloads):
+        out = self._call("payload_nonfinite", payloads=to_numpy(payloads), ranks=payloads.size(0))
+        return torch.from_numpy(out["nonfinite"])
+
+    def aggregate_flags(self, aggregates):
+        arrays = {f"aggregate{i}": to_numpy(a) for i, a in enumerate(aggregates)}
+        out = self._call("aggregate_flags", count=len(aggregates), **arrays)
+        return torch.from_numpy(out["flags"])
+
+    def fingerprint(self, params):
+        """One launch for each tensor, as in the operator."""
+        prints = []
+        for param in params:
+            data, code = to_numpy(param).view(np.uint8), DTYPES.index(param.dtype)
+            out = self._call("fingerprint", data=data, dtype=code, numel=param.numel())
+            prints.append(torch.from_numpy(out["print"].view(np.int64)))
+        return torch.cat(prints)
+
     def merge(self, payloads, numel, k, wire_dtype=torch.bfloat16, *, skip=None):
         arrays = self._payload("payloads", payloads, numel, k, wire_dtype, skip)
         out = self._call("merge", ranks=payloads.size(0), **arrays)
         return torch.from_numpy(out["aggregate"])
 
     def apply_(self, params, aggregate, lr, *, skip=None):
-        arrays = self._segments("param", params, [p.numel() for p in params])
-        if isinstance(lr, torch.Tensor):
-            arrays["lr_array"] = lr.reshape(1).double().numpy()
-        else:
-            arrays["lr"] = float(lr)
+        arrays = self._segments("param", params, [p.numel() for p in params]) | number("lr", lr)
         if skip is not None:
             arrays["skip"] = to_numpy(skip)
         numel = sum(p.numel() for p in params)
         out = self._call("apply", numel=numel, aggregate=to_numpy(aggregate), **arrays)
-        for i, param in enumerate(params):
-            param.copy_(from_numpy(out[f"param{i}"], param.dtype).view_as(param))
+        copy_params(params, out)
 
     def restore_(self, memory, payload, k, wire_dtype=torch.bfloat16, *, skip=None):
         arrays = self._payload("payload", payload, memory.numel(), k, wire_dtype, skip)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from cases import assert_same_bytes, sample_call
 from compilation import FLAVOURS
-from kernel_ops import WORK_TILE, Kernels, assert_same_aggregate, program
+from kernel_ops import LARGEST_COUNT, WORK_TILE, Kernels, assert_same_aggregate, program
 
-from gmc_cuda import ops
+from gmc_cuda import ops, reference
 
 WIRES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -121,6 +121,89 @@ def test_random_calls(running, values, numel):
             assert_same_bytes(call.memory, expected.memory, "memory")
             if call.momentum_buffer is not None:
                 assert_same_bytes(call.momentum_buffer, expected.momentum_buffer, "buffer")
+
+
+@pytest.mark.parametrize("values", ["gaussian", "heavy ties", "near overflow"])
+@pytest.mark.parametrize("numel", [7, 2049, 2 * WORK_TILE, 5000])
+def test_accumulate(running, values, numel):
+    """The rule of compress_ over a dense aggregate, and the count of non-finite values."""
+    for seed in seeds(running, 6):
+        call = sample_call(seed, values, numel, 1)
+        expected = call.copy()
+        ranks = seed % 3 + 1
+        total = call.accumulate(Kernels(running, seed, offset=seed % 4), seed % ranks, ranks)
+        assert_same_bytes(total, expected.accumulate(ops, seed % ranks, ranks), "total")
+        assert_same_bytes(call.memory, expected.memory, "memory")
+        if call.momentum_buffer is not None:
+            assert_same_bytes(call.momentum_buffer, expected.momentum_buffer, "buffer")
+
+
+@pytest.mark.parametrize("rule", ["global", "local", "nesterov"])
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_accumulate_counts_from_many_blocks(running, rule, decay):
+    """Every warp of every block has something to count, found_inf adds one."""
+    numel = 5 * WORK_TILE + 3
+    rng = np.random.default_rng(6)
+    grad = gaussian(numel, rng)
+    grad[::17] = np.nan
+    memory, params = gaussian(numel, rng), [gaussian(numel, rng)]
+    options = {"nesterov": rule == "nesterov", "weight_decay": decay, "params": params}
+    for seed in seeds(running, 3):
+        for found_inf in (None, torch.tensor(1.0)):
+            sides = []
+            for backend in (Kernels(running, seed, offset=seed % 3), ops):
+                options["momentum_buffer"] = None if rule == "global" else memory.flip(0).clone()
+                u = memory.clone()
+                total = backend.accumulate_(
+                    u, [grad], rank=1, ranks=3, momentum=0.9, found_inf=found_inf, **options
+                )
+                sides.append([total, u, options["momentum_buffer"]])
+            for mine, theirs in zip(*sides, strict=True):
+                if mine is not None:
+                    assert_same_bytes(mine, theirs, "total, memory or buffer")
+            counted = -(-numel // 17) if found_inf is None else 1
+            assert sides[0][0][numel:].tolist() == [0, counted, 0]
+
+
+def test_a_count_saturates(running):
+    """The count of a dense bucket goes no further, in whatever order blocks add to it."""
+    numel = LARGEST_COUNT + 2 * WORK_TILE
+    grad = torch.full((numel,), float("nan"))
+    for seed in seeds(running, 3):
+        total = Kernels(running, seed).accumulate_(torch.zeros(numel), [grad])
+        assert total[numel:].tolist() == [LARGEST_COUNT]
+
+
+@pytest.mark.parametrize("skip", [None, 0, 1])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_apply_dense(running, ranks, skip):
+    """Whole tiles of each dtype, tensors that end anywhere, unaligned ones, more than fit."""
+    flag = None if skip is None else torch.tensor([skip], dtype=torch.int32)
+    rng = np.random.default_rng(12)
+    for seed, sizes in zip(
+        seeds(running, 4),
+        [
+            [2 * WORK_TILE, WORK_TILE, WORK_TILE],
+            [WORK_TILE + 3, 5, 2 * WORK_TILE],
+            [1, 0, 7, 2 * WORK_TILE, 64, 900],
+            [7],
+        ],
+        strict=False,
+    ):
+        numel = sum(sizes)
+        params = split(gaussian(numel, rng), sizes, WIRES)
+        params[0][:3] = torch.tensor([-0.0, float("inf"), 1e-7])[: sizes[0]]
+        total = torch.cat([gaussian(numel, rng) * 1000, torch.zeros(ranks)])
+        total[0] = -0.0
+        for lr in (0.1, torch.tensor(0.3)):
+            outcomes = []
+            for backend in (Kernels(running, seed, offset=seed % 3), ops):
+                args = [p.clone() for p in params], gaussian(numel, rng), total.clone()
+                args[1].fill_(3.0)
+                backend.apply_dense_(*args, lr, skip=flag)
+                outcomes.append([*args[0], *args[1:]])
+            for mine, theirs in zip(*outcomes, strict=True):
+                assert_same_bytes(mine, theirs, "params, memory or total")
 
 
 def payloads_of(ranks, numel, k, wire, seed, spread=1.0):
@@ -243,7 +326,7 @@ def test_selection(running, name):
 @pytest.mark.parametrize("decay", [0.0, 0.01])
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_rules_over_several_tensors(running, rule, decay, offset):
-    """Several dtypes in a bucket, tables in parameters and stored, tensors askew, None, empty."""
+    """Several dtypes, tables in parameters and stored, unaligned tensors, None, empty."""
     rng = np.random.default_rng([offset, len(rule)])
     for seed, sizes in zip(
         seeds(running, 3),
@@ -361,7 +444,9 @@ def test_verdict(running):
     overflowed[1, 4] = 7
     assert kernels.verdict([overflowed] + [small] * 140).item() == 1
     assert kernels.verdict([small] * 140 + [overflowed]).item() == 1
+    assert kernels.payload_nonfinite(overflowed).tolist() == [0, 7]
     odd = torch.full((70, 37), 1, dtype=torch.uint8)  # no payload at all
+    assert_same_bytes(kernels.payload_nonfinite(odd), ops.payload_nonfinite(odd), "counts")
     assert kernels.verdict([small, odd]).item() == ops.verdict([small, odd]).item() == 3
 
 
@@ -382,6 +467,28 @@ def test_damaged_aggregates(running):
         kernels.compress_(torch.zeros(numel), [dense], k, momentum=0.9, aggregate=broken)
     flagged = flipped(sound, 4, 2)
     assert not bool(kernels.densify(flagged, numel).any())
+
+
+@pytest.mark.parametrize("dtype", WIRES)
+def test_fingerprint(running, dtype):
+    params = [torch.randn(n).to(dtype) for n in (1, 33, 5000)]
+    expected = reference.fingerprint(params)
+    for seed in (0, 3):
+        assert torch.equal(Kernels(running, seed).fingerprint(params), expected)
+    assert torch.equal(ops.fingerprint(params), expected)
+
+
+def test_aggregate_flags(running):
+    """More aggregates than one launch takes."""
+    kernels = Kernels(running)
+    payloads = payloads_of(2, 50, 5, torch.bfloat16, seed=0)
+    skip = torch.ones(1, dtype=torch.int32)
+    skipped = kernels.merge(payloads, 50, 5, skip=skip)
+    payloads[1, 0] ^= 1
+    damaged = kernels.merge(payloads, 50, 5)
+    assert kernels.aggregate_flags([skipped, damaged]).tolist() == [1, 2]
+    many = [ops.sparsify(torch.ones(1))] * 300 + [damaged]
+    assert kernels.aggregate_flags(many).tolist() == ops.aggregate_flags(many).tolist()
 
 
 def test_damaged_payloads(running):

@@ -1,0 +1,29 @@
+// What several operators take, after its checks and still as tensors.
+#pragma once
+
+#include <vector>
+
+#include "bucket.h"
+#include "tensor.h"
+
+namespace gmc {
+
+// What the rule (rule.h) reads and updates.
+struct RuleTensors {
+  Tensor memory;
+  OptionalTensor momentum_buffer;  // none: global momentum
+  std::vector<Segment> grads;
+  std::vector<Segment> params;  // empty without weight decay
+  Tensor momentum;
+  OptionalTensor grad_scale, found_inf;
+  float weight_decay;
+  bool maximize, nesterov;
+};
+
+// One rank's payload, or those of several ranks.
+struct PayloadTensor {
+  Tensor bytes;
+  PayloadShape shape;
+};
+
+}  // namespace gmc

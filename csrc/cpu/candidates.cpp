@@ -1,0 +1,56 @@
+#include "candidates.h"
+
+#include <algorithm>
+
+#include "../rule.h"
+
+namespace gmc::cpu {
+namespace {
+
+// Leaves in memory what the wire type loses of each value.
+template <class Format>
+void take_out(float* memory, const uint32_t* index, const uint32_t* bits, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = bits_float(bits[i]);
+    memory[index[i]] = subtract(value, Format::decode(Format::encode(value)));
+  }
+}
+
+}  // namespace
+
+void Candidates::reserve(int64_t more) {
+  more += 16;
+  if (count + more <= capacity) return;
+  const int64_t larger = std::max(count + more, 2 * capacity);
+  for (auto* list : {&index, &bits}) {
+    std::unique_ptr<uint32_t[]> wider(new uint32_t[larger]);
+    std::copy_n(list->get(), count, wider.get());
+    *list = std::move(wider);
+  }
+  capacity = larger;
+}
+
+void Collector::collect(int64_t begin, int64_t end, uint32_t threshold, Candidates* out,
+                        const NextGradients& next) const {
+  if (out->overflow) return;
+  out->reserve(end - begin);
+  uint32_t* index = out->index.get() + out->count;
+  uint32_t* bits = out->bits.get() + out->count;
+  const int64_t count = loops().collect(memory_ + begin, end - begin, static_cast<uint32_t>(begin),
+                                        threshold, index, bits, next.data, next.element_size);
+  with_wire_type(wire_,
+                 [&](auto format) { take_out<decltype(format)>(memory_, index, bits, count); });
+  out->count += count;
+  out->overflow = out->count > 4 * k_ + kTile;
+}
+
+void Collector::collect_all(int64_t begin, int64_t end, uint32_t threshold, Candidates* out) const {
+  for (int64_t i = begin; i < end; i += kChunk)
+    collect(i, std::min(i + kChunk, end), threshold, out);
+}
+
+void Collector::put_back(const Candidates& taken) const {
+  for (int64_t i = 0; i < taken.count; ++i) memory_[taken.index[i]] = bits_float(taken.bits[i]);
+}
+
+}  // namespace gmc::cpu

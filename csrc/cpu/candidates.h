@@ -1,0 +1,46 @@
+// Candidates for the selection: entries of memory that reach a threshold, in index order. While
+// they are candidates, memory holds what it will hold if they are sent: their lines are in the
+// cache when they are found, and most will be. Those that are not are put back.
+#pragma once
+
+#include <memory>
+
+#include "kernels.h"
+#include "rule_pass.h"
+
+namespace gmc::cpu {
+
+struct Candidates {
+  std::unique_ptr<uint32_t[]> index, bits;
+  int64_t count = 0, capacity = 0;
+  bool overflow = false;  // there are far more than k; the rest was left in memory
+
+  void clear() {
+    count = 0;
+    overflow = false;
+  }
+
+  // Makes room for `more` candidates, and for what collect may write behind them.
+  void reserve(int64_t more);
+};
+
+// Takes candidates out of memory and puts them back.
+class Collector {
+ public:
+  Collector(float* memory, int64_t k, WireType wire) : memory_(memory), k_(k), wire_(wire) {}
+
+  // The elements of [begin, end) whose key reaches the threshold, until there are far more than k.
+  void collect(int64_t begin, int64_t end, uint32_t threshold, Candidates* out,
+               const NextGradients& next = {}) const;
+  // The same in chunks.
+  void collect_all(int64_t begin, int64_t end, uint32_t threshold, Candidates* out) const;
+
+  void put_back(const Candidates& taken) const;
+
+ private:
+  float* const memory_;
+  const int64_t k_;
+  const WireType wire_;
+};
+
+}  // namespace gmc::cpu

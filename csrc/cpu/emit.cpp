@@ -1,0 +1,70 @@
+#include "emit.h"
+
+#include <algorithm>
+
+namespace gmc::cpu {
+
+Emitter::Emitter(const PayloadShape& shape, uint8_t* payload, const Collector& collector,
+                 const Selection& selection, int64_t part, int64_t first_tile)
+    : out_(payload, PayloadLayout(shape)),
+      wire_(shape.wire),
+      collector_(collector),
+      threshold_(selection.threshold),
+      ties_(selection.ties[part]),
+      position_(selection.position[part]),
+      next_tile_(first_tile) {}
+
+void Emitter::emit(Candidates* candidates) {
+  collector_.put_back(separate(candidates));
+  with_wire_type(wire_, [&](auto format) { write<decltype(format)>(*candidates); });
+}
+
+void Emitter::start_tiles(int64_t end) {
+  for (; next_tile_ < end; ++next_tile_) out_.starts[next_tile_] = static_cast<uint32_t>(position_);
+}
+
+// Keeps the selected and returns the others. Without branches, because whether a candidate is
+// selected cannot be predicted.
+Candidates Emitter::separate(Candidates* candidates) {
+  uint32_t* index = candidates->index.get();
+  uint32_t* bits = candidates->bits.get();
+  Candidates others;
+  others.reserve(candidates->count);
+  int64_t selected = 0;
+  for (int64_t i = 0; i < candidates->count; ++i) {
+    const uint32_t this_index = index[i], this_bits = bits[i];
+    const uint32_t key = this_bits & kKeyMask;
+    const bool tie = key == threshold_;
+    const bool take = (key > threshold_) | (tie & (ties_ > 0));
+    ties_ -= tie;
+    others.index[others.count] = this_index;
+    others.bits[others.count] = this_bits;
+    others.count += !take;
+    index[selected] = this_index;
+    bits[selected] = this_bits;
+    selected += take;
+  }
+  candidates->count = selected;
+  return others;
+}
+
+template <class Format>
+void Emitter::write(const Candidates& selected) {
+  for (int64_t i = 0; i < selected.count; ++i) {
+    const uint32_t index = selected.index[i];
+    start_tiles(index / kTile + 1);
+    out_.indices[position_] = static_cast<uint16_t>(index % kTile);
+    store_wire_as<Format>(out_.values, position_, bits_float(selected.bits[i]));
+    ++position_;
+  }
+}
+
+void write_frame(const PayloadShape& shape, uint64_t nonfinite, uint8_t* payload) {
+  const PayloadLayout layout(shape);
+  layout.for_each_gap(
+      [&](int64_t begin, int64_t end) { std::fill(payload + begin, payload + end, uint8_t{0}); });
+  const auto count = static_cast<uint32_t>(std::min<uint64_t>(nonfinite, UINT32_MAX));
+  *PayloadView(payload, layout).header = make_header(shape, count);
+}
+
+}  // namespace gmc::cpu

@@ -1,0 +1,96 @@
+// The step of a dense bucket: v itself is summed over all ranks, between these two kernels. A block
+// owns one work tile.
+#include "kernels.h"
+#include "launch.h"
+#include "rule_tile.cuh"
+
+namespace gmc::cuda {
+namespace {
+
+// *counter += x, a whole number, up to kLargestCount.
+__device__ void add_count(float* counter, uint32_t x) {
+  auto* const bits = reinterpret_cast<uint32_t*>(counter);
+  uint32_t seen = 0, expected;  // as launched
+  do {
+    expected = seen;
+    const uint32_t sum = min(static_cast<uint32_t>(bits_float(expected)) + x, kLargestCount);
+    seen = atomicCAS(bits, expected, float_bits(static_cast<float>(sum)));
+  } while (seen != expected);
+}
+
+struct AccumulateShared {
+  alignas(16) float stage[kWorkTile];
+};
+
+template <class Rule>
+__global__ void __launch_bounds__(kThreads, Rule::kBlocks)
+    accumulate_kernel(const __grid_constant__ AccumulateArgs args) {
+  static __shared__ AccumulateShared shared;
+  const RuleTile tile(args.rule, shared.stage);
+  uint32_t nonfinite = 0;
+  float v[kPerThread];
+  Rule::make(tile, args.aggregate, v, &nonfinite);
+  store_floats(args.rule.memory, tile, v);
+  store_floats(args.total, tile, v);
+  nonfinite = __reduce_add_sync(kAllLanes, nonfinite);
+  if (threadIdx.x == 0 && blockIdx.x == 0) nonfinite += args.rule.found_inf.load() != 0.0f;
+  if (lane_id() == 0 && nonfinite != 0)
+    add_count(args.total + args.rule.numel + args.rank, nonfinite);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    apply_dense_kernel(const __grid_constant__ ApplyDenseArgs args) {
+  const WorkTile tile(blockIdx.x, args.numel);
+  float a[kPerThread], w[kPerThread];
+  if (args.skip && *args.skip != 0) {
+    zero(a);
+    store_floats(args.total, tile, a);
+    return;
+  }
+  const float lr = args.lr.load();
+  const TileSegments shared(args.params.begin(args.own), args.params.count, args.numel, tile);
+  if (shared.whole && with_quads(*shared.first, tile, [&](auto format, auto* words) {
+        using Format = decltype(format);
+        load_floats(args.total, tile, a);
+        load_quads<Format>(words, w);
+#pragma unroll
+        for (int e = 0; e < kPerThread; ++e) {
+          a[e] = multiply(a[e], args.factor);
+          w[e] = moved(w[e], lr, a[e]);
+        }
+        store_quads<Format>(words, w);
+        store_floats(args.total, tile, a);
+        zero(a);
+        store_floats(args.memory, tile, a);
+      }))
+    return;
+  const int candidates = shared.count(tile);
+  for (uint32_t place = threadIdx.x; place < tile.size; place += kThreads) {
+    const uint32_t i = tile.begin + place;
+    const TableSegment segment = shared.first[find_segment(shared.first, candidates, i)];
+    const int64_t at = i - segment.begin;
+    const float mean = multiply(args.total[i], args.factor);
+    const float weight = load_value(segment.data, segment.dtype, at);
+    store_value(segment.data, segment.dtype, at, moved(weight, lr, mean));
+    args.total[i] = mean;
+    args.memory[i] = 0.0f;
+  }
+}
+
+}  // namespace
+
+cudaError_t accumulate_launch(const AccumulateArgs& args, cudaStream_t stream) {
+  const int64_t numel = args.rule.numel;
+  const cudaError_t status = cudaMemsetAsync(args.total + numel, 0, 4 * args.ranks, stream);
+  if (status != cudaSuccess) return status;
+  return with_rule(args.rule, [&](auto rule) {
+    return launch(accumulate_kernel<decltype(rule)>, work_tile_count(numel), kThreads, stream,
+                  args);
+  });
+}
+
+cudaError_t apply_dense_launch(const ApplyDenseArgs& args, cudaStream_t stream) {
+  return launch(apply_dense_kernel, work_tile_count(args.numel), kThreads, stream, args);
+}
+
+}  // namespace gmc::cuda
