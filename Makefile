@@ -82,7 +82,7 @@ build_needs = $(or $(TORCH:%="%"),$(call listed,dependencies)) $(call listed,req
 $(VENV)/%.installed: pyproject.toml $(VENV)/created
 	@! $(python) -c 'import pip' 2> /dev/null || { \
 	    echo 'Installing what is missing for $*$(if $(filter build,$*), (torch can be several GB))'; \
-	    $(python) -m pip install --quiet $(if $(filter lint,$*),--ignore-installed) \
+	    $(python) -m pip install -qq $(if $(filter lint,$*),--ignore-installed) \
 	        $(if $(filter build,$*),$(build_needs),$(call listed,$*)); } || { \
 	    echo 'Could not install it (see above). If this machine has no network, install it for'; \
 	    echo '$(PYTHON) by other means: what that has is used as it is.'; exit 1; }
