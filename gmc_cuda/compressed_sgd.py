@@ -262,7 +262,10 @@ class CompressedSGD(torch.optim.Optimizer):
         if every and self._steps % every == 0:
             params = [p for bucket in self._buckets for p in bucket.flat_params()]
             names = list(self._bucket_of)
-            check_replicas(self._exchange, params, lambda i: self._name(names[i]), self._steps)
+            try:
+                check_replicas(self._exchange, params, lambda i: self._name(names[i]), self._steps)
+            except GroupLost as error:
+                raise self._told(error, "the step was applied here") from error
 
     def _start(self, bucket: Bucket, grads: list[Tensor | None]) -> None:
         group = self.param_groups[bucket.group]
@@ -338,12 +341,11 @@ class CompressedSGD(torch.optim.Optimizer):
             self._restart()
             self._steps += 1
             if isinstance(error, GroupLost):
-                raise GroupLost(
-                    f"step {self._steps}, rank {self._exchange.rank} lost the group: nothing was "
-                    "applied, state_dict() is usable; start again with a new process group "
-                    f"({error})"
-                ) from error
+                raise self._told(error, "nothing was applied") from error
             raise
+
+    def _told(self, error: GroupLost, outcome: str) -> GroupLost:
+        return error.told(f"step {self._steps}", self._exchange.rank, outcome)
 
     def _apply(self, skip: Tensor | None) -> None:
         if skip is None:
@@ -472,14 +474,27 @@ class CompressedSGD(torch.optim.Optimizer):
         """Replaces every worker's memory (and local momentum) by the mean over all workers.
 
         All workers must call it. What is unsent in all, and so the run, is kept: afterwards the
-        state of one worker is the state of all, for checkpoints that keep rank 0's only.
+        state of one worker is the state of all, for checkpoints that keep rank 0's only. Takes a
+        second copy of the memory for as long as it runs.
+
+        Raises:
+            RuntimeError: the process group was lost; this worker's memory is what it was.
         """
         self._refuse_between_backward_and_step("average_memory_")
+        own = sorted(self._rule.own_state())
         flats = [flat for bucket in self._buckets for flat in bucket.vectors().values()]
-        works = [self._exchange.all_reduce(flat) for flat in flats]
-        for flat, work in zip(flats, works, strict=True):
-            work.wait()
-            flat.div_(self._exchange.size)
+        frozen = [p for group in self.param_groups for p in group["params"]
+                  if p in self.state and p not in self._bucket_of]  # fmt: skip
+        flats += [self.state[p][name] for p in frozen for name in own if name in self.state[p]]
+        sums = [flat.clone() for flat in flats]
+        works = [self._exchange.all_reduce(total) for total in sums]
+        try:
+            for work in works:
+                work.wait()
+        except GroupLost as error:
+            raise self._told(error, "memory was not averaged") from error
+        for flat, total in zip(flats, sums, strict=True):
+            torch.div(total, self._exchange.size, out=flat)
         self._averaged = True
 
     def __getstate__(self) -> dict[str, Any]:

@@ -54,6 +54,13 @@ class Exchange(Protocol):
 class GroupLost(RuntimeError):
     """A collective failed: another rank ended, or the time-out of the group passed."""
 
+    def told(self, when: str, rank: int, outcome: str) -> GroupLost:
+        """The same for users: when it happened, to whom, and what that means for the state."""
+        return GroupLost(
+            f"{when}, rank {rank} lost the group: {outcome}, state_dict() is usable; start again "
+            f"with a new process group ({self})"
+        )
+
 
 class _Done:
     def wait(self) -> None:

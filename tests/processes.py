@@ -20,8 +20,8 @@ PATIENCE = 60  # seconds without a word from a worker, far more than any needs
 
 # A server that has imported everything forks the workers, so that each starts in milliseconds.
 # The first optimizer of a process imports torch._dynamo.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["gmc_cuda", "pytest", "torch._dynamo", "torch.testing"])
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["gmc_cuda", "pytest", "torch._dynamo", "torch.testing"])
 
 
 class Processes:
@@ -39,11 +39,11 @@ class Processes:
         self, size: int, folder: Path, function: Callable[..., Any], *args: Any, seconds: float = 30
     ) -> None:
         self.ranks = range(size)
-        pipes = [_context.Pipe(duplex=False) for _ in self.ranks]
+        pipes = [context.Pipe(duplex=False) for _ in self.ranks]
         self._pipes = [ours for ours, _ in pipes]
         store = str(folder / "store")
         self._processes = [
-            _context.Process(
+            context.Process(
                 target=_serve, args=(rank, size, store, seconds, theirs, function, args)
             )
             for rank, (_, theirs) in enumerate(pipes)

@@ -270,3 +270,73 @@ def test_a_group_that_fails_when_a_collective_is_issued(tmp_path, undisturbed, m
         for rank, (seen, (step, went_on)) in enumerate(workers.results()):
             assert step == FATAL and (went_on or rank == VICTIM)
             assert_same(seen, undisturbed[rank])
+
+
+# ------------------------------------------------------------------- outside the exchange of a step
+
+
+def average_and_lose(say, make):
+    params, optimizer = build(make, overlap=False)
+    for step in range(1, 4):
+        train_a_step(params, optimizer, step)
+    before = memory_of(optimizer, params), momentum_of(optimizer, params)
+    if dist.get_rank() == VICTIM:
+        at_collective(optimizer, 3, end)
+    words = rf"step 3, rank {dist.get_rank()} lost the group: memory was not averaged, state_dict"
+    with pytest.raises(RuntimeError, match=words):
+        optimizer.average_memory_()
+    after = memory_of(optimizer, params), momentum_of(optimizer, params)
+    assert not optimizer.state_dict()["param_groups"][0]["saved_by"]["averaged"]
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
+def test_a_worker_killed_while_memory_is_averaged(tmp_path, make):
+    with Processes(SIZE, tmp_path, average_and_lose, make) as workers:
+        assert workers.results(SURVIVORS) == [True, True]
+
+
+def check_and_lose(say):
+    params = parameters()
+    optimizer = gmc_cuda.GMC(params, lr=LR, density=0.1, check_replicas_every=2)
+    train_a_step(params, optimizer, 1)
+    before = flat(params)
+    if dist.get_rank() == VICTIM:
+        at_collective(optimizer, len(optimizer._buckets) + 1, end)
+    words = rf"step 2, rank {dist.get_rank()} lost the group: the step was applied here, state_d"
+    with pytest.raises(RuntimeError, match=words):
+        train_a_step(params, optimizer, 2)
+    return not torch.equal(flat(params), before)
+
+
+def test_a_worker_killed_while_replicas_are_compared(tmp_path):
+    with Processes(SIZE, tmp_path, check_and_lose) as workers:
+        assert workers.results(SURVIVORS) == [True, True]
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+def test_an_interrupt_while_waiting(monkeypatch, density):
+    """Ctrl-C, after which many save what they have: the step's gradient is in memory."""
+    params = parameters()
+    optimizer = gmc_cuda.GMC(params, lr=LR, momentum=MOMENTUM, density=density)
+    train = [torch.randn_like(flat(params)).float() for _ in range(2)]
+
+    def step(gradient):
+        parts = gradient.split([p.numel() for p in params])
+        for param, part in zip(params, parts, strict=True):
+            param.grad = part.view_as(param)
+        optimizer.step()
+
+    step(train[0])
+    w, u, a = flat(params), memory_of(optimizer, params), aggregate_of(optimizer, params)
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exchange._Done, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            step(train[1])
+    assert torch.equal(flat(params), w) and aggregate_of(optimizer, params).count_nonzero() == 0
+    v = u + train[1] + MOMENTUM * a
+    torch.testing.assert_close(memory_of(optimizer, params), v, rtol=1e-6, atol=1e-6)

@@ -449,6 +449,29 @@ def test_averaged_memory_keeps_the_run(pool, size, make):
     pool.run(size, average, make)
 
 
+def average_while_frozen(group, make):
+    """What a frozen parameter had not sent waits in memory, and is averaged as well."""
+    rank = dist.get_rank(group)
+    params, optimizer = trained(make, group=group)
+    params[0].requires_grad_(False)
+    go_on(optimizer, range(3, 4), rank)
+    own = ["memory", "momentum_buffer"] if make is gmc_cuda.DGC else ["memory"]
+    state = optimizer.state[params[0]]
+    before = {name: mean(group, flat([state[name]])) for name in own}
+    aggregate = state["momentum_buffer"].clone()
+    optimizer.average_memory_()
+    for name in own:
+        after = flat([optimizer.state[params[0]][name]])
+        torch.testing.assert_close(after, before[name], rtol=1e-5, atol=1e-6)
+    if make is gmc_cuda.GMC:
+        assert torch.equal(optimizer.state[params[0]]["momentum_buffer"], aggregate)
+
+
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
+def test_averaged_memory_of_a_frozen_parameter(pool, make):
+    pool.run(2, average_while_frozen, make)
+
+
 def save_and_load_distributed(group, folder):
     """Plain torch.distributed.checkpoint: keeps one memory, so it must be the average."""
     rank = dist.get_rank(group)

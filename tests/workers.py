@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import context
 
 SIZES = (1, 2, 4)
 TIMEOUT = 120  # seconds a test function may take, far more than any needs
@@ -56,7 +56,6 @@ class WorkerPool:
         self._processes = []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
         pipes = [context.Pipe() for _ in range(max(SIZES))]
         store = tempfile.mktemp(prefix="gmc_cuda_store_")
         self._pipes = [ours for ours, _ in pipes]
