@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gmc_cuda import agreement, hyperparameters, ops, transfers, wire
+from gmc_cuda import agreement, hyperparameters, transfers, wire
 from gmc_cuda import state_dict as states
 from gmc_cuda.buckets import MAX_NUMEL, Bucket, in_storage_order, make_buckets
 from gmc_cuda.exchange import Exchange, FlatGroup, GroupLost
@@ -266,6 +266,7 @@ class CompressedSGD(torch.optim.Optimizer):
             arguments,
             self.wire_dtype,
             self._rule.masks(group),
+            self._rule.look_ahead(group),
         )
         bucket.sent_nbytes = transfer.nbytes
         self._started.append(transfer)
@@ -301,7 +302,7 @@ class CompressedSGD(torch.optim.Optimizer):
         if not self._started:
             return None
         self._verdict = skip = transfers.agree(self._started)
-        self._raise_on(skip)
+        transfers.raise_on(self._started, skip, self._exchange.rank, self.nonfinite)
         for transfer in self._started:
             transfer.merge(skip)
         self._duplicates.look(self._started, self._exchange.size)
@@ -313,9 +314,7 @@ class CompressedSGD(torch.optim.Optimizer):
         try:
             yield
         except Exception as error:
-            for transfer in self._started:
-                transfer.give_back()
-                transfer.bucket.aggregate = None
+            transfers.cancel(self._started)
             if self._started and self._skipped is not None:
                 self._skipped += 1
             self._restart()
@@ -332,7 +331,8 @@ class CompressedSGD(torch.optim.Optimizer):
         if skip is None:
             return
         for transfer in self._started:
-            transfer.finish(self.param_groups[transfer.bucket.group]["lr"], skip)
+            bucket = transfer.bucket
+            transfer.finish(bucket.flat_params(), self.param_groups[bucket.group]["lr"], skip)
         assert self._skipped is not None
         self._skipped += skip != 0
         aggregates = [t.aggregate for t in self._started if t.payloads is not None]
@@ -340,23 +340,6 @@ class CompressedSGD(torch.optim.Optimizer):
             self._damage.submit(aggregates)
         for group in self.param_groups:
             self._rule.finish(group)
-
-    def _raise_on(self, skip: Tensor) -> None:
-        if self.nonfinite != "raise" and not skip.is_cpu:
-            return  # reading the verdict would make the host wait for the device
-        verdict = int(skip)
-        if verdict & ops.DAMAGED:
-            raise RuntimeError(
-                f"rank {self._exchange.rank} received a damaged payload header; the step was not "
-                "made here, and replicas may differ: restart from a checkpoint"
-            )
-        if verdict and self.nonfinite == "raise":
-            counts = torch.stack([t.nonfinite() for t in self._started]).sum(0).tolist()
-            met = [f"{count} on rank {rank}" for rank, count in enumerate(counts) if count]
-            raise FloatingPointError(
-                f"non-finite gradient values: {', '.join(met)}; the step was not made, and the "
-                "finite gradients stay in memory (nonfinite='skip' goes on without raising)"
-            )
 
     def _gradients(self, bucket: Bucket) -> list[Tensor | None]:
         for param in bucket.params:
