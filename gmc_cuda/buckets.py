@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,9 +59,13 @@ class Bucket:
         """The parameters as contiguous tensors that share their storage."""
         return [p if p.is_contiguous() else in_storage_order(p.detach()) for p in self.params]
 
-    def flat_grads(self) -> list[Tensor | None]:
-        """The gradients in the same order, None where a parameter has none."""
-        return [_flat_grad(p) for p in self.params]
+    def flat_grads(self, grads: Mapping[Tensor, Tensor] | None = None) -> list[Tensor | None]:
+        """The gradients in the same order, None where a parameter has none.
+
+        Args:
+            grads: gradients shaped like their parameters, instead of what is in ``.grad``.
+        """
+        return [_flat_grad(p, p.grad if grads is None else grads[p]) for p in self.params]
 
     def select_state(self, k: int) -> Tensor:
         """The selection's state for this k."""
@@ -141,8 +145,7 @@ def in_storage_order(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
-def _flat_grad(param: Tensor) -> Tensor | None:
-    grad = param.grad
+def _flat_grad(param: Tensor, grad: Tensor | None) -> Tensor | None:
     if grad is None or (grad.is_contiguous() and param.is_contiguous()):
         return grad
     if grad.stride() != param.stride():

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gmc_cuda import agreement, hyperparameters, transfers, wire
+from gmc_cuda import agreement, ddp, hyperparameters, transfers, wire
 from gmc_cuda import state_dict as states
 from gmc_cuda.buckets import MAX_NUMEL, Bucket, in_storage_order, make_buckets
 from gmc_cuda.exchange import Exchange, FlatGroup, GroupLost
@@ -227,6 +227,8 @@ class CompressedSGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._exchange.check()
+        if self._steps == 0:
+            ddp.refuse_communicating(self._bucket_of, self._exchange.group)
         self._damage.check(self._exchange.rank)
         self._check_scaler()
         if self._layout != self._current_layout():
