@@ -5,6 +5,7 @@ DensityWarmup   a scheduler over their density
 GradScaler      loss scaling for float16, agreed by all workers
 local_gradients DistributedDataParallel leaves the gradients to the optimizer
 gmc_hook        GMC as DistributedDataParallel's communication hook, with a GMCHookState
+LocalUpdates    an exchange every H steps of another optimizer
 checkpoint      save and load with every worker's memory, on any number of workers
 ops             the functional layer, on CPU or CUDA tensors (also torch.ops.gmc_cuda.*)
 reference       the same functions in plain PyTorch, to read beside the papers
@@ -13,6 +14,7 @@ reference       the same functions in plain PyTorch, to read beside the papers
 from gmc_cuda import checkpoint, ops, reference
 from gmc_cuda.amp import GradScaler
 from gmc_cuda.ddp import GMCHookState, gmc_hook, local_gradients
+from gmc_cuda.local_updates import LocalUpdates
 from gmc_cuda.optim import DGC, GMC
 from gmc_cuda.schedules import DensityWarmup
 
@@ -23,6 +25,7 @@ __all__ = [
     "DensityWarmup",
     "GMCHookState",
     "GradScaler",
+    "LocalUpdates",
     "checkpoint",
     "gmc_hook",
     "local_gradients",

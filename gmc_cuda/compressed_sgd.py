@@ -226,6 +226,22 @@ class CompressedSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._begin()
+        with self._giving_back_on_errors():
+            skip = self._receive()
+        self._apply(skip)
+        self._restart()
+        self._steps += 1
+        every = self._settings.check_replicas_every
+        if every and self._steps % every == 0:
+            params = [p for bucket in self._buckets for p in bucket.flat_params()]
+            names = list(self._bucket_of)
+            check_replicas(self._exchange, params, lambda i: self._name(names[i]), self._steps)
+        return loss
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """Starts to send what was not started yet; step() waits for it."""
         self._exchange.check()
         if self._steps == 0:
             ddp.refuse_communicating(self._bucket_of, self._exchange.group)
@@ -246,16 +262,6 @@ class CompressedSGD(torch.optim.Optimizer):
         with self._giving_back_on_errors():
             for bucket, grads in waiting:
                 self._start(bucket, grads)
-            skip = self._receive()
-        self._apply(skip)
-        self._restart()
-        self._steps += 1
-        every = self._settings.check_replicas_every
-        if every and self._steps % every == 0:
-            params = [p for bucket in self._buckets for p in bucket.flat_params()]
-            names = list(self._bucket_of)
-            check_replicas(self._exchange, params, lambda i: self._name(names[i]), self._steps)
-        return loss
 
     def _start(self, bucket: Bucket, grads: list[Tensor | None]) -> None:
         group = self.param_groups[bucket.group]

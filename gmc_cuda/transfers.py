@@ -311,7 +311,7 @@ def _decay(bucket: Bucket, grads: list[Tensor | None], decay: float) -> None:
             view.mul_(decay)
 
 
-# Nesterov: w -= lr * ((1 + beta) a_t - beta' a_{t-1}), where beta' is the factor of a_{t-1} in v, so
+# Nesterov: w -= lr * ((1 + beta) a_t - beta' a_{t-1}), where beta' is the factor of a_{t-1} in v,
 # that what was looked ahead is taken back. Each term is applied by itself.
 _Ahead = tuple[float | Tensor | None, float | Tensor]
 

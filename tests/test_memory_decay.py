@@ -34,10 +34,8 @@ def test_bits_of_the_reference(decay, nesterov):
         now = reference.densify(
             reference.merge(payload.unsqueeze(0), numel, k, torch.bfloat16), numel
         )
-        for twin, new, old in zip(
-            twins, now.split([p.numel() for p in twins]), previous.split([p.numel() for p in twins]),
-            strict=True,
-        ):  # fmt: skip
+        sizes = [p.numel() for p in twins]
+        for twin, new, old in zip(twins, now.split(sizes), previous.split(sizes), strict=True):
             with torch.no_grad():
                 if nesterov:
                     twin -= torch.tensor(-0.1 * 0.9) * old.view_as(twin)
