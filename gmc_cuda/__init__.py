@@ -3,6 +3,9 @@
 GMC, DGC        optimizers: torch.optim.Optimizer over torch.distributed
 DensityWarmup   a scheduler over their density
 GradScaler      loss scaling for float16, agreed by all workers
+local_gradients DistributedDataParallel leaves the gradients to the optimizer
+gmc_hook        GMC as DistributedDataParallel's communication hook, with a GMCHookState
+LocalUpdates    an exchange every H steps of another optimizer
 checkpoint      save and load with every worker's memory, on any number of workers
 ops             the functional layer, on CPU or CUDA tensors (also torch.ops.gmc_cuda.*)
 reference       the same functions in plain PyTorch, to read beside the papers
@@ -10,8 +13,22 @@ reference       the same functions in plain PyTorch, to read beside the papers
 
 from gmc_cuda import checkpoint, ops, reference
 from gmc_cuda.amp import GradScaler
+from gmc_cuda.ddp import GMCHookState, gmc_hook, local_gradients
+from gmc_cuda.local_updates import LocalUpdates
 from gmc_cuda.optim import DGC, GMC
 from gmc_cuda.schedules import DensityWarmup
 
 __version__ = "0.1.0"
-__all__ = ["DGC", "GMC", "DensityWarmup", "GradScaler", "checkpoint", "ops", "reference"]
+__all__ = [
+    "DGC",
+    "GMC",
+    "DensityWarmup",
+    "GMCHookState",
+    "GradScaler",
+    "LocalUpdates",
+    "checkpoint",
+    "gmc_hook",
+    "local_gradients",
+    "ops",
+    "reference",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -78,6 +78,10 @@ class Bucket:
                     grad = _flat_grad(param, grad)
             grads.append(grad)
         return grads
+
+    def flat_values(self, values: Mapping[Tensor, Tensor]) -> list[Tensor]:
+        """Tensors shaped like the parameters, in the same order, sharing storage if they can."""
+        return [_flat_grad(p, values[p]) for p in self.params]
 
     def select_state(self, k: int) -> Tensor:
         """The selection's state for this k."""

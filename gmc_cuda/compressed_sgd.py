@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gmc_cuda import agreement, hyperparameters, ops, transfers, wire
+from gmc_cuda import agreement, ddp, hyperparameters, transfers, wire
 from gmc_cuda import state_dict as states
 from gmc_cuda.buckets import MAX_NUMEL, Bucket, in_storage_order, make_buckets
 from gmc_cuda.exchange import Exchange, FlatGroup, GroupLost
@@ -234,8 +234,28 @@ class CompressedSGD(torch.optim.Optimizer):
         return loss
 
     def _make_step(self) -> None:
+        self._begin()
+        with self._giving_back_on_errors():
+            skip = self._receive()
+        self._apply(skip)
+        self._restart()
+        self._steps += 1
+        every = self._settings.check_replicas_every
+        if every and self._steps % every == 0:
+            params = [p for bucket in self._buckets for p in bucket.flat_params()]
+            names = list(self._bucket_of)
+            try:
+                check_replicas(self._exchange, params, lambda i: self._name(names[i]), self._steps)
+            except GroupLost as error:
+                raise self._told(error, "the step was applied here") from error
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """Starts to send what was not started yet; step() waits for it."""
         self._verdict = None
         self._exchange.check()
+        if self._steps == 0:
+            ddp.refuse_communicating(self._bucket_of, self._exchange.group)
         self._damage.check(self._exchange.rank)
         self._check_scaler()
         if self._layout != self._current_layout():
@@ -254,18 +274,6 @@ class CompressedSGD(torch.optim.Optimizer):
         with self._giving_back_on_errors():
             for bucket, its_grads in zip(waiting, grads, strict=True):
                 self._start(bucket, its_grads)
-            skip = self._receive()
-        self._apply(skip)
-        self._restart()
-        self._steps += 1
-        every = self._settings.check_replicas_every
-        if every and self._steps % every == 0:
-            params = [p for bucket in self._buckets for p in bucket.flat_params()]
-            names = list(self._bucket_of)
-            try:
-                check_replicas(self._exchange, params, lambda i: self._name(names[i]), self._steps)
-            except GroupLost as error:
-                raise self._told(error, "the step was applied here") from error
 
     def _start(self, bucket: Bucket, grads: list[Tensor | None]) -> None:
         group = self.param_groups[bucket.group]
@@ -278,6 +286,7 @@ class CompressedSGD(torch.optim.Optimizer):
             arguments,
             self.wire_dtype,
             self._rule.masks(group),
+            self._rule.look_ahead(group),
         )
         bucket.sent_nbytes = transfer.nbytes
         self._started.append(transfer)
@@ -322,7 +331,7 @@ class CompressedSGD(torch.optim.Optimizer):
         if not self._started:
             return None
         self._verdict = skip = transfers.agree(self._started)
-        self._raise_on(skip)
+        transfers.raise_on(self._started, skip, self._exchange.rank, self.nonfinite)
         for transfer in self._started:
             transfer.merge(skip)
         self._duplicates.look(self._started, self._exchange.size)
@@ -334,8 +343,7 @@ class CompressedSGD(torch.optim.Optimizer):
         try:
             yield
         except BaseException as error:  # also a Ctrl-C, after which many save their state
-            for transfer in self._started:
-                transfer.give_back()
+            transfers.cancel(self._started)
             if self._started and self._skipped is not None:
                 self._skipped += 1
             self._restart()
@@ -351,7 +359,8 @@ class CompressedSGD(torch.optim.Optimizer):
         if skip is None:
             return
         for transfer in self._started:
-            transfer.finish(self.param_groups[transfer.bucket.group]["lr"], skip)
+            bucket = transfer.bucket
+            transfer.finish(bucket.flat_params(), self.param_groups[bucket.group]["lr"], skip)
         assert self._skipped is not None
         self._skipped += skip != 0
         aggregates = [t.aggregate for t in self._started if t.payloads is not None]
@@ -359,23 +368,6 @@ class CompressedSGD(torch.optim.Optimizer):
             self._damage.submit(aggregates)
         for group in self.param_groups:
             self._rule.finish(group)
-
-    def _raise_on(self, skip: Tensor) -> None:
-        if self.nonfinite != "raise" and not skip.is_cpu:
-            return  # reading the verdict would make the host wait for the device
-        verdict = int(skip)
-        if verdict & ops.DAMAGED:
-            raise RuntimeError(
-                f"rank {self._exchange.rank} received a damaged payload header; the step was not "
-                "made here, and replicas may differ: restart from a checkpoint"
-            )
-        if verdict and self.nonfinite == "raise":
-            counts = torch.stack([t.nonfinite() for t in self._started]).sum(0).tolist()
-            met = [f"{count} on rank {rank}" for rank, count in enumerate(counts) if count]
-            raise FloatingPointError(
-                f"non-finite gradient values: {', '.join(met)}; the step was not made, and the "
-                "finite gradients stay in memory (nonfinite='skip' goes on without raising)"
-            )
 
     def _refuse_gradient(self, param: Tensor) -> None:
         assert param.grad is not None

@@ -44,6 +44,9 @@ def check_group(group: dict[str, Any], where: str) -> None:
     _check_range(group, "lr", where, lambda x: 0 <= x < math.inf, "at least 0")
     _check_range(group, "momentum", where, lambda x: 0 <= x < 1, "at least 0 and below 1")
     _check_range(group, "weight_decay", where, lambda x: 0 <= x < math.inf, "at least 0", False)
+    _check_range(
+        group, "memory_decay", where, lambda x: 0 <= x <= 1, "at least 0 and at most 1", False
+    )
     _check_range(group, "density", where, lambda x: 0 < x <= 1, "above 0 and at most 1", False)
 
 

@@ -34,7 +34,12 @@ class GMC(CompressedSGD):
         density: share of the entries that are sent, 0 < density <= 1; K = ceil(density * N) for
             each bucket. A param group with density=1.0 is sent dense.
         weight_decay: lambda >= 0, added as lambda * w to the gradient.
+        memory_decay: d, 0 <= d <= 1: memory counts d * u_k in v_k. With d = 1 nothing is ever lost;
+            below, what is not sent fades out (SparseLoCo, "Communication Efficient LLM Pre-training
+            with SparseLoCo", uses .95 with momentum 0).
         maximize: ascend instead of descend.
+        nesterov: w = w - lr * ((1 + momentum) * a_t - momentum * a_{t-1}), at density 1 equal to
+            ``torch.optim.SGD(nesterov=True)``. A skipped step moves nothing.
         momentum_form: "buffer" adds momentum * a_{t-1} (as torch.optim.SGD does); "iterate" adds
             momentum * (eta_{t-1} / eta_t) * a_{t-1}, which is the paper's w_t - w_{t-1} taken
             literally when the learning rate changes.
@@ -51,7 +56,7 @@ class GMC(CompressedSGD):
             and raise RuntimeError on every worker if they differ; 0: never. Reads the device.
 
     ``optimizer.state[p]["memory"]`` is u, float32, shaped like p. ``lr``, ``momentum``,
-    ``density`` and ``weight_decay`` are read from the param group at every step.
+    ``density``, ``weight_decay`` and ``memory_decay`` are read from the param group at every step.
 
     Raises:
         ValueError, TypeError: an argument out of range, or workers that differ in their model or
@@ -69,7 +74,9 @@ class GMC(CompressedSGD):
         momentum: float = 0.9,
         density: float = 0.01,
         weight_decay: float = 0.0,
+        memory_decay: float = 1.0,
         maximize: bool = False,
+        nesterov: bool = False,
         momentum_form: str = "buffer",
         wire_dtype: torch.dtype = torch.bfloat16,
         process_group: dist.ProcessGroup | None = None,
@@ -79,10 +86,10 @@ class GMC(CompressedSGD):
         broadcast_parameters: bool = True,
         check_replicas_every: int = 0,
     ) -> None:
-        defaults = _common(lr, momentum, density, weight_decay, maximize)
+        defaults = _common(lr, momentum, density, weight_decay, memory_decay, maximize)
         super().__init__(
             params,
-            defaults | {"momentum_form": momentum_form},
+            defaults | {"nesterov": nesterov, "momentum_form": momentum_form},
             rule=GlobalMomentum(),
             settings=Settings(wire_dtype, overlap, bucket_cap_mb, nonfinite, check_replicas_every),
             process_group=process_group,
@@ -132,6 +139,7 @@ class DGC(CompressedSGD):
         momentum: float = 0.9,
         density: float = 0.01,
         weight_decay: float = 0.0,
+        memory_decay: float = 1.0,
         maximize: bool = False,
         nesterov: bool = False,
         momentum_masking: bool = True,
@@ -144,7 +152,7 @@ class DGC(CompressedSGD):
         broadcast_parameters: bool = True,
         check_replicas_every: int = 0,
     ) -> None:
-        defaults = _common(lr, momentum, density, weight_decay, maximize)
+        defaults = _common(lr, momentum, density, weight_decay, memory_decay, maximize)
         super().__init__(
             params,
             defaults | {"nesterov": nesterov, "momentum_masking": momentum_masking},
@@ -156,12 +164,18 @@ class DGC(CompressedSGD):
 
 
 def _common(
-    lr: float | Tensor, momentum: float, density: float, weight_decay: float, maximize: bool
+    lr: float | Tensor,
+    momentum: float,
+    density: float,
+    weight_decay: float,
+    memory_decay: float,
+    maximize: bool,
 ) -> dict[str, Any]:
     return {
         "lr": lr,
         "momentum": momentum,
         "density": density,
         "weight_decay": weight_decay,
+        "memory_decay": memory_decay,
         "maximize": maximize,
     }

@@ -36,8 +36,9 @@ class Rule:
         """Sees the worker's whole gradient before any of it is sent; without overlap only."""
 
     def arguments(self, group: Group) -> dict[str, Any]:
-        """How v is made: keyword arguments of ops.compress_."""
+        """How v is made: keyword arguments of ops.compress_, and memory_decay."""
         return {
+            "memory_decay": group["memory_decay"],
             "momentum": group["momentum"],
             "weight_decay": group["weight_decay"],
             "maximize": group["maximize"],
@@ -49,6 +50,10 @@ class Rule:
 
     def check_facts(self, overlap: bool) -> None:
         """Raises ValueError or TypeError for one of these that is out of range."""
+
+    def look_ahead(self, group: Group) -> float | Tensor | None:
+        """Nesterov's beta where a_t is applied; None without."""
+        return None
 
     def masks(self, group: Group) -> bool:
         """Whether momentum is zeroed where an entry was sent; with local momentum only."""
@@ -69,7 +74,11 @@ class Rule:
 class GlobalMomentum(Rule):
     """GMC: v = u + g + beta * a_{t-1}."""
 
-    options: ClassVar[dict[str, Any]] = {"momentum_form": "buffer", "previous_lr": None}
+    options: ClassVar[dict[str, Any]] = {
+        "nesterov": False,
+        "momentum_form": "buffer",
+        "previous_lr": None,
+    }
 
     def check(self, group: Group, where: str) -> None:
         form = group["momentum_form"]
@@ -81,6 +90,9 @@ class GlobalMomentum(Rule):
         if group["momentum_form"] == "iterate" and group["previous_lr"] is not None:
             arguments["momentum"] = group["momentum"] * _ratio(group["previous_lr"], group["lr"])
         return arguments
+
+    def look_ahead(self, group: Group) -> float | Tensor | None:
+        return group["momentum"] if group["nesterov"] else None
 
     def finish(self, group: Group) -> None:
         lr, previous = group["lr"], group["previous_lr"]

@@ -201,13 +201,13 @@ def for_sgd(state_dict: dict[str, Any]) -> dict[str, Any]:
     for group in state_dict["param_groups"]:
         kept = {k: group[k] for k in ("params", *_SHARED_WITH_SGD, "initial_lr") if k in group}
         groups.append(
-            kept | {"dampening": 0.0, "nesterov": False, "foreach": None}
+            kept | {"dampening": 0.0, "foreach": None}
             | {"differentiable": False, "fused": None}
         )  # fmt: skip
     return {"state": state, "param_groups": groups}
 
 
-_SHARED_WITH_SGD = ("lr", "momentum", "weight_decay", "maximize")
+_SHARED_WITH_SGD = ("lr", "momentum", "weight_decay", "maximize", "nesterov")
 
 
 def _read_stamp(groups: list[Group], state: dict[Any, Any], name: str) -> Stamp | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -44,8 +44,12 @@ class Transfer(Protocol):
     def give_back(self) -> None:
         """Instead of finish(): what was taken from memory returns there, and a_t is zero."""
 
-    def finish(self, lr: float | Tensor, skip: Tensor) -> None:
-        """Applies the aggregate and settles memory and momentum, or, if skipped, gives back."""
+    def finish(self, params: Sequence[Tensor], lr: float | Tensor, skip: Tensor) -> None:
+        """Does params -= lr * a_t and settles memory and momentum, or, if skipped, gives back.
+
+        Args:
+            params: what the update goes to: contiguous tensors in the bucket's order.
+        """
 
 
 class SparseTransfer:
@@ -58,6 +62,7 @@ class SparseTransfer:
         grads: from ``bucket.flat_grads()``.
         arguments: keyword arguments of ``ops.compress_`` that say how v is made.
         masking: DGC's momentum factor masking.
+        look_ahead: Nesterov's beta; None without.
     """
 
     def __init__(
@@ -69,7 +74,9 @@ class SparseTransfer:
         arguments: Arguments,
         wire_dtype: torch.dtype,
         masking: bool,
+        look_ahead: float | Tensor | None,
     ) -> None:
+        self._ahead = (look_ahead, arguments["momentum"])
         self.bucket, self.k, self.wire_dtype, self.masking = bucket, k, wire_dtype, masking
         absent = [i for i, grad in enumerate(grads) if grad is None]
         params = aggregate = None
@@ -124,9 +131,10 @@ class SparseTransfer:
     def _restore(self, skip: Tensor | None) -> None:
         ops.restore_(self.bucket.memory, self.payload, self.k, self.wire_dtype, skip=skip)
 
-    def finish(self, lr: float | Tensor, skip: Tensor) -> None:
+    def finish(self, params: Sequence[Tensor], lr: float | Tensor, skip: Tensor) -> None:
         bucket = self.bucket
-        ops.apply_(bucket.flat_params(), self.aggregate, lr, skip=skip)
+        _look_ahead(params, bucket.sparse_aggregate, self._ahead, lr, skip)
+        ops.apply_(params, self.aggregate, _ahead_lr(self._ahead, lr), skip=skip)
         self._restore(skip)
         if bucket.momentum_buffer is None:
             bucket.keep_aggregate(self.aggregate)
@@ -150,7 +158,9 @@ class DenseTransfer:
         exchange: Exchange,
         grads: list[Tensor | None],
         arguments: Arguments,
+        look_ahead: float | Tensor | None,
     ) -> None:
+        self._ahead = (look_ahead, arguments["momentum"])
         self.bucket, self.ranks = bucket, exchange.size
         absent = [i for i, grad in enumerate(grads) if grad is None]
         self._absent = absent
@@ -196,11 +206,12 @@ class DenseTransfer:
     def give_back(self) -> None:
         self.bucket.aggregate = None  # memory holds all of v until finish()
 
-    def finish(self, lr: float | Tensor, skip: Tensor) -> None:
+    def finish(self, params: Sequence[Tensor], lr: float | Tensor, skip: Tensor) -> None:
         bucket = self.bucket
         alone = [self._present[i] == 0 for i in self._absent]
         self._leave_alone(self.aggregate, alone, None)
-        ops.apply_dense_(bucket.flat_params(), bucket.memory, self._sent, lr, skip=skip)
+        _look_ahead(params, lambda: self._known_before(alone), self._ahead, lr, skip)
+        ops.apply_dense_(params, bucket.memory, self._sent, _ahead_lr(self._ahead, lr), skip=skip)
         for name, flat in bucket.vectors().items():
             self._leave_alone(flat, alone, self._had.get(name))
         if bucket.momentum_buffer is None:
@@ -208,6 +219,14 @@ class DenseTransfer:
                 views = bucket.views(self._previous)
                 self._leave_alone(self.aggregate, alone, [views[i] for i in self._absent])
             bucket.keep_aggregate(self.aggregate)
+
+    def _known_before(self, alone: list[Tensor]) -> Tensor | None:
+        """a_{t-1} as apply_ takes it, but for parameters that are left alone."""
+        if self._previous is None:
+            return None
+        previous = self._previous.clone()
+        self._leave_alone(previous, alone, None)
+        return ops.sparsify(previous)
 
     def _leave_alone(self, flat: Tensor, alone: list[Tensor], old: list[Tensor] | None) -> None:
         """Where nobody had a gradient, flat becomes what it was (None: zero). No host sync."""
@@ -225,12 +244,21 @@ def start(
     arguments: Arguments,
     wire_dtype: torch.dtype,
     masking: bool,
+    look_ahead: float | Tensor | None = None,
 ) -> Transfer:
-    """Starts a bucket's step the cheaper way."""
+    """Starts a bucket's step the cheaper way.
+
+    Args:
+        arguments: keyword arguments of ``ops.compress_`` that say how v is made, and memory_decay.
+    """
+    decay = arguments["memory_decay"]
+    arguments = {name: value for name, value in arguments.items() if name != "memory_decay"}
+    if decay != 1:
+        _decay(bucket, grads, decay)
     nbytes = ops.payload_nbytes(bucket.numel, k, wire_dtype)
     if wire.dense_is_cheaper(bucket.numel, k, nbytes, exchange.size):
-        return DenseTransfer(bucket, exchange, grads, arguments)
-    return SparseTransfer(bucket, exchange, k, grads, arguments, wire_dtype, masking)
+        return DenseTransfer(bucket, exchange, grads, arguments, look_ahead)
+    return SparseTransfer(bucket, exchange, k, grads, arguments, wire_dtype, masking, look_ahead)
 
 
 def agree(transfers: list[Transfer]) -> Tensor:
@@ -244,6 +272,68 @@ def agree(transfers: list[Transfer]) -> Tensor:
     for flag in flags[1:]:
         skip = skip | flag
     return skip
+
+
+def raise_on(transfers: list[Transfer], skip: Tensor, rank: int, nonfinite: str) -> None:
+    """Raises for a verdict that must not be passed over.
+
+    Raises:
+        RuntimeError: a damaged header arrived at this rank (CPU).
+        FloatingPointError: with nonfinite="raise", on every rank.
+    """
+    if nonfinite != "raise" and not skip.is_cpu:
+        return  # reading the verdict would make the host wait for the device
+    verdict = int(skip)
+    if verdict & ops.DAMAGED:
+        raise RuntimeError(
+            f"rank {rank} received a damaged payload header; the step was not made here, and "
+            "replicas may differ: restart from a checkpoint"
+        )
+    if verdict and nonfinite == "raise":
+        counts = torch.stack([t.nonfinite() for t in transfers]).sum(0).tolist()
+        met = [f"{count} on rank {rank}" for rank, count in enumerate(counts) if count]
+        raise FloatingPointError(
+            f"non-finite gradient values: {', '.join(met)}; the step was not made, and the "
+            "finite gradients stay in memory (nonfinite='skip' goes on without raising)"
+        )
+
+
+def cancel(transfers: list[Transfer]) -> None:
+    """Ends a step of which nothing was applied: what was to be sent returns to memory."""
+    for transfer in transfers:
+        transfer.give_back()
+
+
+def _decay(bucket: Bucket, grads: list[Tensor | None], decay: float) -> None:
+    """u <- d * u, but where a parameter without a gradient is left alone."""
+    if all(grad is not None for grad in grads):
+        bucket.memory.mul_(decay)
+        return
+    for view, grad in zip(bucket.memory.split(bucket.sizes), grads, strict=True):
+        if grad is not None:
+            view.mul_(decay)
+
+
+# Nesterov: w -= lr * ((1 + beta) a_t - beta' a_{t-1}), where beta' is the factor of a_{t-1} in v,
+# that what was looked ahead is taken back. Each term is applied by itself.
+_Ahead = tuple[float | Tensor | None, float | Tensor]
+
+
+def _ahead_lr(ahead: _Ahead, lr: float | Tensor) -> float | Tensor:
+    return lr if ahead[0] is None else lr * (1 + ahead[0])
+
+
+def _look_ahead(
+    params: Sequence[Tensor],
+    previous: Callable[[], Tensor | None],
+    ahead: _Ahead,
+    lr: float | Tensor,
+    skip: Tensor,
+) -> None:
+    """Takes back what the step before looked ahead."""
+    aggregate = None if ahead[0] is None else previous()
+    if aggregate is not None:
+        ops.apply_(params, aggregate, -lr * ahead[1], skip=skip)
 
 
 def _without(bucket: Bucket, absent: list[int]) -> Tensor | None:

@@ -32,6 +32,11 @@ def dense_equals_sgd(group, make, options, sgd_options):
     [
         (gmc_cuda.GMC, {}, {}),
         (gmc_cuda.GMC, {"weight_decay": 0.05}, {"weight_decay": 0.05}),
+        (
+            gmc_cuda.GMC,
+            {"nesterov": True, "weight_decay": 0.05},
+            {"nesterov": True, "weight_decay": 0.05},
+        ),
         (gmc_cuda.GMC, {"maximize": True}, {"maximize": True}),
         (gmc_cuda.DGC, {"weight_decay": 0.05}, {"weight_decay": 0.05}),
         (gmc_cuda.DGC, {"nesterov": True}, {"nesterov": True}),
@@ -55,6 +60,7 @@ def check_equations(group, steps, options, drop_at, nan_steps, density_change=No
     group_options = optimizer.param_groups[0]
     beta, decay = group_options["momentum"], group_options["weight_decay"]
     iterate = group_options["momentum_form"] == "iterate"
+    memory_decay, nesterov = group_options["memory_decay"], group_options["nesterov"]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [drop_at], gamma=0.1)
     assert len(optimizer._buckets) > 1
 
@@ -79,16 +85,19 @@ def check_equations(group, steps, options, drop_at, nan_steps, density_change=No
         a = aggregate_of(optimizer, params)
         assert ubar_next.isfinite().all()
         r = previous_lr / lr if iterate and previous_lr is not None else 1.0
-        came_in = ubar + gradient + decay * w + beta * r * before
+        came_in = memory_decay * ubar + gradient + decay * w + beta * r * before
         torch.testing.assert_close(ubar_next + a, came_in, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(w_next, w - lr * a, rtol=1e-6, atol=1e-6)
+        moved_by = (1 + beta) * a - beta * r * before if nesterov else a
         if nan is not None:
             assert torch.equal(w_next, w) and a.count_nonzero() == 0
+        else:
+            torch.testing.assert_close(w_next, w - lr * moved_by, rtol=1e-6, atol=1e-6)
 
         x, x_next = w - lr * ubar, w_next - lr * ubar_next
         if stage is None or stage[0] != lr:
             stage, drift = (lr, x.clone()), torch.zeros_like(x)
-        if previous_move is not None and (iterate or previous_lr == lr):
+        plain = memory_decay == 1 and not nesterov
+        if plain and previous_move is not None and (iterate or previous_lr == lr):
             predicted = x - lr * (gradient + decay * w) + beta * previous_move
             drift += x_next - predicted
             moved = (x_next - stage[1]).norm()
@@ -105,6 +114,16 @@ def test_transformation_equation(pool, size, form, wire):
     """Invariant 2."""
     options = {"density": 0.05, "weight_decay": 0.01, "momentum_form": form, "wire_dtype": wire}
     pool.run(size, check_equations, 200, options, 120, NAN_STEPS)
+
+
+@pytest.mark.parametrize("form", ["buffer", "iterate"])
+@pytest.mark.parametrize("density", [0.05, 1.0])
+@pytest.mark.parametrize(
+    "extra", [{"memory_decay": 0.95}, {"nesterov": True}, {"memory_decay": 0.5, "nesterov": True}]
+)
+def test_mass_with_memory_decay_and_nesterov(pool, form, density, extra):
+    options = {"density": density, "weight_decay": 0.01, "momentum_form": form, **extra}
+    pool.run(2, check_equations, 40, options, 25, {20: 0, 21: 0, 30: 1})
 
 
 @pytest.mark.parametrize("density_change", [(30, 1.0), (30, 0.3)])

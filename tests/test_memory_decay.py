@@ -1,0 +1,85 @@
+"""memory_decay and nesterov: the same bits as the rule written out with the reference."""
+
+import pytest
+import torch
+from problems import aggregate_of, flat, memory_of, parameters, set_gradients
+
+import gmc_cuda
+from gmc_cuda import reference, wire
+
+
+def one_bucket(params):
+    """The order of the bucket's index space."""
+    (bucket,) = gmc_cuda.GMC(params, 0.1)._buckets
+    return bucket.params
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.95, 0.0])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_bits_of_the_reference(decay, nesterov):
+    params, twins = parameters(), parameters()
+    optimizer = gmc_cuda.GMC(params, 0.1, density=0.1, memory_decay=decay, nesterov=nesterov)
+    order = [next(i for i, p in enumerate(params) if p is q) for q in one_bucket(params)]
+    twins = [twins[i] for i in order]
+    numel = sum(p.numel() for p in twins)
+    k = wire.entries(0.1, numel)
+    memory, previous = torch.zeros(numel), torch.zeros(numel)
+    for step in range(6):
+        set_gradients(params, 0, step)
+        grads = [params[i].grad.clone() for i in order]
+        optimizer.step()
+        memory.mul_(decay)
+        aggregate = None if step == 0 else reference.sparsify(previous)
+        payload = reference.compress_(memory, grads, k, momentum=0.9, aggregate=aggregate)
+        now = reference.densify(
+            reference.merge(payload.unsqueeze(0), numel, k, torch.bfloat16), numel
+        )
+        sizes = [p.numel() for p in twins]
+        for twin, new, old in zip(twins, now.split(sizes), previous.split(sizes), strict=True):
+            with torch.no_grad():
+                if nesterov:
+                    twin -= torch.tensor(-0.1 * 0.9) * old.view_as(twin)
+                twin -= torch.tensor(0.1 * 1.9 if nesterov else 0.1) * new.view_as(twin)
+        previous = now
+        assert torch.equal(flat([params[i] for i in order]), flat(twins))
+    assert torch.equal(memory_of(optimizer, [params[i] for i in order]), memory.double())
+    assert torch.equal(aggregate_of(optimizer, [params[i] for i in order]), previous.double())
+
+
+def test_parameter_without_a_gradient_keeps_its_memory():
+    params = parameters()
+    optimizer = gmc_cuda.GMC(params, 0.1, density=0.01, memory_decay=0.5)
+    set_gradients(params, 0, 0)
+    optimizer.step()
+    kept = optimizer.state[params[4]]["memory"].clone()
+    assert kept.abs().max() > 0
+    set_gradients(params, 0, 1)
+    params[4].grad = None
+    optimizer.step()
+    assert torch.equal(optimizer.state[params[4]]["memory"], kept)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1])
+def test_decay_out_of_range(decay):
+    with pytest.raises(ValueError, match="memory_decay of param group 0: got .*at least 0 and at"):
+        gmc_cuda.GMC(parameters(), 0.1, memory_decay=decay)
+
+
+def test_state_of_torch_sgd_with_nesterov_goes_both_ways():
+    params = parameters()
+    sgd = torch.optim.SGD(params, 0.1, momentum=0.9, nesterov=True)
+    set_gradients(params, 0, 0)
+    sgd.step()
+    optimizer = gmc_cuda.GMC(params, 0.1, density=1.0, nesterov=True)
+    optimizer.load_state_dict(sgd.state_dict())
+    with pytest.raises(ValueError, match="nesterov=True, must be False"):
+        gmc_cuda.GMC(params, 0.1).load_state_dict(sgd.state_dict())
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = torch.optim.SGD(twins, 0.1, momentum=0.9, nesterov=True)
+    other.load_state_dict(optimizer.sgd_state_dict())
+    for step in range(1, 5):
+        set_gradients(params, 0, step)
+        set_gradients(twins, 0, step)
+        optimizer.step()
+        other.step()
+    torch.testing.assert_close(flat(params), flat(twins), rtol=1e-5, atol=2e-6)
