@@ -16,6 +16,8 @@ import platform
 import shlex
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -23,15 +25,16 @@ _PACKAGE = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
 
 
-def read_record(package=_PACKAGE):
+def read_record(package: Path = _PACKAGE) -> dict[str, Any] | None:
     """What the build wrote beside the libraries, or None if there was no build."""
     try:
-        return json.loads((package / "_build_config.json").read_text())
+        record: dict[str, Any] = json.loads((package / "_build_config.json").read_text())
     except FileNotFoundError:
         return None
+    return record
 
 
-def build_command(package=_PACKAGE):
+def build_command(package: Path = _PACKAGE) -> str:
     """The shell command that builds the package for the Python that is running."""
     pip = f"{shlex.quote(sys.executable)} -m pip install --no-build-isolation --no-deps"
     if (package.parent / "setup.py").exists():
@@ -39,7 +42,7 @@ def build_command(package=_PACKAGE):
     return f"{pip} --force-reinstall .   (in the folder of gmc_cuda's sources)"
 
 
-def check_torch(version):
+def check_torch(version: str) -> None:
     """ImportError if this version of torch, "2.11.0+cpu", is too old."""
     if tuple(int(number) for number in version.split(".")[:2]) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
@@ -49,7 +52,7 @@ def check_torch(version):
         )
 
 
-def explain(record, reason=""):
+def explain(record: dict[str, Any] | None, reason: str = "") -> str:
     """The text of the ImportError when the libraries are missing or do not load."""
     python = platform.python_version()
     if record is None:
@@ -61,7 +64,7 @@ def explain(record, reason=""):
     return f"gmc_cuda {problem}. Build it:\n    {build_command()}"
 
 
-def load():
+def load() -> tuple[ModuleType, dict[str, Any]]:
     """Loads both libraries; ImportError, with the way out, where that cannot work."""
     check_torch(torch.__version__)
     record = read_record()

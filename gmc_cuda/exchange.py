@@ -135,7 +135,8 @@ class FlatGroup:
         source = dist.get_global_rank(self.group, 0)
         works = [dist.broadcast(t, source, group=self.group, async_op=True) for t in tensors]
         for work in works:
-            work.wait()
+            if work is not None:
+                work.wait()
 
     def gather_objects(self, value: Any, device: torch.device) -> list[Any]:
         if self.size == 1:

@@ -14,7 +14,7 @@ import gmc_cuda
 from gmc_cuda._extension import build_config, extension
 
 
-def describe_build():
+def describe_build() -> list[str]:
     """How the extension was built, as lines of text."""
     target = f"CUDA {build_config['cuda']}" if build_config["with_cuda"] else "the CPU only"
     lines = [
@@ -28,7 +28,7 @@ def describe_build():
     return lines
 
 
-def describe_torch():
+def describe_torch() -> list[str]:
     """The running torch and Python."""
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     return [
@@ -38,7 +38,7 @@ def describe_torch():
     ]
 
 
-def describe_distributed():
+def describe_distributed() -> list[str]:
     """The backends that torch.distributed can use here."""
     if not dist.is_available():
         return ["none: this torch is built without torch.distributed"]
@@ -50,7 +50,7 @@ def describe_distributed():
     return [", ".join(available) or "none"]
 
 
-def describe_devices():
+def describe_devices() -> tuple[list[str], bool]:
     """The CUDA devices as lines of text, and whether a kernel of this build runs on each."""
     if not build_config["with_cuda"]:
         seen = torch.cuda.device_count() or "no"
@@ -69,7 +69,7 @@ def describe_devices():
     return lines, healthy
 
 
-def check_step(device):
+def check_step(device: str) -> str:
     """One step of GMC at density 1/4 against its closed form; returns what is wrong, or "".
 
     With nothing in memory yet, v = g: the largest quarter of the gradient is sent and applied, and
@@ -94,7 +94,7 @@ def check_step(device):
     return "; ".join(wrong)
 
 
-def check(device):
+def check(device: str) -> tuple[str, bool]:
     """Runs the self-check on a device; returns (line of text, passed)."""
     name = f"one GMC step on {device} against its closed form"
     try:
@@ -106,7 +106,7 @@ def check(device):
     return f"{name}: {'failed: ' + wrong if wrong else 'ok'}", not wrong
 
 
-def main():
+def main() -> int:
     """Prints the report; returns the exit status."""
     devices, healthy = describe_devices()
     checks = [check("cpu")]

@@ -12,12 +12,13 @@ to compress v, what is sent c, parameters w, learning rate eta, numel N, world s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gmc_cuda import _extension  # noqa: F401  (loads the operators)
+from gmc_cuda import _extension, fake_ops  # noqa: F401  (load and complete the operators)
 
 __all__ = [
     "payload_nbytes",
@@ -57,6 +58,16 @@ def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
         raise problem from None
 
 
+def _tensor(op: Any, *args: Any, **kwargs: Any) -> Tensor:
+    result: Tensor = _call(op, *args, **kwargs)
+    return result
+
+
+def _integer(op: Any, *args: Any) -> int:
+    result: int = _call(op, *args)
+    return result
+
+
 def _unusual_layout(op: Any, args: Sequence[Any]) -> Exception | None:
     """Tensors that are not dense reach no kernel of ours, and torch's own words name none."""
     for argument, value in zip(op.default._schema.arguments, args):
@@ -80,7 +91,7 @@ def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype = torch.bfloat16)
         k: entries sent, 1 to numel.
         wire_dtype: torch.bfloat16, torch.float16 or torch.float32.
     """
-    return _call(_ops.payload_nbytes, numel, k, wire_dtype)
+    return _integer(_ops.payload_nbytes, numel, k, wire_dtype)
 
 
 def select_state(numel: int, k: int, device: torch.device | str) -> Tensor:
@@ -90,7 +101,7 @@ def select_state(numel: int, k: int, device: torch.device | str) -> Tensor:
     selected; use one for each bucket.
     """
     device = torch.device(device)
-    nbytes = _call(_ops.state_nbytes, numel, k, device)
+    nbytes = _integer(_ops.state_nbytes, numel, k, device)
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
 
@@ -99,7 +110,7 @@ def repairs(state: Tensor) -> int:
 
     Reads the device: do not call it inside a step.
     """
-    return _call(_ops.repairs, state)
+    return _integer(_ops.repairs, state)
 
 
 def compress_(
@@ -155,7 +166,7 @@ def compress_(
         The payload, uint8 [payload_nbytes(numel, k, wire_dtype)].
     """
     grads, params = _lists(grads, params, weight_decay)
-    return _call(
+    return _tensor(
         _ops.compress_,
         memory,
         grads,
@@ -164,7 +175,7 @@ def compress_(
         aggregate=aggregate,
         momentum_buffer=momentum_buffer,
         nesterov=nesterov,
-        weight_decay=weight_decay,
+        weight_decay=float(weight_decay),
         params=params,
         maximize=maximize,
         grad_scale=None if grad_scale is None else _number(grad_scale, "grad_scale"),
@@ -207,7 +218,7 @@ def accumulate_(
         where a float32 counts on).
     """
     grads, params = _lists(grads, params, weight_decay)
-    return _call(
+    return _tensor(
         _ops.accumulate_,
         memory,
         grads,
@@ -217,7 +228,7 @@ def accumulate_(
         aggregate=aggregate,
         momentum_buffer=momentum_buffer,
         nesterov=nesterov,
-        weight_decay=weight_decay,
+        weight_decay=float(weight_decay),
         params=params,
         maximize=maximize,
         grad_scale=None if grad_scale is None else _number(grad_scale, "grad_scale"),
@@ -263,7 +274,8 @@ def unpack(
     Raises:
         RuntimeError: the payload is damaged (CPU).
     """
-    return _call(_ops.unpack, payload, numel, k, wire_dtype)
+    result: tuple[Tensor, Tensor, Tensor] = _call(_ops.unpack, payload, numel, k, wire_dtype)
+    return result
 
 
 def verdict(payloads: Sequence[Tensor]) -> Tensor:
@@ -278,7 +290,7 @@ def verdict(payloads: Sequence[Tensor]) -> Tensor:
     """
     if not payloads:
         raise ValueError("payloads: got an empty list, must hold one tensor for each bucket")
-    return _call(_ops.verdict, list(payloads))
+    return _tensor(_ops.verdict, list(payloads))
 
 
 def payload_nonfinite(payloads: Tensor) -> Tensor:
@@ -290,7 +302,7 @@ def payload_nonfinite(payloads: Tensor) -> Tensor:
     Returns:
         int64 [p].
     """
-    return _call(_ops.payload_nonfinite, payloads)
+    return _tensor(_ops.payload_nonfinite, payloads)
 
 
 def merge(
@@ -314,7 +326,7 @@ def merge(
     Raises:
         RuntimeError: a payload is damaged (CPU).
     """
-    return _call(_ops.merge, payloads, numel, k, wire_dtype, skip=skip)
+    return _tensor(_ops.merge, payloads, numel, k, wire_dtype, skip=skip)
 
 
 def apply_(
@@ -378,12 +390,12 @@ def sparsify(dense: Tensor) -> Tensor:
 
     It has room for numel entries (6 bytes each).
     """
-    return _call(_ops.sparsify, dense)
+    return _tensor(_ops.sparsify, dense)
 
 
 def densify(aggregate: Tensor, numel: int) -> Tensor:
     """The aggregate as a dense tensor, float32 [numel]."""
-    return _call(_ops.densify, aggregate, numel)
+    return _tensor(_ops.densify, aggregate, numel)
 
 
 def aggregate_flags(aggregates: Sequence[Tensor]) -> Tensor:
@@ -398,7 +410,7 @@ def aggregate_flags(aggregates: Sequence[Tensor]) -> Tensor:
     """
     if not aggregates:
         raise ValueError("aggregates: got an empty list, must hold at least one")
-    return _call(_ops.aggregate_flags, list(aggregates))
+    return _tensor(_ops.aggregate_flags, list(aggregates))
 
 
 def fingerprint(params: Sequence[Tensor]) -> Tensor:
@@ -415,7 +427,7 @@ def fingerprint(params: Sequence[Tensor]) -> Tensor:
     """
     if not params:
         raise ValueError("params: got an empty list, must hold at least one")
-    return _call(_ops.fingerprint, list(params))
+    return _tensor(_ops.fingerprint, list(params))
 
 
 def _lists(
@@ -440,86 +452,6 @@ def _changed(params: list[Tensor]) -> None:
 def _number(value: float | Tensor, name: str) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, must be a number or a tensor")
-    return torch.tensor(value, dtype=torch.float64)
-
-
-@torch.library.register_fake("gmc_cuda::compress_")
-def _(memory, grads, k, *, wire_dtype, **rest):
-    for i, grad in enumerate(grads):
-        if grad is not None and grad.device != memory.device:
-            raise ValueError(
-                f"grads[{i}]: got device {grad.device}, must be {memory.device}, like memory"
-            )
-    return memory.new_empty(payload_nbytes(memory.numel(), k, wire_dtype), dtype=torch.uint8)
-
-
-@torch.library.register_fake("gmc_cuda::accumulate_")
-def _(memory, grads, *, ranks, **rest):
-    return memory.new_empty(memory.numel() + ranks)
-
-
-@torch.library.register_fake("gmc_cuda::apply_dense_")
-def _(params, memory, total, lr, *, skip=None):
-    return None
-
-
-@torch.library.register_fake("gmc_cuda::unpack")
-def _(payload, numel, k, wire_dtype):
-    return (
-        payload.new_empty(k, dtype=torch.int64),
-        payload.new_empty(k, dtype=torch.float32),
-        payload.new_empty((), dtype=torch.int64),
-    )
-
-
-@torch.library.register_fake("gmc_cuda::verdict")
-def _(payloads):
-    return payloads[0].new_empty(1, dtype=torch.int32)
-
-
-@torch.library.register_fake("gmc_cuda::payload_nonfinite")
-def _(payloads):
-    return payloads.new_empty(payloads.size(0), dtype=torch.int64)
-
-
-@torch.library.register_fake("gmc_cuda::aggregate_flags")
-def _(aggregates):
-    return aggregates[0].new_empty(len(aggregates), dtype=torch.int32)
-
-
-@torch.library.register_fake("gmc_cuda::fingerprint")
-def _(params):
-    return params[0].new_empty(len(params), dtype=torch.int64)
-
-
-@torch.library.register_fake("gmc_cuda::merge")
-def _(payloads, numel, k, wire_dtype, *, skip=None):
-    return payloads.new_empty(_ops.aggregate_nbytes(numel, k, payloads.size(0)))
-
-
-@torch.library.register_fake("gmc_cuda::sparsify")
-def _(dense):
-    nbytes = _ops.aggregate_nbytes(dense.numel(), dense.numel(), 1)
-    return dense.new_empty(nbytes, dtype=torch.uint8)
-
-
-@torch.library.register_fake("gmc_cuda::densify")
-def _(aggregate, numel):
-    return aggregate.new_empty(numel, dtype=torch.float32)
-
-
-@torch.library.register_fake("gmc_cuda::apply_")
-def _(params, aggregate, lr, *, skip=None):
-    return None
-
-
-@torch.library.register_fake("gmc_cuda::restore_")
-def _(memory, payload, k, wire_dtype, *, skip=None):
-    return None
-
-
-@torch.library.register_fake("gmc_cuda::mask_")
-def _(momentum_buffer, payload, k, wire_dtype, *, skip=None):
-    return None
+    return torch.tensor(float(value), dtype=torch.float64)

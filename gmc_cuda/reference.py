@@ -46,7 +46,8 @@ def accumulate(
     the number of non-finite values met (int64 scalar tensor).
     """
     beta = torch.as_tensor(momentum, dtype=torch.float32)
-    sizes = [p.numel() for p in params] if params is not None else [None] * len(grads)
+    # Without params no gradient is None: nothing would say how large it is.
+    sizes = [0] * len(grads) if params is None else [p.numel() for p in params]
     grad = torch.cat(
         [
             torch.zeros(n, device=memory.device) if g is None else g.reshape(-1).float()
@@ -67,7 +68,7 @@ def accumulate(
         grad = torch.where(grad.isfinite(), grad, 0.0)
     decay = None
     if weight_decay != 0:
-        flat = torch.cat([p.detach().reshape(-1).float() for p in params])
+        flat = torch.cat([p.detach().reshape(-1).float() for p in params or ()])
         decay = torch.tensor(weight_decay, dtype=torch.float32) * flat
 
     if momentum_buffer is None:
@@ -89,7 +90,7 @@ def accumulate(
         overflow = ~value.isfinite()
         nonfinite += overflow.sum()
         value = torch.where(overflow, torch.where(memory.isfinite(), memory, 0.0), value)
-        if new_buffer is not None:
+        if new_buffer is not None and momentum_buffer is not None:
             kept = torch.where(momentum_buffer.isfinite(), momentum_buffer, 0.0)
             new_buffer = torch.where(overflow, kept, new_buffer)
     return value, new_buffer, nonfinite
@@ -154,7 +155,7 @@ def compress_(
     values = to_wire(value[indices], wire_dtype)
     value[indices] -= values.float()
     memory.copy_(value)
-    if new_buffer is not None:
+    if new_buffer is not None and momentum_buffer is not None:
         momentum_buffer.copy_(new_buffer)
     return pack(indices, values, numel, nonfinite)
 
@@ -176,7 +177,7 @@ def accumulate_(
         memory, grads, momentum_buffer=momentum_buffer, **rule
     )
     memory.copy_(value)
-    if new_buffer is not None:
+    if new_buffer is not None and momentum_buffer is not None:
         momentum_buffer.copy_(new_buffer)
     counts = torch.zeros(ranks, device=memory.device)
     counts[rank] = nonfinite.clamp(max=LARGEST_COUNT)

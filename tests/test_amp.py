@@ -1,6 +1,7 @@
 """Loss scaling: workers skip and change their scale together, and memory never sees the scale."""
 
 import copy
+import itertools
 import pickle
 import random
 
@@ -41,7 +42,7 @@ def expected_scales(size):
         factor = 0.5 if clean == 0 else 2.0 if clean == GROWTH else 1.0
         scales.append(scales[-1] * factor)
         clean %= GROWTH
-    assert {b / a for a, b in zip(scales, scales[1:], strict=False)} == {0.5, 1.0, 2.0}
+    assert {b / a for a, b in itertools.pairwise(scales)} == {0.5, 1.0, 2.0}
     return scales
 
 

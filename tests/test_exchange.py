@@ -1,4 +1,4 @@
-"""Which workers an optimizer trains with: found at construction, and never silently the wrong ones."""
+"""Which workers an optimizer trains with: never silently the wrong ones."""
 
 import os
 import subprocess

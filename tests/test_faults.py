@@ -226,7 +226,10 @@ def test_a_killed_worker(tmp_path, undisturbed, make, overlap, moment):
     for rank, (seen, (step, _)) in zip(SURVIVORS, results, strict=True):
         assert_same(seen, undisturbed[rank])
         # What the dead worker had handed to the kernel may or may not arrive.
-        possible = {"after the collectives": (FATAL, FATAL + 1), "after applying": (FATAL, FATAL + 1)}
+        possible = {
+            "after the collectives": (FATAL, FATAL + 1),
+            "after applying": (FATAL, FATAL + 1),
+        }
         assert step in possible.get(moment, (FATAL,))
     if moment not in ("after the collectives", "after applying"):
         assert all(went_on for _, (_, went_on) in results)

@@ -12,7 +12,6 @@ import gmc_cuda
 from gmc_cuda import ops
 from gmc_cuda.integrity import DamageWatch
 
-
 # ------------------------------------------------ damaged payloads, with stand-ins for CUDA events
 
 
@@ -53,7 +52,7 @@ def test_nothing_is_asked_during_a_capture(watch, monkeypatch):
     assert len(watch._waiting) == 1
 
 
-# ------------------------------------------------------------------------ workers that send the same
+# ---------------------------------------------------------------------- workers that send the same
 
 
 def same_data(group, same, density):
@@ -82,7 +81,7 @@ def test_duplicated_data_is_warned_about_once(pool, density):
     assert pool.run(1, same_data, True, density) == [[]]
 
 
-# ------------------------------------------------------------------------------ replicas that differ
+# ---------------------------------------------------------------------------- replicas that differ
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -112,7 +111,9 @@ def drift(group, every):
         if step == 4 and rank == 2:
             params[3].data.view(torch.int32).view(-1)[5] ^= 1
         if every and step == 5:
-            words = r"after step 6: parameter 3 \('layer3'\) of group 0 has other bits on rank 2 than"
+            words = (
+                r"after step 6: parameter 3 \('layer3'\) of group 0 has other bits on rank 2 than"
+            )
             with pytest.raises(RuntimeError, match=words):
                 optimizer.step()
         else:

@@ -1,6 +1,7 @@
-"""The README's Python snippets run as they are, on four workers."""
+"""What the README says is so: its Python snippets run as they are, on four workers."""
 
 import datetime
+import inspect
 import os
 import re
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch.distributed as dist
 
 import gmc_cuda
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 WHOLE_PROGRAM = "Train on several workers"  # test_minimal.py runs it
 
 
@@ -76,3 +78,24 @@ def test_every_section_with_a_promise_has_a_snippet():
     promised = {"Gradient clipping", "Mixed precision", "Non-finite gradients", "Checkpoints"}
     promised |= {"Resume, also on other workers", "Lost workers and time-outs"}
     assert promised <= snippets().keys()
+
+
+def test_the_example_is_examples_minimal():
+    blocks = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert (ROOT / "examples" / "minimal.py").read_text() in blocks
+
+
+def test_the_table_has_every_argument():
+    def arguments(optimizer):
+        return [name for name in inspect.signature(optimizer).parameters if name != "args"]
+
+    (row,) = re.findall(r"^\| `GMC\((.*?)\)`", README, re.MULTILINE)
+    assert row.replace("*, ", "").split(", ") == arguments(gmc_cuda.GMC)
+    (row,) = re.findall(r"^\| `DGC\(\.\.\.\)` (.*?) \|", README, re.MULTILINE)
+    without, plus = (re.findall(r"`(\w+)`", part) for part in row.split("plus"))
+    assert set(arguments(gmc_cuda.DGC)) == set(arguments(gmc_cuda.GMC)) - set(without) | set(plus)
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
+def test_links_lead_somewhere(link):
+    assert link.startswith("https://") or (ROOT / link).exists()
