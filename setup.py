@@ -10,8 +10,8 @@ from setuptools.command.build_ext import build_ext
 os.chdir(Path(__file__).resolve().parent)
 sys.path.insert(0, os.path.abspath("tools"))
 
-from build_toolkit import BuildError, make_plan  # noqa: E402
-from compile import compile_libraries  # noqa: E402
+from build_toolkit import BuildError, find_torch, make_plan  # noqa: E402
+from compile import TARGET_TORCH, compile_libraries  # noqa: E402
 
 if int(setuptools.__version__.split(".")[0]) < 77:
     raise BuildError(
@@ -24,21 +24,13 @@ class Build(build_ext):
     """Compiles the libraries and puts them into the package, with a record of how."""
 
     def run(self):
-        try:
-            import torch
-        except ModuleNotFoundError as missing:
-            if missing.name != "torch":
-                raise
-            raise BuildError(
-                "torch 2.11 or later must be installed where the extension is built, and the "
-                "build must use it: pip install --no-build-isolation ."
-            ) from None
-        plan = make_plan(torch.__version__, torch.version.cuda)
+        torch = find_torch(TARGET_TORCH)
+        plan = make_plan(torch.version, torch.cuda)
         # Kept between builds, also by editable installs, whose default is a temporary folder; one
         # for each Python, torch and target, because their objects do not mix.
         kind = f"cu{plan.toolkit.version}" if plan.toolkit else "cpu"
-        folder = Path(f"build/{sys.implementation.cache_tag}-torch{torch.__version__}-{kind}")
-        record = compile_libraries(folder, plan)
+        folder = Path(f"build/{sys.implementation.cache_tag}-torch{torch.version}-{kind}")
+        record = compile_libraries(folder, plan, torch)
         module = Path(self.get_ext_fullpath("gmc_cuda._C"))
         module.parent.mkdir(parents=True, exist_ok=True)
         replace(folder / "_C.so", module)

@@ -154,6 +154,22 @@ def test_archs_become_flags_of_the_compiler(build_toolkit, archs, codes):
         compile.gencode_flags("9.0;Hopper")
 
 
+def test_torch_is_found_without_importing_it(build_toolkit):
+    import torch
+
+    found = build_toolkit.find_torch("2.11")
+    assert (found.version, found.cuda) == (torch.__version__, torch.version.cuda)
+    assert (found.folder / "include" / "torch" / "csrc" / "stable").is_dir()
+
+
+def test_a_build_without_torch_or_with_an_old_one_says_so(build_toolkit, monkeypatch):
+    with pytest.raises(SystemExit, match=r"torch 99\.0 or later is needed to build; this env"):
+        build_toolkit.find_torch("99.0")
+    monkeypatch.setattr(build_toolkit.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="must be installed where the extension is built"):
+        build_toolkit.find_torch("2.11")
+
+
 @pytest.fixture
 def plan(build_toolkit, tmp_path):
     """make_plan with toolkits of the given versions found, and no others."""

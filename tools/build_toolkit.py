@@ -1,8 +1,10 @@
 """What setup.py builds, and with which CUDA toolkit: decided on what is installed, never on
 whether a GPU is visible, so that a build machine without one builds the same package."""
 
+import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,34 @@ class BuildError(SystemExit):
 
     def __init__(self, message):
         super().__init__(f"\ngmc_cuda: {message}\n")
+
+
+@dataclass(frozen=True)
+class Torch:
+    """The torch to build with: its folder, its version and its CUDA version, or None."""
+
+    folder: Path
+    version: str
+    cuda: str | None
+
+
+def find_torch(oldest):
+    """The torch of this Python, found without importing it: that takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise BuildError(
+            f"torch {oldest} or later must be installed where the extension is built, and the "
+            "build must use it: pip install --no-build-isolation ."
+        )
+    folder = Path(spec.origin).parent
+    version = runpy.run_path(str(folder / "version.py"))
+    torch = Torch(folder, version["__version__"], version["cuda"])
+    if [int(part) for part in torch.version.split(".")[:2]] < list(map(int, oldest.split("."))):
+        raise BuildError(
+            f"torch {oldest} or later is needed to build; this environment has {torch.version}. "
+            f"Upgrade it: {sys.executable} -m pip install 'torch>={oldest}'"
+        )
+    return torch
 
 
 @dataclass(frozen=True)

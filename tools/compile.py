@@ -10,7 +10,6 @@ import sys
 import sysconfig
 from glob import glob
 from importlib import metadata
-from pathlib import Path
 
 from build_toolkit import BuildError
 
@@ -84,7 +83,8 @@ def write_ninja_file(folder, plan, torch_folder):
     include = ["-Icsrc", "-isystem", str(torch_folder / "include")]
     macros = [f"-DTORCH_TARGET_VERSION={torch_target:#x}"]
     archs_macro = f'-DGMC_CUDA_ARCHS="{plan.archs}"'
-    python = ["-isystem", sysconfig.get_path("include")]
+    # The module's two functions are called once: optimized, they would only compile longer.
+    python = ["-O0", "-isystem", sysconfig.get_path("include")]
     # By their names alone, so that the torch that is running, which has them loaded, provides
     # them. libtorch.so leads to libtorch_cuda.so where torch has one, and is kept in spite of
     # having no symbols. libstdc++ comes first, because torch's libraries hold parts of it, too.
@@ -132,11 +132,9 @@ def write_ninja_file(folder, plan, torch_folder):
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
 
 
-def compile_libraries(folder, plan):
+def compile_libraries(folder, plan, torch):
     """Compiles what has changed; returns how, for the record that is installed."""
-    import torch
-
-    write_ninja_file(folder, plan, Path(torch.__file__).parent)
+    write_ninja_file(folder, plan, torch.folder)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     if subprocess.run([ninja(), "-f", str(folder / "build.ninja"), *jobs]).returncode:
         raise BuildError("the compiler failed: see its message after FAILED")
@@ -145,7 +143,7 @@ def compile_libraries(folder, plan):
     why = f"toolkit in {plan.toolkit.home}" if plan.toolkit else plan.reason
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": torch.version,
         "target_torch": TARGET_TORCH,
         "with_cuda": plan.toolkit is not None,
         "cuda": plan.toolkit.version if plan.toolkit else None,
@@ -154,5 +152,5 @@ def compile_libraries(folder, plan):
         "cxx_flags": " ".join(CXX_FLAGS),
         "nvcc_flags": " ".join(NVCC_FLAGS) if plan.toolkit else "",
         "summary": f"gmc_cuda: built for {target}, torch {TARGET_TORCH} and later (headers of "
-        f"{torch.__version__}), Python {platform.python_version()}; {why}",
+        f"{torch.version}), Python {platform.python_version()}; {why}",
     }
