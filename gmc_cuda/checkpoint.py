@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from gmc_cuda import state_dict as states
 from gmc_cuda.compressed_sgd import CompressedSGD
-from gmc_cuda.exchange import Exchange, FlatGroup
+from gmc_cuda.exchange import Exchange, FlatGroup, GroupLost
 
 FORMAT = 1
 _CURRENT, _FACTS = "current", "facts.pt"
@@ -175,6 +175,13 @@ class _Save:
 
     def write(self, exchange: Exchange) -> None:
         """Collective over the exchange."""
+        try:
+            self._write(exchange)
+        except GroupLost as error:
+            outcome = "what the folder held is complete"
+            raise error.told("checkpoint.save", exchange.rank, outcome) from error
+
+    def _write(self, exchange: Exchange) -> None:
         cpu = torch.device("cpu")
         (name, *_) = exchange.gather_objects(secrets.token_hex(4), cpu)
         part = self.folder / name

@@ -151,7 +151,10 @@ class FlatGroup:
         values: list[Any] = [None] * self.size
         # Over NCCL the objects travel through the current device, which may be another rank's.
         with torch.cuda.device(device if device.type == "cuda" else -1):
-            dist.all_gather_object(values, value, group=self.group)
+            try:
+                dist.all_gather_object(values, value, group=self.group)
+            except RuntimeError as error:
+                raise GroupLost(str(error)) from error
         return values
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlatGroup:

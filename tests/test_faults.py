@@ -3,13 +3,18 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
+import restarted_training
 import torch
 import torch.distributed as dist
 from problems import aggregate_of, flat, mean, memory_of, parameters, same_on_all_ranks
 from processes import Processes
+from torch.utils._pytree import tree_flatten
 
 import gmc_cuda
 from gmc_cuda import exchange
@@ -340,3 +345,55 @@ def test_an_interrupt_while_waiting(monkeypatch, density):
     assert torch.equal(flat(params), w) and aggregate_of(optimizer, params).count_nonzero() == 0
     v = u + train[1] + MOMENTUM * a
     torch.testing.assert_close(memory_of(optimizer, params), v, rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------- restarting
+
+
+def undisturbed_training(say, folder):
+    return restarted_training.train(Path(folder), None)
+
+
+def assert_same_bits(values, expected):
+    (values, form), (expected, expected_form) = tree_flatten(values), tree_flatten(expected)
+    assert form == expected_form
+    for value, other in zip(values, expected, strict=True):
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
+def test_torchrun_restarts_go_on_exactly(tmp_path):
+    """Two deaths, one of them in the middle of a file: the same bits as without."""
+    runs = tmp_path / "restarted", tmp_path / "undisturbed"
+    for folder in runs:
+        folder.mkdir()
+    launcher = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        # Else a restarted worker finds the addresses of the one before in the store.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "--max-restarts=2", restarted_training.__file__, str(runs[0])],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    starts = re.findall(r"life (\d) starts at \((\d+), (\d+)\)", done.stdout)
+    # Only rank 0 had written step 6 when life 1 began, and only rank 1 step 10 when life 2 did.
+    assert starts == [("0", "0", "0"), ("1", "4", "4"), ("2", "8", "8")], done.stdout
+    for rank in (0, 1):  # it waited for the other one
+        assert f"checkpoint.save, rank {rank} lost the group: what the folder held" in done.stderr
+    with Processes(2, tmp_path, undisturbed_training, str(runs[1])) as workers:
+        for rank, expected in enumerate(workers.results()):
+            ends = torch.load(runs[0] / f"end-{rank}.pt", weights_only=True)
+            assert_same_bits(ends, expected)
+            assert all(end["optimizer"]["state"][0]["memory"].any() for end in ends)
