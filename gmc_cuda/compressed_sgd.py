@@ -141,11 +141,15 @@ class CompressedSGD(torch.optim.Optimizer):
 
     def _check_params(self, groups: list[dict[str, Any]]) -> None:
         devices = set()
+        seen: set[Tensor] = set()
         for g, group in enumerate(groups):
             self._check_group(group, g)
             for i, param in enumerate(group["params"]):
                 name = f"params: {agreement.parameter_name(group, i)} of group {g}"
                 hyperparameters.check_param(param, name)
+                if param in seen:
+                    raise ValueError(f"{name} stands in it twice")
+                seen.add(param)
                 devices.add(param.device)
         if len(devices) > 1:
             raise ValueError(

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -101,7 +102,15 @@ def add(state_dict: dict[str, Any], params: list[Tensor], held: Held, stamp: Sta
         if param in held:
             state_dict["state"][i] = {**state_dict["state"].get(i, {}), **held[param]}
     for group in state_dict["param_groups"]:
+        group.update({key: _plain(value) for key, value in group.items()})
         group[_STAMP] = asdict(stamp)
+
+
+def _plain(value: Any) -> Any:
+    """Python's number for one of numpy's, which torch.load(weights_only=True) refuses."""
+    if isinstance(value, Real) and type(value) not in (bool, int, float):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 def assemble(state: dict[int, ParamState], groups: list[Group], stamp: Stamp) -> dict[str, Any]:
