@@ -1,4 +1,4 @@
-"""A training script as torchrun restarts it: it goes on from what is on the disk, or dies.
+"""A training script as torchrun restarts it: it goes on from the disk, and sometimes dies.
 
     torchrun --nproc-per-node=2 --max-restarts=2 restarted_training.py FOLDER
 
