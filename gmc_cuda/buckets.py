@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gmc_cuda import ops
+from gmc_cuda.shards import local
 
 MAX_NUMEL = 2**31 - 1
 
@@ -16,7 +17,8 @@ class Bucket:
     """Parameters of one group and dtype with their float32 state, flat in storage order.
 
     Attributes:
-        params: the parameters, in the order of the index space.
+        params: the parameters, in the order of the index space. Of a DTensor, the local shard is
+            meant everywhere.
         group: index of their param group.
         sizes, numel: the parameters' numels, and their sum N.
         memory: u, float32 [N].
@@ -30,9 +32,9 @@ class Bucket:
     def __init__(self, params: Sequence[Tensor], group: int, local_momentum: bool) -> None:
         self.params = list(params)
         self.group = group
-        self.sizes = [p.numel() for p in self.params]
+        self.sizes = [local(p).numel() for p in self.params]
         self.numel = sum(self.sizes)
-        self.device = self.params[0].device
+        self.device = local(self.params[0]).device
         self.memory = torch.zeros(self.numel, device=self.device)
         self.momentum_buffer = torch.zeros_like(self.memory) if local_momentum else None
         self.aggregate: Tensor | None = None
@@ -46,7 +48,7 @@ class Bucket:
         parts = flat.split(self.sizes)
         return [
             part.as_strided(p.shape, p.stride(), part.storage_offset())
-            for part, p in zip(parts, self.params, strict=True)
+            for part, p in zip(parts, map(local, self.params), strict=True)
         ]
 
     def vectors(self) -> dict[str, Tensor]:
@@ -57,7 +59,8 @@ class Bucket:
 
     def flat_params(self) -> list[Tensor]:
         """The parameters as contiguous tensors that share their storage."""
-        return [p if p.is_contiguous() else in_storage_order(p.detach()) for p in self.params]
+        params = map(local, self.params)
+        return [p if p.is_contiguous() else in_storage_order(p.detach()) for p in params]
 
     def flat_grads(self, grads: Mapping[Tensor, Tensor] | None = None) -> list[Tensor | None]:
         """The gradients in the same order, None where a parameter has none.
@@ -110,10 +113,10 @@ def make_buckets(
     """
     by_dtype: dict[torch.dtype, list[list[Tensor]]] = {}
     for param in reversed(params):
-        if param.numel() == 0:
+        if local(param).numel() == 0:
             continue
         packs = by_dtype.setdefault(param.dtype, [[]])
-        if packs[-1] and sum(p.numel() for p in packs[-1]) + param.numel() > cap_numel:
+        if packs[-1] and sum(local(p).numel() for p in (*packs[-1], param)) > cap_numel:
             packs.append([])
         packs[-1].append(param)
     return [
@@ -125,7 +128,7 @@ def make_buckets(
 
 def _aligned_first(params: list[Tensor]) -> list[Tensor]:
     # A numel that is no multiple of 8 would push all tensors behind it off their 16-byte loads.
-    return sorted(params, key=lambda p: p.numel() % 8 != 0)
+    return sorted(params, key=lambda p: local(p).numel() % 8 != 0)
 
 
 def is_dense_layout(tensor: Tensor) -> bool:
@@ -146,7 +149,10 @@ def in_storage_order(tensor: Tensor) -> Tensor:
 
 
 def _flat_grad(param: Tensor, grad: Tensor | None) -> Tensor | None:
-    if grad is None or (grad.is_contiguous() and param.is_contiguous()):
+    if grad is None:
+        return None
+    param, grad = local(param), local(grad)
+    if grad.is_contiguous() and param.is_contiguous():
         return grad
     if grad.stride() != param.stride():
         grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
