@@ -6,6 +6,7 @@ GradScaler      loss scaling for float16, agreed by all workers
 local_gradients DistributedDataParallel leaves the gradients to the optimizer
 gmc_hook        GMC as DistributedDataParallel's communication hook, with a GMCHookState
 LocalUpdates    an exchange every H steps of another optimizer
+integrations    Trainer, Accelerate, Lightning: import gmc_cuda.integrations.<name>
 checkpoint      save and load with every worker's memory, on any number of workers
 ops             the functional layer, on CPU or CUDA tensors (also torch.ops.gmc_cuda.*)
 reference       the same functions in plain PyTorch, to read beside the papers

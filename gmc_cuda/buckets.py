@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gmc_cuda import ops
+from gmc_cuda.shards import local
 
 MAX_NUMEL = 2**31 - 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters and gradients
@@ -17,7 +18,8 @@ class Bucket:
     """Parameters of one group and dtype with their float32 state, flat in storage order.
 
     Attributes:
-        params: the parameters, in the order of the index space.
+        params: the parameters, in the order of the index space. Of a DTensor, the local shard is
+            meant everywhere.
         group: index of their param group.
         sizes, numel: the parameters' numels, and their sum N.
         memory: u, float32 [N].
@@ -31,10 +33,10 @@ class Bucket:
     def __init__(self, params: Sequence[Tensor], group: int, local_momentum: bool) -> None:
         self.params = list(params)
         self.group = group
-        self.sizes = [p.numel() for p in self.params]
+        self.sizes = [local(p).numel() for p in self.params]
         self.numel = sum(self.sizes)
-        self.device = self.params[0].device
-        self._contiguous = all(p.is_contiguous() for p in self.params)
+        self.device = local(self.params[0]).device
+        self._plain = all(local(p) is p and p.is_contiguous() for p in self.params)
         self.memory = torch.zeros(self.numel, device=self.device)
         self.momentum_buffer = torch.zeros_like(self.memory) if local_momentum else None
         self.aggregate: Tensor | None = None
@@ -48,7 +50,7 @@ class Bucket:
         parts = flat.split(self.sizes)
         return [
             part.as_strided(p.shape, p.stride(), part.storage_offset())
-            for part, p in zip(parts, self.params, strict=True)
+            for part, p in zip(parts, map(local, self.params), strict=True)
         ]
 
     def vectors(self) -> dict[str, Tensor]:
@@ -59,9 +61,10 @@ class Bucket:
 
     def flat_params(self) -> list[Tensor]:
         """The parameters as contiguous tensors that share their storage."""
-        if self._contiguous:
+        if self._plain:
             return list(self.params)
-        return [p if p.is_contiguous() else in_storage_order(p.detach()) for p in self.params]
+        params = map(local, self.params)
+        return [p if p.is_contiguous() else in_storage_order(p.detach()) for p in params]
 
     def flat_grads(self, refuse: Callable[[Tensor], None]) -> list[Tensor | None]:
         """The gradients in the same order, None where a parameter has none.
@@ -74,7 +77,7 @@ class Bucket:
             if grad is not None:
                 if grad.layout is not torch.strided or grad.dtype not in DTYPES:
                     refuse(param)
-                if not (self._contiguous and grad.is_contiguous()):
+                if not (self._plain and grad.is_contiguous()):
                     grad = _flat_grad(param, grad)
             grads.append(grad)
         return grads
@@ -126,10 +129,10 @@ def make_buckets(
     """
     by_dtype: dict[torch.dtype, list[list[Tensor]]] = {}
     for param in reversed(params):
-        if param.numel() == 0:
+        if local(param).numel() == 0:
             continue
         packs = by_dtype.setdefault(param.dtype, [[]])
-        if packs[-1] and sum(p.numel() for p in packs[-1]) + param.numel() > cap_numel:
+        if packs[-1] and sum(local(p).numel() for p in (*packs[-1], param)) > cap_numel:
             packs.append([])
         packs[-1].append(param)
     return [
@@ -141,7 +144,7 @@ def make_buckets(
 
 def _aligned_first(params: list[Tensor]) -> list[Tensor]:
     # A numel that is no multiple of 8 would push all tensors behind it off their 16-byte loads.
-    return sorted(params, key=lambda p: p.numel() % 8 != 0)
+    return sorted(params, key=lambda p: local(p).numel() % 8 != 0)
 
 
 def is_dense_layout(tensor: Tensor) -> bool:
@@ -162,6 +165,7 @@ def in_storage_order(tensor: Tensor) -> Tensor:
 
 
 def _flat_grad(param: Tensor, grad: Tensor) -> Tensor:
+    param, grad = local(param), local(grad)
     if grad.is_contiguous() and param.is_contiguous():
         return grad
     if grad.stride() != param.stride():

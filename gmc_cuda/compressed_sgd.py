@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gmc_cuda import agreement, ddp, hyperparameters, transfers, wire
+from gmc_cuda import agreement, ddp, hyperparameters, shards, transfers, wire
 from gmc_cuda import state_dict as states
 from gmc_cuda.buckets import MAX_NUMEL, Bucket, in_storage_order, make_buckets
 from gmc_cuda.exchange import Exchange, FlatGroup, GroupLost
 from gmc_cuda.integrity import DamageWatch, DuplicateWatch, check_replicas
 from gmc_cuda.rules import Rule
+from gmc_cuda.shards import local
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class CompressedSGD(torch.optim.Optimizer):
         *,
         rule: Rule,
         settings: Settings,
-        process_group: dist.ProcessGroup | None,
+        process_group: Any,
         broadcast_parameters: bool,
     ) -> None:
         self._exchange: Exchange = FlatGroup(process_group)
@@ -135,9 +135,12 @@ class CompressedSGD(torch.optim.Optimizer):
         self._repack()
 
     def _agree(self, facts: dict[str, Any] | Exception) -> None:
+        agreement.check(self._exchange, facts, self._device())
+
+    def _device(self) -> torch.device:
         groups = self.__dict__.get("param_groups", [])  # none if the arguments were refused
-        devices = [p.device for group in groups for p in group["params"]]
-        agreement.check(self._exchange, facts, devices[0] if devices else torch.device("cpu"))
+        devices = [local(p).device for group in groups for p in group["params"]]
+        return devices[0] if devices else torch.device("cpu")
 
     def _check_params(self, groups: list[dict[str, Any]]) -> None:
         devices = set()
@@ -146,15 +149,19 @@ class CompressedSGD(torch.optim.Optimizer):
             self._check_group(group, g)
             for i, param in enumerate(group["params"]):
                 name = f"params: {agreement.parameter_name(group, i)} of group {g}"
-                hyperparameters.check_param(param, name)
+                hyperparameters.check_param(local(param), name)
                 if param in seen:
                     raise ValueError(f"{name} stands in it twice")
                 seen.add(param)
-                devices.add(param.device)
+                devices.add(local(param).device)
         if len(devices) > 1:
             raise ValueError(
                 f"params: got devices {', '.join(sorted(map(str, devices)))}, must be one device"
             )
+        params = [p for group in groups for p in group["params"]]
+        inside = shards.check(params, self._exchange.given, self._settings.overlap)
+        if inside is not None:
+            self._exchange.agree_group = inside
 
     def _check_group(self, group: dict[str, Any], g: int) -> None:
         where = f"of param group {g}"
@@ -162,7 +169,8 @@ class CompressedSGD(torch.optim.Optimizer):
         self._rule.check(group, where)
 
     def _broadcast(self, groups: list[dict[str, Any]]) -> None:
-        params = [p.detach() for group in groups for p in group["params"] if p.numel()]
+        params = [local(p).detach() for group in groups for p in group["params"]]
+        params = [p for p in params if p.numel()]
         self._exchange.broadcast([in_storage_order(p) for p in params])
 
     def _current_layout(self) -> list[bool]:
@@ -332,9 +340,10 @@ class CompressedSGD(torch.optim.Optimizer):
         """Waits for all payloads and merges them; returns the verdict. Changes no parameter."""
         for transfer in self._started:
             transfer.wait()
-        if not self._started:
+        if not self._started:  # a worker whose shards are all empty
+            self._exchange.agree(torch.zeros(1, dtype=torch.int32, device=self._device()))
             return None
-        self._verdict = skip = transfers.agree(self._started)
+        self._verdict = skip = self._exchange.agree(transfers.agree(self._started))
         transfers.raise_on(self._started, skip, self._exchange.rank, self.nonfinite)
         for transfer in self._started:
             transfer.merge(skip)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gmc_cuda.shards import groups_of
+
 # torch 2.15 renamed all_gather_into_tensor and warns about the old name; 2.11 has only that one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -27,11 +29,15 @@ class Exchange(Protocol):
 
     Attributes:
         group: the process group behind it; None for a single worker.
+        given: the process group that it was asked for; None for the default.
+        agree_group: workers that hold other shards of the same step; None if there are none.
         size: world size p, the number of payloads that a step merges.
         rank: which of them is this worker's.
     """
 
     group: dist.ProcessGroup | None
+    given: dist.ProcessGroup | None
+    agree_group: dist.ProcessGroup | None
     size: int
     rank: int
 
@@ -43,6 +49,9 @@ class Exchange(Protocol):
 
     def all_reduce(self, tensor: Tensor) -> Work:
         """Starts summing a tensor over all ranks in place. All ranks get the same bits."""
+
+    def agree(self, verdict: Tensor) -> Tensor:
+        """The strictest verdict, int32 [1], among the workers that hold a part of this step."""
 
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Overwrites contiguous tensors with rank 0's."""
@@ -89,13 +98,14 @@ class _Pending:
 class FlatGroup:
     """One process group, or a single worker where torch.distributed was not initialised."""
 
-    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
-        self._given = process_group
+    def __init__(self, process_group: Any) -> None:
+        """Args: process_group: a group, None, or a device mesh, see shards.groups_of."""
+        self.given, self.agree_group = groups_of(process_group)
         self._missing = False  # a copy without the group that it was made with
         self._find()
 
     def _find(self) -> None:
-        self.group, self.size, self.rank = self._given, 1, 0
+        self.group, self.size, self.rank = self.given, 1, 0
         if self.group is None and dist.is_available() and dist.is_initialized():
             self.group = dist.group.WORLD
         if self.group is not None:
@@ -136,6 +146,12 @@ class FlatGroup:
             return _Done()
         return _Pending(dist.all_reduce, tensor, group=self.group)
 
+    def agree(self, verdict: Tensor) -> Tensor:
+        if self.agree_group is not None:
+            with _losing_the_group():
+                dist.all_reduce(verdict, dist.ReduceOp.MAX, group=self.agree_group)
+        return verdict
+
     def broadcast(self, tensors: list[Tensor]) -> None:
         if self.size == 1 or self.group is None:
             return
@@ -158,10 +174,13 @@ class FlatGroup:
         return values
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlatGroup:
-        return FlatGroup(self._given)
+        copy = FlatGroup(self.given)
+        copy.agree_group = self.agree_group
+        return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_given": None, "_missing": self._given is not None or self._missing}
+        missing = self.given is not None or self._missing
+        return {"given": None, "agree_group": None, "_missing": missing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

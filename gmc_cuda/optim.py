@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gmc_cuda import state_dict as states
@@ -44,8 +43,10 @@ class GMC(CompressedSGD):
             momentum * (eta_{t-1} / eta_t) * a_{t-1}, which is the paper's w_t - w_{t-1} taken
             literally when the learning rate changes.
         wire_dtype: dtype of the values sent; what rounding loses stays in memory.
-        process_group: workers to train with; default: all, or only this one where
-            torch.distributed is not initialised.
+        process_group: workers to train with, a process group or a 1-D device mesh; default: all, or
+            only this one where torch.distributed is not initialised. For parameters that are
+            sharded inside a node (FSDP2), a 2-D mesh: across nodes, then inside a node, where only
+            the verdict on non-finite values is shared. Memory is then of the local shard's shape.
         overlap: compress and send during the backward pass. Gradients are set to None once they
             are sent, so clipping and GradScaler need overlap=False.
         bucket_cap_mb: largest float32 memory of a bucket, in MiB.
@@ -79,7 +80,7 @@ class GMC(CompressedSGD):
         nesterov: bool = False,
         momentum_form: str = "buffer",
         wire_dtype: torch.dtype = torch.bfloat16,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Any = None,
         overlap: bool = False,
         bucket_cap_mb: float = 256,
         nonfinite: str = "skip",
@@ -145,7 +146,7 @@ class DGC(CompressedSGD):
         momentum_masking: bool = True,
         clip_norm: float | None = None,
         wire_dtype: torch.dtype = torch.bfloat16,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Any = None,
         overlap: bool = False,
         bucket_cap_mb: float = 256,
         nonfinite: str = "skip",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gmc_cuda.buckets import Bucket
 from gmc_cuda.rules import Group, Rule
+from gmc_cuda.shards import local
 
 ParamState = dict[str, Tensor]
 Held = dict[Tensor, ParamState]
@@ -268,9 +269,9 @@ def _checked(
         )
     state = {key: value for key, value in tensors.items() if key in known and value is not None}
     for key, value in state.items():
-        if value.shape != param.shape:
+        if value.shape != local(param).shape:
             raise ValueError(
                 f"state_dict: {key} of parameter {i} has shape {tuple(value.shape)}, must be "
-                f"{tuple(param.shape)}"
+                f"{tuple(local(param).shape)}"
             )
     return state
