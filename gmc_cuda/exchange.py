@@ -79,10 +79,10 @@ class _Done:
 class _Pending:
     """Fails in wait() alone, so that all buckets of a step take in their gradients before."""
 
-    def __init__(self, collective: Callable[..., Any], *tensors: Tensor, group: Any) -> None:
+    def __init__(self, collective: Callable[..., Any], *arguments: Any, group: Any) -> None:
         self._error: RuntimeError | None = None
         try:
-            self._work = collective(*tensors, group=group, async_op=True)
+            self._work = collective(*arguments, group=group, async_op=True)
         except RuntimeError as error:
             self._error = error
 
@@ -148,8 +148,7 @@ class FlatGroup:
 
     def agree(self, verdict: Tensor) -> Tensor:
         if self.agree_group is not None:
-            with _losing_the_group():
-                dist.all_reduce(verdict, dist.ReduceOp.MAX, group=self.agree_group)
+            _Pending(dist.all_reduce, verdict, dist.ReduceOp.MAX, group=self.agree_group).wait()
         return verdict
 
     def broadcast(self, tensors: list[Tensor]) -> None:

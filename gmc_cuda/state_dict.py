@@ -109,9 +109,9 @@ def add(state_dict: dict[str, Any], params: list[Tensor], held: Held, stamp: Sta
 
 def _plain(value: Any) -> Any:
     """Python's number for one of numpy's, which torch.load(weights_only=True) refuses."""
-    if isinstance(value, Real) and type(value) not in (bool, int, float):
-        return int(value) if isinstance(value, Integral) else float(value)
-    return value
+    if type(value).__module__ == "builtins" or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def assemble(state: dict[int, ParamState], groups: list[Group], stamp: Stamp) -> dict[str, Any]:
