@@ -6,6 +6,7 @@ GradScaler      loss scaling for float16, agreed by all workers
 local_gradients DistributedDataParallel leaves the gradients to the optimizer
 gmc_hook        GMC as DistributedDataParallel's communication hook, with a GMCHookState
 LocalUpdates    an exchange every H steps of another optimizer
+NodeAverage     dense inside a node, GMC across nodes
 integrations    Trainer, Accelerate, Lightning: import gmc_cuda.integrations.<name>
 checkpoint      save and load with every worker's memory, on any number of workers
 ops             the functional layer, on CPU or CUDA tensors (also torch.ops.gmc_cuda.*)
@@ -16,6 +17,7 @@ from gmc_cuda import checkpoint, ops, reference
 from gmc_cuda.amp import GradScaler
 from gmc_cuda.ddp import GMCHookState, gmc_hook, local_gradients
 from gmc_cuda.local_updates import LocalUpdates
+from gmc_cuda.node_average import NodeAverage
 from gmc_cuda.optim import DGC, GMC
 from gmc_cuda.schedules import DensityWarmup
 
@@ -27,6 +29,7 @@ __all__ = [
     "GMCHookState",
     "GradScaler",
     "LocalUpdates",
+    "NodeAverage",
     "checkpoint",
     "gmc_hook",
     "local_gradients",
