@@ -47,7 +47,7 @@ class LocalUpdates(torch.optim.Optimizer):
             worker).
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {"lr": 0.7, "momentum": 0.5, "density": 0.02}
+    DEFAULTS: ClassVar[dict[str, Any]] = {"lr": 1.0, "momentum": 0.0, "density": 0.02}
 
     def __init__(
         self,
