@@ -193,6 +193,8 @@ class _Worker:
         error = float(((unsent - state["unsent"]).abs() / (1 + unsent.abs())).max())
         if error > TOLERANCE or not torch.equal(aggregate, state["aggregate"]):
             raise Broken(f"what is unsent in all was not kept: off by {error:.1e}")
+        if not unsent.any():
+            raise Broken("nothing was unsent, so that a resume could not lose it")
         return state["step"]
 
     def unsent_of_all(self) -> tuple[torch.Tensor, torch.Tensor]:
