@@ -155,34 +155,89 @@ GMC_HD void store_value(void* values, DType dtype, int64_t i, float x) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Values on the wire. They saturate at the largest finite value; a reader takes finite ones only.
-// The code of a type is part of every payload's header.
+// Values on the wire: codes of 32, 16, 8 or 4 bits. Those of 8 and 4 bits count from 2**scale, one
+// scale for all values of a payload (scale.h); for the others it is 0. Codes saturate at the
+// largest finite value; a reader takes finite ones only. A type's number is part of every header.
 // ---------------------------------------------------------------------------------------------
 
-enum class WireType : uint32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class WireType : uint32_t {
+  kFloat32 = 0,
+  kBFloat16 = 1,
+  kFloat16 = 2,
+  kFloat8 = 3,  // e4m3fn
+  kFloat4 = 4,  // e2m1fn, two to a byte, the first in the low half
+};
 
 struct WireFloat32 {
-  using Word = float;
-  static GMC_HD float decode(Word word) { return word; }
-  static GMC_HD Word encode(float x) { return x; }
-  static GMC_HD bool sound(Word word) { return is_finite(word); }
+  static constexpr int kBits = 32;
+  static constexpr bool kScaled = false;
+  static GMC_HD float decode(uint32_t code, int) { return bits_float(code); }
+  static GMC_HD uint32_t encode(float x, int) { return float_bits(x); }
+  static GMC_HD bool sound(uint32_t code) { return (code & kKeyMask) < kInfKey; }
 };
 
 struct WireBFloat16 {
-  using Word = uint16_t;
-  static GMC_HD float decode(Word word) { return bf16_to_float(word); }
-  static GMC_HD Word encode(float x) { return float_to_bf16(x); }
-  static GMC_HD bool sound(Word word) { return (word & 0x7fffu) < 0x7f80u; }
+  static constexpr int kBits = 16;
+  static constexpr bool kScaled = false;
+  static GMC_HD float decode(uint32_t code, int) {
+    return bf16_to_float(static_cast<uint16_t>(code));
+  }
+  static GMC_HD uint32_t encode(float x, int) { return float_to_bf16(x); }
+  static GMC_HD bool sound(uint32_t code) { return (code & 0x7fffu) < 0x7f80u; }
 };
 
 struct WireFloat16 {
-  using Word = uint16_t;
-  static GMC_HD float decode(Word word) { return fp16_to_float(word); }
-  static GMC_HD Word encode(float x) { return float_to_fp16(x); }
-  static GMC_HD bool sound(Word word) { return (word & 0x7fffu) < 0x7c00u; }
+  static constexpr int kBits = 16;
+  static constexpr bool kScaled = false;
+  static GMC_HD float decode(uint32_t code, int) {
+    return fp16_to_float(static_cast<uint16_t>(code));
+  }
+  static GMC_HD uint32_t encode(float x, int) { return float_to_fp16(x); }
+  static GMC_HD bool sound(uint32_t code) { return (code & 0x7fffu) < 0x7c00u; }
 };
 
-constexpr uint32_t kWireTypes = 3;  // codes below this one are known
+// A sign, an exponent and kMantissa bits. Every value is a whole number of steps of
+// 2**(scale + kStep); kTop is the exponent of the largest, kLargest its code. The scale is bounded
+// so that steps and values are normal numbers of float32.
+template <int bits, int mantissa, int step, int top, uint32_t largest>
+struct WireSmall {
+  static constexpr int kBits = bits;
+  static constexpr bool kScaled = true;
+  static constexpr int kMantissa = mantissa, kStep = step, kTop = top;
+  static constexpr uint32_t kLargest = largest;
+  static constexpr uint32_t kSign = 1u << (bits - 1);
+  static constexpr int kSmallestScale = -126 - step, kLargestScale = 127 - top;
+
+  static GMC_HD float decode(uint32_t code, int scale) {
+    const uint32_t magnitude = code & (kSign - 1), field = magnitude >> mantissa;
+    const uint32_t fraction = magnitude & ((1u << mantissa) - 1);
+    const uint32_t steps = field ? (fraction | 1u << mantissa) << (field - 1) : fraction;
+    const auto unit = static_cast<uint32_t>(scale + step + 127) << 23;
+    const float x = static_cast<float>(static_cast<int32_t>(steps)) * bits_float(unit);
+    return bits_float(float_bits(x) | (code & kSign ? ~kKeyMask : 0));
+  }
+
+  // x is m * 2**(exponent - 23), and a code's exponent at least that of 2**mantissa steps.
+  static GMC_HD uint32_t encode(float x, int scale) {
+    const uint32_t key = magnitude_key(x), field = key >> 23;
+    const uint32_t m = (key & 0x7fffffu) | (field ? 0x800000u : 0);
+    const int lowest = scale + step + mantissa;
+    const int own = static_cast<int>(field ? field : 1) - 127;
+    const int exponent = own > lowest ? own : lowest;
+    const int drop = 23 - mantissa + (exponent - own);
+    if (drop > 24) return float_bits(x) & ~kKeyMask ? kSign : 0;
+    const uint32_t rounded = (m + (1u << (drop - 1)) - 1 + (m >> drop & 1u)) >> drop;
+    const uint32_t code = (static_cast<uint32_t>(exponent - lowest) << mantissa) + rounded;
+    return (code < largest ? code : largest) | (float_bits(x) & ~kKeyMask ? kSign : 0);
+  }
+
+  static GMC_HD bool sound(uint32_t code) { return (code & (kSign - 1)) <= largest; }
+};
+
+using WireFloat8 = WireSmall<8, 3, -9, 8, 0x7e>;
+using WireFloat4 = WireSmall<4, 1, -1, 2, 0x7>;
+
+constexpr uint32_t kWireTypes = 5;  // numbers below this one are known
 
 // Calls function(format), the format being one of the structs above.
 GMC_ANY_SIDE
@@ -193,6 +248,10 @@ GMC_HD auto with_wire_type(WireType wire, const Function& function) {
       return function(WireBFloat16{});
     case WireType::kFloat16:
       return function(WireFloat16{});
+    case WireType::kFloat8:
+      return function(WireFloat8{});
+    case WireType::kFloat4:
+      return function(WireFloat4{});
     default:
       return function(WireFloat32{});
   }
@@ -200,37 +259,35 @@ GMC_HD auto with_wire_type(WireType wire, const Function& function) {
 
 // Bytes of k values.
 GMC_HD int64_t wire_nbytes(WireType wire, int64_t k) {
-  return with_wire_type(wire, [=](auto format) {
-    return k * static_cast<int64_t>(sizeof(typename decltype(format)::Word));
-  });
+  return with_wire_type(wire, [=](auto format) { return (k * decltype(format)::kBits + 7) / 8; });
 }
 
+// The i-th code of an array.
 template <class Format>
-GMC_HD float load_wire_as(const void* values, int64_t i) {
-  return Format::decode(static_cast<const typename Format::Word*>(values)[i]);
+GMC_HD uint32_t load_code(const void* codes, int64_t i) {
+  if constexpr (Format::kBits == 32) {
+    return static_cast<const uint32_t*>(codes)[i];
+  } else if constexpr (Format::kBits == 16) {
+    return static_cast<const uint16_t*>(codes)[i];
+  } else if constexpr (Format::kBits == 8) {
+    return static_cast<const uint8_t*>(codes)[i];
+  } else {
+    return static_cast<const uint8_t*>(codes)[i / 2] >> (4 * (i % 2)) & 0xfu;
+  }
 }
 
-// Returns what a reader of the payload will see.
+// Of whole bytes. How halves of a byte are written is each backend's own matter, because two
+// threads may share one.
 template <class Format>
-GMC_HD float store_wire_as(void* values, int64_t i, float x) {
-  const typename Format::Word word = Format::encode(x);
-  static_cast<typename Format::Word*>(values)[i] = word;
-  return Format::decode(word);
-}
-
-template <class Format>
-GMC_HD bool sound_wire_as(const void* values, int64_t i) {
-  return Format::sound(static_cast<const typename Format::Word*>(values)[i]);
-}
-
-GMC_HD float load_wire(const void* values, WireType wire, int64_t i) {
-  return with_wire_type(wire,
-                        [=](auto format) { return load_wire_as<decltype(format)>(values, i); });
-}
-
-GMC_HD float store_wire(void* values, WireType wire, int64_t i, float x) {
-  return with_wire_type(wire,
-                        [=](auto format) { return store_wire_as<decltype(format)>(values, i, x); });
+GMC_HD void store_code(void* codes, int64_t i, uint32_t code) {
+  static_assert(Format::kBits >= 8, "a code of its own bytes");
+  if constexpr (Format::kBits == 32) {
+    static_cast<uint32_t*>(codes)[i] = code;
+  } else if constexpr (Format::kBits == 16) {
+    static_cast<uint16_t*>(codes)[i] = static_cast<uint16_t>(code);
+  } else {
+    static_cast<uint8_t*>(codes)[i] = static_cast<uint8_t>(code);
+  }
 }
 
 }  // namespace gmc

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "numbers.h"
+#include "scale.h"
 
 namespace gmc {
 
@@ -35,12 +36,20 @@ GMC_HD Like<T, Byte>* at(Byte* bytes, int64_t offset) {
 // ---------------------------------------------------------------------------------------------
 // Payload: what one rank sends for one bucket. Little endian, every section padded with zeros to
 // 16 bytes:
-//   Header | starts uint32 [tiles] | tile-local indices uint16 [k], ascending | values [k]
-// starts[t] is the number of entries in the tiles before t.
+//   Header | starts uint32 [tiles] | low bytes of the indices [k] | bitmap | codes of the values [k]
+// starts[t] is the number of entries in the tiles before t. The bitmap has, for each block of 256
+// elements, a 1 for every entry and then a 0, from the lowest bit of a byte up (Elias-Fano with 8
+// low bits). So entry i of block b is bit i + b, and the bits of tile t begin at starts[t] + 256 t.
 // ---------------------------------------------------------------------------------------------
 
-// "GMC", format version 1 in the high half of the last byte, wire type in its low half.
-constexpr uint32_t kPayloadMagic = 0x10434d47u;
+// A block is what the low byte of an index can address.
+constexpr int64_t kBlock = 256;
+constexpr int64_t kTileBlocks = kTile / kBlock;
+
+GMC_HD int64_t block_count(int64_t numel) { return (numel + kBlock - 1) / kBlock; }
+
+// "GMC", format version 2 in the high half of the last byte, wire type in its low half.
+constexpr uint32_t kPayloadMagic = 0x20434d47u;
 
 GMC_HD uint32_t payload_tag(WireType wire) {
   return kPayloadMagic | (static_cast<uint32_t>(wire) << 24);
@@ -51,8 +60,9 @@ struct PayloadHeader {
   uint32_t nonfinite;  // non-finite values this rank met; saturates at 2**32 - 1
   uint32_t k;
   uint32_t numel;
+  int32_t scale;  // codes of 8 and 4 bits count from 2**scale; 0 for others
 };
-static_assert(sizeof(PayloadHeader) == 16, "the header is 16 bytes on the wire");
+static_assert(sizeof(PayloadHeader) == 20, "the header is 20 bytes on the wire");
 
 // What fixes a payload's size and layout.
 struct PayloadShape {
@@ -60,20 +70,24 @@ struct PayloadShape {
   WireType wire;
 };
 
-GMC_HD PayloadHeader make_header(const PayloadShape& shape, uint32_t nonfinite) {
+GMC_HD PayloadHeader make_header(const PayloadShape& shape, uint32_t nonfinite, int scale) {
   return {payload_tag(shape.wire), nonfinite, static_cast<uint32_t>(shape.k),
-          static_cast<uint32_t>(shape.numel)};
+          static_cast<uint32_t>(shape.numel), scale};
 }
 
 struct PayloadLayout {
-  int64_t starts, starts_end, indices, indices_end, values, values_end, nbytes;  // in bytes
+  int64_t starts, starts_end, low, low_end, bitmap, bits, bitmap_end, values, values_end, nbytes;
 
+  // All in bytes but `bits`, the length of the bitmap.
   GMC_HD explicit PayloadLayout(const PayloadShape& shape)
-      : starts(sizeof(PayloadHeader)),
+      : starts(pad16(sizeof(PayloadHeader))),
         starts_end(starts + 4 * tile_count(shape.numel)),
-        indices(pad16(starts_end)),
-        indices_end(indices + 2 * shape.k),
-        values(pad16(indices_end)),
+        low(pad16(starts_end)),
+        low_end(low + shape.k),
+        bitmap(pad16(low_end)),
+        bits(shape.k + block_count(shape.numel)),
+        bitmap_end(bitmap + (bits + 7) / 8),
+        values(pad16(bitmap_end)),
         values_end(values + wire_nbytes(shape.wire, shape.k)),
         nbytes(pad16(values_end)) {}
 
@@ -81,9 +95,19 @@ struct PayloadLayout {
   GMC_ANY_SIDE
   template <class Function>
   GMC_HD void for_each_gap(const Function& function) const {
-    function(starts_end, indices);
-    function(indices_end, values);
+    function(static_cast<int64_t>(sizeof(PayloadHeader)), starts);
+    function(starts_end, low);
+    function(low_end, bitmap);
+    function(bitmap_end, values);
     function(values_end, nbytes);
+  }
+
+  // Whether the bits behind the last one of the bitmap and of the values are zero, within the bytes
+  // that these share.
+  GMC_HD bool clear_behind(const uint8_t* payload, const PayloadShape& shape) const {
+    const bool half = shape.wire == WireType::kFloat4 && shape.k % 2 != 0;
+    return (bits % 8 == 0 || payload[bitmap_end - 1] >> (bits % 8) == 0) &&
+           (!half || payload[values_end - 1] >> 4 == 0);
   }
 };
 
@@ -92,13 +116,15 @@ template <class Byte>
 struct PayloadView {
   Like<PayloadHeader, Byte>* header;
   Like<uint32_t, Byte>* starts;
-  Like<uint16_t, Byte>* indices;
-  Byte* values;  // of the wire type
+  Byte* low;
+  Byte* bitmap;  // aligned to 16 bytes, and all of the last 16 may be read
+  Byte* values;  // codes of the wire type
 
   GMC_HD PayloadView(Byte* payload, const PayloadLayout& layout)
       : header(at<PayloadHeader>(payload, 0)),
         starts(at<uint32_t>(payload, layout.starts)),
-        indices(at<uint16_t>(payload, layout.indices)),
+        low(payload + layout.low),
+        bitmap(payload + layout.bitmap),
         values(payload + layout.values) {}
 };
 
@@ -108,17 +134,18 @@ GMC_HD PayloadHeader read_header(const uint8_t* payload) {
     const uint8_t* at = payload + 4 * i;
     return at[0] | at[1] << 8 | at[2] << 16 | static_cast<uint32_t>(at[3]) << 24;
   };
-  return {word(0), word(1), word(2), word(3)};
+  return {word(0), word(1), word(2), word(3), static_cast<int32_t>(word(4))};
 }
 
 // How a header contradicts what is expected of it.
-enum class HeaderFault : uint32_t { kNone, kFormat, kK, kNumel, kSize };
+enum class HeaderFault : uint32_t { kNone, kFormat, kK, kNumel, kSize, kScale };
 
 // Of a payload whose shape is known.
 GMC_HD HeaderFault header_fault(const PayloadHeader& header, const PayloadShape& expected) {
   if (header.tag != payload_tag(expected.wire)) return HeaderFault::kFormat;
   if (header.k != expected.k) return HeaderFault::kK;
   if (header.numel != expected.numel) return HeaderFault::kNumel;
+  if (!sound_scale(expected.wire, header.scale)) return HeaderFault::kScale;
   return HeaderFault::kNone;
 }
 
@@ -133,17 +160,20 @@ GMC_HD HeaderFault header_fault(const PayloadHeader& header, int64_t nbytes) {
   return header_fault(header, shape);
 }
 
-// A run of a payload's entries.
-struct EntryRange {
-  int64_t start, count;
+// A tile's part of a payload: its entries, and its bits in the bitmap.
+struct TileRange {
+  int64_t start, count;      // entries; count is negative when the offsets contradict each other
+  int64_t bit, bits, zeros;  // first bit, how many, how many of them end a block
 };
 
-// The entries of a tile; count is negative when the offsets contradict each other or k.
-GMC_HD EntryRange tile_entries(const uint32_t* starts, const PayloadShape& shape, int64_t tile) {
+GMC_HD TileRange tile_range(const uint32_t* starts, const PayloadShape& shape, int64_t tile) {
+  const bool last = tile + 1 == tile_count(shape.numel);
   const int64_t start = starts[tile];
-  const int64_t end = tile + 1 < tile_count(shape.numel) ? starts[tile + 1] : shape.k;
-  const bool sound = end <= shape.k && (tile != 0 || start == 0);
-  return {start, sound ? end - start : -1};
+  const int64_t end = last ? shape.k : starts[tile + 1];
+  const int64_t zeros = last ? block_count(shape.numel) - tile * kTileBlocks : kTileBlocks;
+  const bool sound = start <= end && end <= shape.k && (tile != 0 || start == 0);
+  if (!sound) return {0, -1, 0, 0, zeros};
+  return {start, end - start, start + tile * kTileBlocks, end - start + zeros, zeros};
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -17,12 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE = 65536
-PAYLOAD_MAGIC = 0x10434D47
+TILE, BLOCK = 65536, 256
+PAYLOAD_MAGIC = 0x20434D47
 MAX_NUMEL = 2**31 - 1
 LARGEST_COUNT = 2**24  # a float32 sum counts on exactly up to here
 NONFINITE, DAMAGED = 1, 2
-WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # their position is their code
+FLOAT8, FLOAT4 = torch.float8_e4m3fn, torch.float4_e2m1fn_x2
+WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, FLOAT8, FLOAT4)  # in order of number
+# Exponents of the largest value and of the smallest step of small wire types.
+SMALL = {FLOAT8: (8, -9), FLOAT4: (2, -1)}
+FLOAT4_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what codes 0 to 7 mean; 8 is the sign
 
 
 def accumulate(
@@ -102,16 +106,63 @@ def select(value: Tensor, k: int) -> Tensor:
     return order[:k].sort().values
 
 
-def to_wire(value: Tensor, wire_dtype: torch.dtype) -> Tensor:
-    """Rounds to nearest even and saturates at the largest finite value of the wire dtype."""
-    limit = torch.finfo(wire_dtype).max
-    return value.to(wire_dtype).clamp(-limit, limit)
+def wire_scale(selected: Tensor, wire_dtype: torch.dtype) -> int:
+    """The exponent of the scale of a payload's values: a code of 1 means 2**scale.
+
+    The largest magnitudes fit, but for at most k // 64 of them, which saturate; and no value lies
+    below 1. Zero for wire dtypes that need no scale.
+
+    Args:
+        selected: the values to send, float32 [k].
+    """
+    if wire_dtype not in SMALL:
+        return 0
+    top, step = SMALL[wire_dtype]
+    fields = _exponent_fields(selected).sort().values
+    fitting = int(fields[-1 - selected.numel() // 64])
+    scale = max(fitting - 127 - top, int(fields[0]) - 127)
+    return min(max(scale, -126 - step), 127 - top)
+
+
+def encode(values: Tensor, wire_dtype: torch.dtype, scale: int = 0) -> Tensor:
+    """Codes of float32 values: rounded to nearest even, saturated at the largest finite value.
+
+    In the wire dtype, or for float4_e2m1fn_x2 a uint8 for each.
+    """
+    if wire_dtype not in SMALL:
+        limit = torch.finfo(wire_dtype).max
+        return values.to(wire_dtype).clamp(-limit, limit)
+    scaled = _scaled(values, -scale)
+    if wire_dtype == FLOAT8:
+        limit = torch.finfo(FLOAT8).max
+        return scaled.clamp(-limit, limit).to(FLOAT8)
+    levels = torch.tensor(FLOAT4_LEVELS, device=values.device)
+    between = (levels[1:] + levels[:-1]) / 2
+    # Half-way between an odd code and the next one, the next one is even and wins.
+    low = torch.bucketize(scaled.abs(), between)
+    high = torch.bucketize(scaled.abs(), between, right=True)
+    code = torch.where(low % 2 == 0, low, high)
+    return (code + 8 * scaled.signbit()).to(torch.uint8)
+
+
+def decode(codes: Tensor, wire_dtype: torch.dtype, scale: int = 0) -> Tensor:
+    """What codes of :func:`encode` mean, float32."""
+    if wire_dtype == FLOAT4:
+        magnitude = torch.tensor(FLOAT4_LEVELS, device=codes.device)[codes.long() & 7]
+        return _scaled(torch.where(codes >= 8, -magnitude, magnitude), scale)
+    return _scaled(codes.float(), scale)
 
 
 def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype) -> int:
-    """Bytes of a payload: header, tile starts, tile-local indices, values, each padded to 16."""
-    tiles = -(-numel // TILE)
-    return 16 + _pad16(4 * tiles) + _pad16(2 * k) + _pad16(wire_dtype.itemsize * k)
+    """Bytes of a payload: its sections, each padded to 16."""
+    return sum(map(_pad16, _section_sizes(numel, k, wire_dtype)))
+
+
+def _section_sizes(numel: int, k: int, wire_dtype: torch.dtype) -> list[int]:
+    """Bytes of header, tile starts, low bytes of indices, bitmap, values."""
+    bits_each = 4 if wire_dtype == FLOAT4 else 8 * wire_dtype.itemsize
+    bitmap = k + -(-numel // BLOCK)
+    return [20, 4 * -(-numel // TILE), k, -(-bitmap // 8), -(-k * bits_each // 8)]
 
 
 def select_state(numel: int, k: int, device: torch.device | str) -> Tensor:
@@ -143,12 +194,13 @@ def compress_(
         **rule,
     )
     indices = select(value, k)
-    values = to_wire(value[indices], wire_dtype)
-    value[indices] -= values.float()
+    scale = wire_scale(value[indices], wire_dtype)
+    codes = encode(value[indices], wire_dtype, scale)
+    value[indices] -= decode(codes, wire_dtype, scale)
     memory.copy_(value)
     if new_buffer is not None and momentum_buffer is not None:
         momentum_buffer.copy_(new_buffer)
-    return pack(indices, values, numel, nonfinite)
+    return pack(indices, codes, numel, wire_dtype, scale, nonfinite)
 
 
 def accumulate_(
@@ -196,19 +248,30 @@ def apply_dense_(
     memory.zero_()
 
 
-def pack(indices: Tensor, values: Tensor, numel: int, nonfinite: Tensor) -> Tensor:
-    """A payload's bytes: indices int64 [k] ascending, values in the wire dtype [k]."""
+def pack(
+    indices: Tensor,
+    codes: Tensor,
+    numel: int,
+    wire_dtype: torch.dtype,
+    scale: int,
+    nonfinite: Tensor,
+) -> Tensor:
+    """A payload's bytes: indices int64 [k] ascending, their codes from :func:`encode` [k]."""
     k = indices.numel()
-    tag = PAYLOAD_MAGIC | WIRE_DTYPES.index(values.dtype) << 24
+    tag = PAYLOAD_MAGIC | WIRE_DTYPES.index(wire_dtype) << 24
     count = int(nonfinite.clamp(max=2**32 - 1))
-    header = _uint32([tag, count, k, numel], indices.device)
+    header = _uint32([tag, count, k, numel, scale % 2**32], indices.device)
     tile_begins = torch.arange(0, numel, TILE, device=indices.device)
     starts = torch.searchsorted(indices, tile_begins)
+    # A 1 for each entry, and behind each block of 256 elements a 0 (Elias-Fano, 8 low bits).
+    bitmap = torch.zeros(k + -(-numel // BLOCK), dtype=torch.uint8, device=indices.device)
+    bitmap[torch.arange(k, device=indices.device) + indices // BLOCK] = 1
     sections = [
         header.view(torch.uint8),
         starts.to(torch.int32).view(torch.uint8),
-        _uint16(indices % TILE).view(torch.uint8),
-        values.view(torch.uint8),
+        (indices % BLOCK).to(torch.uint8),
+        _packed(bitmap, 1),
+        _packed(codes, 4) if wire_dtype == FLOAT4 else codes.view(torch.uint8),
     ]
     return torch.cat([_padded(section) for section in sections])
 
@@ -217,21 +280,22 @@ def unpack(
     payload: Tensor, numel: int, k: int, wire_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """indices int64 [k], values float32 [k], non-finite count int64 scalar tensor."""
-    tiles = -(-numel // TILE)
-    sizes = [16, 4 * tiles, 2 * k, wire_dtype.itemsize * k]
-    begins = [0]
-    for size in sizes[:-1]:
-        begins.append(begins[-1] + _pad16(size))
-    _, starts, local, values = (
-        payload[b : b + s].clone() for b, s in zip(begins, sizes, strict=True)
-    )
     if _described(payload) != (numel, k, wire_dtype):
         raise RuntimeError("the payload's header is damaged")
-    starts = starts.view(torch.int32).long()
-    counts = torch.diff(starts, append=torch.tensor([k], device=payload.device))
-    tile = torch.repeat_interleave(torch.arange(tiles, device=payload.device), counts)
-    indices = tile * TILE + (local.view(torch.int16).long() & 0xFFFF)
-    return indices, values.view(wire_dtype).float(), _header(payload)[1]
+    _, _, low, bitmap, codes = _sections(payload, numel, k, wire_dtype)
+    ones = _unpacked(bitmap, 1).nonzero().reshape(-1)
+    block = ones - torch.arange(k, device=payload.device)
+    indices = BLOCK * block + low.long()
+    codes = _unpacked(codes, 4)[:k] if wire_dtype == FLOAT4 else codes.view(wire_dtype)
+    values = decode(codes, wire_dtype, _signed(_header(payload)[4]))
+    return indices, values, _header(payload)[1]
+
+
+def _sections(payload: Tensor, numel: int, k: int, wire_dtype: torch.dtype) -> list[Tensor]:
+    """Header, tile starts, low bytes of indices, bitmap, values, each without its padding."""
+    sizes = _section_sizes(numel, k, wire_dtype)
+    parts = payload.split([_pad16(size) for size in sizes])
+    return [part[:size].clone() for part, size in zip(parts, sizes, strict=True)]
 
 
 def verdict(payloads: Sequence[Tensor]) -> Tensor:
@@ -249,13 +313,13 @@ def payload_nonfinite(payloads: Tensor) -> Tensor:
 
 
 def _header(payload: Tensor) -> Tensor:
-    """Tag, count of non-finite values, k and numel, int64 [4]."""
-    return payload[:16].clone().view(torch.int32).long() & 0xFFFFFFFF
+    """Tag, count of non-finite values, k, numel and scale, int64 [5]."""
+    return payload[:20].clone().view(torch.int32).long() & 0xFFFFFFFF
 
 
 def _described(payload: Tensor) -> tuple[int, int, torch.dtype] | None:
     """numel, k and wire dtype as the header says, or None if it describes no payload like this."""
-    tag, _, k, numel = _header(payload).tolist()
+    tag, _, k, numel, scale = _header(payload).tolist()
     code = tag >> 24 & 0xF
     if tag & 0xF0FFFFFF != PAYLOAD_MAGIC or code >= len(WIRE_DTYPES):
         return None
@@ -263,6 +327,9 @@ def _described(payload: Tensor) -> tuple[int, int, torch.dtype] | None:
         return None
     wire_dtype = WIRE_DTYPES[code]
     if payload_nbytes(numel, k, wire_dtype) != payload.numel():
+        return None
+    top, step = SMALL.get(wire_dtype, (127, -126))
+    if not -126 - step <= _signed(scale) <= 127 - top:
         return None
     return numel, k, wire_dtype
 
@@ -370,8 +437,29 @@ def _padded(section: Tensor) -> Tensor:
     return torch.nn.functional.pad(section, (0, _pad16(section.numel()) - section.numel()))
 
 
-def _uint16(values: Tensor) -> Tensor:
-    return torch.where(values >= 2**15, values - 2**16, values).to(torch.int16)
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """Codes of 1 or 4 bits in uint8, as bytes, the first in the lowest bits."""
+    each = 8 // bits
+    filled = torch.nn.functional.pad(codes, (0, -codes.numel() % each)).view(-1, each)
+    return (filled << bits * torch.arange(each, device=codes.device)).sum(1).to(torch.uint8)
+
+
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    shifts = bits * torch.arange(8 // bits, device=packed.device)
+    return (packed[:, None].long() >> shifts & (1 << bits) - 1).reshape(-1)
+
+
+def _exponent_fields(values: Tensor) -> Tensor:
+    """The 8 bits of each float32 value's exponent."""
+    return values.view(torch.int32) >> 23 & 0xFF
+
+
+def _scaled(values: Tensor, exponent: int) -> Tensor:
+    return values * torch.tensor(2.0**exponent, dtype=torch.float32)
+
+
+def _signed(word: int | Tensor) -> int:
+    return (int(word) + 2**31) % 2**32 - 2**31
 
 
 def _uint32(values: Sequence[int], device: torch.device) -> Tensor:
