@@ -91,8 +91,11 @@ WireType check_wire_type(ScalarType dtype) {
   if (dtype == ScalarType::Float) return WireType::kFloat32;
   if (dtype == ScalarType::BFloat16) return WireType::kBFloat16;
   if (dtype == ScalarType::Half) return WireType::kFloat16;
+  if (dtype == ScalarType::Float8_e4m3fn) return WireType::kFloat8;
+  if (dtype == ScalarType::Float4_e2m1fn_x2) return WireType::kFloat4;
   raise("TypeError", "wire_dtype: got ", dtype_name(dtype),
-        ", must be torch.float32, torch.bfloat16 or torch.float16");
+        ", must be torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn or "
+        "torch.float4_e2m1fn_x2");
 }
 
 void check_numel(int64_t numel, Name name) {

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmc_cuda import reference
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIRES = reference.WIRE_DTYPES
 
 
 def _spike(n: int) -> Tensor:
@@ -124,7 +127,7 @@ def sample_call(seed: int, values: str, n: int, k: int) -> Call:
         "maximize": draw.random() < 0.3,
         "grad_scale": draw.choice([None, 3.0, torch.tensor(1024.0)]),
         "found_inf": draw.choice([None, None, torch.tensor(0.0), torch.tensor([1.0])]),
-        "wire_dtype": draw.choice(DTYPES),
+        "wire_dtype": draw.choice(WIRES),
     }
     aggregate = momentum_buffer = None
     if draw.random() < 0.4:

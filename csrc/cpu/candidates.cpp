@@ -5,18 +5,6 @@
 #include "../rule.h"
 
 namespace gmc::cpu {
-namespace {
-
-// Leaves in memory what the wire type loses of each value.
-template <class Format>
-void take_out(float* memory, const uint32_t* index, const uint32_t* bits, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float value = bits_float(bits[i]);
-    memory[index[i]] = subtract(value, Format::decode(Format::encode(value)));
-  }
-}
-
-}  // namespace
 
 void Candidates::reserve(int64_t more) {
   more += 16;
@@ -38,8 +26,7 @@ void Collector::collect(int64_t begin, int64_t end, uint32_t threshold, Candidat
   uint32_t* bits = out->bits.get() + out->count;
   const int64_t count = loops().collect(memory_ + begin, end - begin, static_cast<uint32_t>(begin),
                                         threshold, index, bits, next.data, next.element_size);
-  with_wire_type(wire_,
-                 [&](auto format) { take_out<decltype(format)>(memory_, index, bits, count); });
+  take_out(index, bits, count, scale_);
   out->count += count;
   out->overflow = out->count > 4 * k_ + kTile;
 }
@@ -47,6 +34,22 @@ void Collector::collect(int64_t begin, int64_t end, uint32_t threshold, Candidat
 void Collector::collect_all(int64_t begin, int64_t end, uint32_t threshold, Candidates* out) const {
   for (int64_t i = begin; i < end; i += kChunk)
     collect(i, std::min(i + kChunk, end), threshold, out);
+}
+
+// Leaves in memory what the wire type loses of each value.
+void Collector::take_out(const uint32_t* index, const uint32_t* bits, int64_t count,
+                         int scale) const {
+  with_wire_type(wire_, [=, this](auto format) {
+    using Format = decltype(format);
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = bits_float(bits[i]);
+      memory_[index[i]] = subtract(value, Format::decode(Format::encode(value, scale), scale));
+    }
+  });
+}
+
+void Collector::settle(const Candidates& taken, int scale) const {
+  if (scale != scale_) take_out(taken.index.get(), taken.bits.get(), taken.count, scale);
 }
 
 void Collector::put_back(const Candidates& taken) const {

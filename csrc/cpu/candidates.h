@@ -24,10 +24,11 @@ struct Candidates {
   void reserve(int64_t more);
 };
 
-// Takes candidates out of memory and puts them back.
+// Takes candidates out of memory and puts them back. scale: the one expected for the payload.
 class Collector {
  public:
-  Collector(float* memory, int64_t k, WireType wire) : memory_(memory), k_(k), wire_(wire) {}
+  Collector(float* memory, int64_t k, WireType wire, int scale)
+      : memory_(memory), k_(k), wire_(wire), scale_(scale) {}
 
   // The elements of [begin, end) whose key reaches the threshold, until there are far more than k.
   void collect(int64_t begin, int64_t end, uint32_t threshold, Candidates* out,
@@ -36,11 +37,16 @@ class Collector {
   void collect_all(int64_t begin, int64_t end, uint32_t threshold, Candidates* out) const;
 
   void put_back(const Candidates& taken) const;
+  // Of candidates that were taken out: does it again if the scale came out another.
+  void settle(const Candidates& taken, int scale) const;
 
  private:
   float* const memory_;
   const int64_t k_;
   const WireType wire_;
+  const int scale_;
+
+  void take_out(const uint32_t* index, const uint32_t* bits, int64_t count, int scale) const;
 };
 
 }  // namespace gmc::cpu

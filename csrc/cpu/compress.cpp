@@ -32,7 +32,7 @@ void compress(const CompressArgs& args) {
   const PayloadShape shape{rule.numel, args.k, args.wire};
   Guess fresh{};
   Guess* guess = args.state ? at<Guess>(args.state, 0) : &fresh;
-  const Collector collector(rule.memory, args.k, args.wire);
+  const Collector collector(rule.memory, args.k, args.wire, guess->scale);
   const int64_t parts = part_count(rule.numel);
   const auto begin = [&](int64_t part) { return first_element(part, parts, rule.numel); };
 
@@ -69,10 +69,14 @@ void compress(const CompressArgs& args) {
   for (int64_t part = 0; part < parts; ++part)
     keys[part] = {found[part].bits.get(), found[part].count};
   const Selection selection = select(from_candidates ? keys : memory, args.k);
+  const int scale = wire_scale(args.wire, selection.exponent_field, selection.threshold);
 
+  uint64_t count = rule.found_inf;
+  for (const uint64_t of_part : nonfinite) count += of_part;
+  write_frame(shape, count, scale, args.payload);
   for_each_part(parts, [&](int64_t part) {
     const int64_t tile = first_tile(part, parts, rule.numel);
-    Emitter emitter(shape, args.payload, collector, selection, part, tile);
+    Emitter emitter(shape, scale, args.payload, collector, selection, part, tile);
     if (from_candidates) {
       emitter.emit(&found[part]);
     } else {
@@ -86,9 +90,7 @@ void compress(const CompressArgs& args) {
     emitter.start_tiles(first_tile(part + 1, parts, rule.numel));
   });
 
-  uint64_t count = rule.found_inf;
-  for (const uint64_t of_part : nonfinite) count += of_part;
-  write_frame(shape, count, args.payload);
+  guess->scale = scale;
   update_guess(guess, outcome, selection.threshold, args.k);
 }
 

@@ -4,10 +4,11 @@
 
 namespace gmc::cpu {
 
-Emitter::Emitter(const PayloadShape& shape, uint8_t* payload, const Collector& collector,
+Emitter::Emitter(const PayloadShape& shape, int scale, uint8_t* payload, const Collector& collector,
                  const Selection& selection, int64_t part, int64_t first_tile)
     : out_(payload, PayloadLayout(shape)),
       wire_(shape.wire),
+      scale_(scale),
       collector_(collector),
       threshold_(selection.threshold),
       ties_(selection.ties[part]),
@@ -16,6 +17,7 @@ Emitter::Emitter(const PayloadShape& shape, uint8_t* payload, const Collector& c
 
 void Emitter::emit(Candidates* candidates) {
   collector_.put_back(separate(candidates));
+  collector_.settle(*candidates, scale_);
   with_wire_type(wire_, [&](auto format) { write<decltype(format)>(*candidates); });
 }
 
@@ -50,21 +52,31 @@ Candidates Emitter::separate(Candidates* candidates) {
 
 template <class Format>
 void Emitter::write(const Candidates& selected) {
-  for (int64_t i = 0; i < selected.count; ++i) {
+  BitWriter bitmap(out_.bitmap), halves(out_.values);
+  for (int64_t i = 0; i < selected.count; ++i, ++position_) {
     const uint32_t index = selected.index[i];
     start_tiles(index / kTile + 1);
-    out_.indices[position_] = static_cast<uint16_t>(index % kTile);
-    store_wire_as<Format>(out_.values, position_, bits_float(selected.bits[i]));
-    ++position_;
+    out_.low[position_] = static_cast<uint8_t>(index % kBlock);
+    bitmap.set(position_ + index / kBlock, 1);
+    const uint32_t code = Format::encode(bits_float(selected.bits[i]), scale_);
+    if constexpr (Format::kBits < 8) {
+      halves.set(position_ * Format::kBits, code);
+    } else {
+      store_code<Format>(out_.values, position_, code);
+    }
   }
 }
 
-void write_frame(const PayloadShape& shape, uint64_t nonfinite, uint8_t* payload) {
+void write_frame(const PayloadShape& shape, uint64_t nonfinite, int scale, uint8_t* payload) {
   const PayloadLayout layout(shape);
-  layout.for_each_gap(
-      [&](int64_t begin, int64_t end) { std::fill(payload + begin, payload + end, uint8_t{0}); });
+  const auto clear = [=](int64_t begin, int64_t end) {
+    std::fill(payload + begin, payload + end, uint8_t{0});
+  };
+  layout.for_each_gap(clear);
+  clear(layout.bitmap, layout.bitmap_end);
+  if (shape.wire == WireType::kFloat4) clear(layout.values, layout.values_end);
   const auto count = static_cast<uint32_t>(std::min<uint64_t>(nonfinite, UINT32_MAX));
-  *PayloadView(payload, layout).header = make_header(shape, count);
+  *PayloadView(payload, layout).header = make_header(shape, count, scale);
 }
 
 }  // namespace gmc::cpu

@@ -6,9 +6,36 @@
 
 namespace gmc::cpu {
 
+// Sets bits at ascending places of an array of zeros. Another part may share the words at its ends.
+class BitWriter {
+ public:
+  explicit BitWriter(uint8_t* array) : words_(reinterpret_cast<uint64_t*>(array)) {}
+  BitWriter(const BitWriter&) = delete;
+  ~BitWriter() { flush(); }
+
+  // They must not reach over a multiple of 64.
+  void set(int64_t place, uint64_t bits) {
+    if (place / 64 != word_) {
+      flush();
+      word_ = place / 64;
+    }
+    bits_ |= bits << (place % 64);
+  }
+
+ private:
+  void flush() {
+    if (bits_ != 0) __atomic_fetch_or(words_ + word_, bits_, __ATOMIC_RELAXED);
+    bits_ = 0;
+  }
+
+  uint64_t* const words_;
+  int64_t word_ = 0;
+  uint64_t bits_ = 0;
+};
+
 class Emitter {
  public:
-  Emitter(const PayloadShape& shape, uint8_t* payload, const Collector& collector,
+  Emitter(const PayloadShape& shape, int scale, uint8_t* payload, const Collector& collector,
           const Selection& selection, int64_t part, int64_t first_tile);
 
   // Writes the selected among the candidates and puts the others back.
@@ -24,12 +51,13 @@ class Emitter {
 
   const PayloadView<uint8_t> out_;
   const WireType wire_;
+  const int scale_;
   const Collector& collector_;
   const uint32_t threshold_;
   int64_t ties_, position_, next_tile_;
 };
 
-// Header and padding, the parts that do not depend on entries.
-void write_frame(const PayloadShape& shape, uint64_t nonfinite, uint8_t* payload);
+// Header and padding, the parts that do not depend on entries; and zeros where emitters set bits.
+void write_frame(const PayloadShape& shape, uint64_t nonfinite, int scale, uint8_t* payload);
 
 }  // namespace gmc::cpu

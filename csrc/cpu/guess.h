@@ -14,6 +14,7 @@ struct Guess {
   float growth;   // of the k-th magnitude from step to step, as a share, smoothed
   float caution;  // above 1 after repairs: widens the distance between guess and k-th magnitude
   uint64_t repairs;
+  int32_t scale;  // of the last payload (scale.h)
 };
 
 // What came of a guess.

@@ -37,7 +37,7 @@ class TileSum {
   void add_as(const PayloadEntries& entries) {
     for (int64_t entry = 0; entry < entries.count; ++entry) {
       const int64_t i = entries.indices[entry];
-      sum_[i] += load_wire_as<Format>(entries.values, entry);
+      sum_[i] += entries.value<Format>(entry);
       present_[i / 64] |= uint64_t{1} << (i % 64);
     }
   }
@@ -69,11 +69,12 @@ void merge(const Payload& payloads, int64_t ranks, bool skip, uint8_t* aggregate
   const int64_t parts = part_count(numel);
   for_each_part(parts, [&](int64_t part) {
     TileSum sum;
+    TileIndices indices;
     const int64_t end = first_tile(part + 1, parts, numel);
     for (int64_t tile = first_tile(part, parts, numel); tile < end; ++tile) {
       int64_t start = 0;
       for (int64_t rank = 0; rank < ranks; ++rank) {
-        const PayloadEntries entries = readers[rank].tile(tile);
+        const PayloadEntries entries = readers[rank].tile(tile, &indices);
         start += entries.start;
         sum.add(entries, payloads.shape.wire);
       }

@@ -12,10 +12,13 @@ template <class Function>
 void for_each_entry(const Payload& payload, const Function& function) {
   const PayloadReader reader(payload, 0);
   for_each_tile(payload.shape.numel, [&](int64_t tile) {
-    const PayloadEntries entries = reader.tile(tile);
-    for (int64_t i = 0; i < entries.count; ++i)
-      function(entries.start + i, tile * kTile + entries.indices[i],
-               load_wire(entries.values, payload.shape.wire, i));
+    TileIndices indices;
+    const PayloadEntries entries = reader.tile(tile, &indices);
+    with_wire_type(payload.shape.wire, [&](auto format) {
+      for (int64_t i = 0; i < entries.count; ++i)
+        function(entries.start + i, tile * kTile + entries.indices[i],
+                 entries.template value<decltype(format)>(i));
+    });
   });
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../scale.h"
 #include "partition.h"
 
 namespace gmc::cpu {
@@ -41,14 +42,19 @@ class Histogram {
 
   uint32_t at(int64_t part, int64_t bin) const { return bins_[part * kBins + bin]; }
 
+  int64_t total(int64_t bin) const {
+    int64_t sum = 0;
+    for (int64_t part = 0; part < parts_; ++part) sum += at(part, bin);
+    return sum;
+  }
+
   // The bin that holds the wanted-th largest; calls pass(bin) for each above it.
   template <class Function>
   int64_t find(Digit digit, int64_t* wanted, const Function& pass) const {
     for (int64_t bin = (int64_t{1} << digit.bits) - 1; bin > 0; --bin) {
-      int64_t total = 0;
-      for (int64_t part = 0; part < parts_; ++part) total += at(part, bin);
-      if (total >= *wanted) return bin;
-      *wanted -= total;
+      const int64_t here = total(bin);
+      if (here >= *wanted) return bin;
+      *wanted -= here;
       pass(bin);
     }
     return 0;
@@ -58,6 +64,17 @@ class Histogram {
   const int64_t parts_;
   std::vector<uint32_t> bins_;
 };
+
+// The smallest exponent field with at most `allowed` of the selected above it. They lie in the bins
+// of the first digit from `lowest` up, which tell exponents apart.
+uint32_t fitting_exponent(const Histogram& histogram, int64_t lowest, int64_t allowed) {
+  int64_t bin = kBins - 1;
+  for (int64_t above = 0; bin > lowest; --bin) {
+    above += histogram.total(bin);
+    if (above > allowed) break;
+  }
+  return exponent_field(static_cast<uint32_t>(bin) << kDigits[0].shift);
+}
 
 }  // namespace
 
@@ -72,7 +89,7 @@ Selection select(const std::vector<KeySpan>& spans, int64_t k) {
   const int64_t parts = static_cast<int64_t>(spans.size());
   Histogram histogram(parts);
   std::vector<int64_t> above(parts, 0);
-  Selection selection{0, std::vector<int64_t>(parts), std::vector<int64_t>(parts)};
+  Selection selection{0, 0, std::vector<int64_t>(parts), std::vector<int64_t>(parts)};
   int64_t wanted = k;  // entries still to be found below the bins passed so far
 
   for (const Digit digit : kDigits) {
@@ -80,6 +97,8 @@ Selection select(const std::vector<KeySpan>& spans, int64_t k) {
     const int64_t found = histogram.find(digit, &wanted, [&](int64_t bin) {
       for (int64_t part = 0; part < parts; ++part) above[part] += histogram.at(part, bin);
     });
+    if (digit.shift == kDigits[0].shift)
+      selection.exponent_field = fitting_exponent(histogram, found, may_saturate(k));
     selection.threshold = selection.threshold << digit.bits | static_cast<uint32_t>(found);
     for (int64_t part = 0; part < parts; ++part) selection.ties[part] = histogram.at(part, found);
   }

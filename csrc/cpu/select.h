@@ -15,6 +15,7 @@ struct KeySpan {
 // What each part contributes to the k selected entries.
 struct Selection {
   uint32_t threshold;             // the k-th largest key
+  uint32_t exponent_field;        // scale.h: where the scale's range may end
   std::vector<int64_t> ties;      // per part: how many of its first keys equal to threshold
   std::vector<int64_t> position;  // per part: where its first entry goes among the k
 };
