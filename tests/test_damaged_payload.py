@@ -7,22 +7,22 @@ import torch
 
 from gmc_cuda import ops, reference
 
-N, K, WIRE = 70_000, 40, torch.bfloat16
-HEADER_AND_INDICES = 16 + 16 + 80
+N, K, WIRE = 70_000, 41, torch.bfloat16
+WIRES = reference.WIRE_DTYPES
 
 
-def sound_payload():
+def sound_payload(wire=WIRE):
     torch.manual_seed(1)
-    return ops.compress_(torch.zeros(N), [torch.randn(N)], K, wire_dtype=WIRE)
+    return ops.compress_(torch.zeros(N), [torch.randn(N)], K, wire_dtype=wire)
 
 
-def readers(payload):
+def readers(payload, wire=WIRE):
     """Everything that reads a payload, each on guarded tensors; True when it was rejected."""
     for reader in (
-        lambda memory: ops.unpack(payload, N, K, WIRE),
-        lambda memory: ops.merge(payload.unsqueeze(0), N, K, WIRE),
-        lambda memory: ops.restore_(memory, payload, K, WIRE),
-        lambda memory: ops.mask_(memory, payload, K, WIRE),
+        lambda memory: ops.unpack(payload, N, K, wire),
+        lambda memory: ops.merge(payload.unsqueeze(0), N, K, wire),
+        lambda memory: ops.restore_(memory, payload, K, wire),
+        lambda memory: ops.mask_(memory, payload, K, wire),
     ):
         guarded = torch.full((N + 200,), 3.0)
         memory = guarded[100:-100]
@@ -38,23 +38,85 @@ def readers(payload):
         yield rejected
 
 
-@pytest.mark.parametrize("byte", range(HEADER_AND_INDICES))
-def test_each_byte_changed(byte):
-    for change in (1, 0x80, 0xFF):
-        payload = sound_payload()
-        payload[byte] ^= change
-        rejected = list(readers(payload))
-        assert len(set(rejected)) == 1, "all readers judge alike"
-        if not rejected[0]:
-            indices, values, _ = ops.unpack(payload, N, K, WIRE)
-            assert (indices.diff() > 0).all() and indices[0] >= 0 and indices[-1] < N
-            assert values.isfinite().all()
+def judged(payload, wire):
+    """Whether all readers reject it; if they do not, what it says is in range and finite."""
+    rejected = set(readers(payload, wire))
+    assert len(rejected) == 1, "all readers judge alike"
+    if rejected == {False}:
+        indices, values, _ = ops.unpack(payload, N, K, wire)
+        assert (indices.diff() > 0).all() and indices[0] >= 0 and indices[-1] < N
+        assert values.isfinite().all()
+    return rejected.pop()
 
 
-def test_non_finite_value_is_rejected():
-    payload = sound_payload()
-    payload[-2 * K :].view(torch.bfloat16)[3] = float("nan")
-    assert all(readers(payload))
+@pytest.mark.parametrize("wire", WIRES)
+def test_each_byte_changed(wire):
+    payload = sound_payload(wire)
+    assert not judged(payload, wire)
+    for byte in range(payload.numel()):
+        for change in (1, 0x80, 0xFF):
+            payload[byte] ^= change
+            judged(payload, wire)
+            payload[byte] ^= change
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_each_bit_that_no_section_owns(wire):
+    """Padding between sections, and what the last byte of the bitmap and of the values has left."""
+    sizes = reference._section_sizes(N, K, wire)
+    bits = [8 * size for size in sizes]
+    bits[3] = K + -(-N // 256)
+    bits[4] = K * (4 if wire == reference.FLOAT4 else 8 * wire.itemsize)
+    payload, begin = sound_payload(wire), 0
+    for size, used in zip(sizes, bits, strict=True):
+        end = begin + -(-size // 16) * 16
+        for bit in range(8 * begin + used, 8 * end):
+            payload[bit // 8] ^= 1 << bit % 8
+            assert judged(payload, wire), bit
+            payload[bit // 8] ^= 1 << bit % 8
+        begin = end
+    assert begin == payload.numel()
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_bits_of_one_block_moved_to_another(wire):
+    """As many ones and zeros as before, but entries of other blocks: in range or rejected."""
+    payload = sound_payload(wire)
+    begin = sum(reference._pad16(size) for size in reference._section_sizes(N, K, wire)[:3])
+    bitmap = reference._unpacked(payload[begin : begin + 40], 1)
+    for i in range(319):
+        if bitmap[i] != bitmap[i + 1]:
+            swapped = bitmap.clone()
+            swapped[i], swapped[i + 1] = bitmap[i + 1], bitmap[i]
+            changed = payload.clone()
+            changed[begin : begin + 40] = reference._packed(swapped.to(torch.uint8), 1)
+            judged(changed, wire)
+
+
+@pytest.mark.parametrize(
+    "wire,bad",
+    [
+        (torch.float32, 0x7F800000),
+        (torch.bfloat16, 0xFF80),
+        (torch.float16, 0x7C01),
+        (torch.float8_e4m3fn, 0xFF),
+    ],
+)
+def test_non_finite_value_is_rejected(wire, bad):
+    payload, nbytes = sound_payload(wire), wire.itemsize
+    values = payload.numel() - reference._pad16(nbytes * K) + 3 * nbytes
+    payload[values : values + nbytes] = torch.tensor(list(bad.to_bytes(nbytes, "little")))
+    assert all(readers(payload, wire))
+
+
+@pytest.mark.parametrize("wire,low,high", [("float8_e4m3fn", -117, 119), ("float4_e2m1fn_x2", -125, 125)])
+def test_scale_out_of_range_is_rejected(wire, low, high):
+    wire = getattr(torch, wire)
+    payload = sound_payload(wire)
+    for scale, sound in [(low - 1, False), (low, True), (high, True), (high + 1, False)]:
+        payload[16:20] = torch.tensor([scale], dtype=torch.int32).view(torch.uint8)
+        assert judged(payload, wire) != sound
+        assert ops.verdict([payload.unsqueeze(0)]).item() == reference.DAMAGED * (not sound)
 
 
 def test_truncated():
@@ -72,25 +134,27 @@ def test_payload_of_another_bucket_is_rejected():
 def test_every_header_check_agrees():
     """ops and reference, verdict and reader: on each bit of a header, and on what it may say."""
     tag, count = struct.unpack("<2I", sound_payload()[:8].numpy().tobytes())
-    wires = {tag + (i - 1 << 24): wire for i, wire in enumerate(reference.WIRE_DTYPES)}
+    wires = {tag + (i - 1 << 24): wire for i, wire in enumerate(WIRES)}
     headers = []
     for word, values in [
-        (0, (0, tag + (1 << 24), tag + (3 << 24), tag + (1 << 28))),
+        (0, (0, tag + (1 << 24), tag + (4 << 24), tag + (1 << 28))),
         (1, (1, 2**32 - 1)),
         (2, (0, 1, K - 1, K + 1, K + 8, N, N + 1)),
         (3, (0, K - 1, K, N - 1, N + 1, 4 * 65536, 4 * 65536 + 1, 2**31 - 1, 2**31, 2**32 - 1)),
+        (4, (1, 2**32 - 1)),
     ]:
-        sound = [tag, count, K, N]
+        sound = [tag, count, K, N, 0]
         for value in (*values, *(sound[word] ^ 1 << bit for bit in range(32))):
             headers.append([*sound[:word], value, *sound[word + 1 :]])
     for header in headers:
         payload = sound_payload()
-        payload[:16] = torch.frombuffer(bytearray(struct.pack("<4I", *header)), dtype=torch.uint8)
-        own_tag, nonfinite, k, numel = header
+        payload[:20] = torch.frombuffer(bytearray(struct.pack("<5I", *header)), dtype=torch.uint8)
+        own_tag, nonfinite, k, numel, scale = header
         sound = (
             own_tag in wires
             and 1 <= k <= numel < 2**31
             and ops.payload_nbytes(numel, k, wires[own_tag]) == payload.numel()
+            and (scale == 0 or wires[own_tag] in reference.SMALL)
         )
         readable = sound and (own_tag, k, numel) == (tag, K, N)
         for backend in (ops, reference):
@@ -111,5 +175,5 @@ def test_verdict_of_another_wire_type_or_size():
             assert backend.verdict([payload]).item() == 0
             assert backend.verdict([payload[:, :-16].contiguous()]).item() == reference.DAMAGED
             unknown = payload.clone()
-            unknown[0, 3] += 3
+            unknown[0, 3] += 4
             assert backend.verdict([unknown]).item() == reference.DAMAGED

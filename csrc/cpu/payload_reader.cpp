@@ -1,62 +1,69 @@
 #include "payload_reader.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 namespace gmc::cpu {
 namespace {
 
-// The bits from `bit` on, at least 57 of them. Behind every bitmap lies a section of values, so
-// that a word may be read at its end.
-uint64_t bits_from(const uint8_t* bitmap, int64_t bit) {
-  uint64_t word;
-  std::memcpy(&word, bitmap + bit / 8, sizeof word);
-  return word >> (bit % 8);
-}
+// What a byte of a bitmap says.
+struct BitmapByte {
+  uint64_t zeros_before = 0;  // for each of its ones, in order, a byte: how many zeros lie before
+  int64_t ones = 0;
+};
 
-// Writes the block of each of a tile's entries. False unless its bits hold as many ones as entries
-// and as many zeros as blocks, a zero last.
-bool read_blocks(const uint8_t* bitmap, const TileRange& range, uint8_t* block) {
-  int64_t bit = range.bit, entry = 0;
-  int64_t left = 0;  // bits of `window` that may be looked at
-  uint64_t window = 0;
-  for (int64_t b = 0; b < range.zeros; ++b) {
-    const uint64_t here = b * 0x0101010101010101u;
-    while (true) {
-      if (left < 9) {
-        window = bits_from(bitmap, bit);
-        left = 57;
+constexpr std::array<BitmapByte, 256> make_bytes() {
+  std::array<BitmapByte, 256> bytes{};
+  for (unsigned value = 0; value < 256; ++value) {
+    BitmapByte& byte = bytes[value];
+    for (int bit = 0; bit < 8; ++bit)
+      if (value >> bit & 1) {
+        const uint64_t zeros = bit - byte.ones;
+        byte.zeros_before |= zeros << (8 * byte.ones++);
       }
-      // Eight at a time: a block rarely has more entries.
-      const int64_t ones = std::min<int64_t>(__builtin_ctzll(~window | 0x100), 8);
-      std::memcpy(block + entry, &here, sizeof here);
+  }
+  return bytes;
+}
+constexpr std::array<BitmapByte, 256> kBytes = make_bytes();
+
+// Writes the block of each of a tile's entries, and up to 8 places more. False
+// unless they hold as many ones as entries and a zero last, and so as many zeros as blocks.
+bool read_blocks(const uint8_t* bitmap, const TileRange& range, uint8_t* block) {
+  constexpr int64_t kStep = 56;  // bits of an unaligned word that are there wherever it begins
+  int64_t entry = 0, zeros = 0;
+  for (int64_t done = 0; done < range.bits; done += kStep) {
+    const int64_t bit = range.bit + done, left = std::min(range.bits - done, kStep);
+    uint64_t word;  // behind every bitmap lies a section of values, so it may be read at the end
+    std::memcpy(&word, bitmap + bit / 8, sizeof word);
+    word = word >> (bit % 8) & ((uint64_t{1} << left) - 1);
+    for (int64_t at = 0; at < left; at += 8, word >>= 8) {
+      const auto& [zeros_before, ones] = kBytes[word & 0xff];
+      if (entry + ones > range.count) return false;
+      const uint64_t blocks = zeros_before + zeros * 0x0101010101010101u;
+      std::memcpy(block + entry, &blocks, sizeof blocks);
       entry += ones;
-      if (entry > range.count) return false;
-      const bool ended = ones < 8 || (window >> 8 & 1) == 0;
-      const int64_t used = ones + ended;
-      window >>= used;
-      bit += used;
-      left -= used;
-      if (ended) break;
+      zeros += 8 - ones;
     }
   }
-  return entry == range.count;
+  const int64_t last = range.bit + range.bits - 1;
+  return entry == range.count && (bitmap[last / 8] >> (last % 8) & 1) == 0;
 }
 
 // Puts the indices together. False unless they ascend and are below size.
 bool join(const uint8_t* block, const uint8_t* low, int64_t count, int64_t size, uint16_t* index) {
   for (int64_t i = 0; i < count; ++i) index[i] = static_cast<uint16_t>(block[i] << 8 | low[i]);
-  bool ascending = true;
-  for (int64_t i = 1; i < count; ++i) ascending &= index[i] > index[i - 1];
-  return ascending && (count == 0 || index[count - 1] < size);
+  uint16_t disordered = 0;  // in a type as wide as the indices, so that the loop is vectorised
+  for (int64_t i = 1; i < count; ++i) disordered |= index[i] <= index[i - 1];
+  return !disordered && (count == 0 || index[count - 1] < size);
 }
 
 bool finite(WireType wire, const uint8_t* codes, int64_t start, int64_t count) {
   return with_wire_type(wire, [=](auto format) {
-    bool sound = true;
+    uint32_t unsound = 0;
     for (int64_t i = start; i < start + count; ++i)
-      sound &= decltype(format)::sound(load_code<decltype(format)>(codes, i));
-    return sound;
+      unsound |= !decltype(format)::sound(load_code<decltype(format)>(codes, i));
+    return !unsound;
   });
 }
 
@@ -91,6 +98,12 @@ PayloadReader::PayloadReader(const Payload& payloads, int64_t rank)
     clear &= all_zero(payload_ + begin, payload_ + end);
   });
   if (!clear) fail("there are bits behind the end of a section");
+  with_wire_type(shape_.wire, [&](auto format) {
+    using Format = decltype(format);
+    if constexpr (Format::kScaled)
+      for (uint32_t code = 0; code < 1u << Format::kBits; ++code)
+        meaning_.push_back(Format::decode(code, header.scale));
+  });
 }
 
 PayloadEntries PayloadReader::tile(int64_t tile, TileIndices* indices) const {
@@ -103,7 +116,7 @@ PayloadEntries PayloadReader::tile(int64_t tile, TileIndices* indices) const {
       !join(block, view_.low + range.start, range.count, tile_size(shape_.numel, tile), index) ||
       !finite(shape_.wire, view_.values, range.start, range.count))
     fail("tile " + std::to_string(tile) + " holds indices or values out of range");
-  return {index, view_.values, range.start, range.count, view_.header->scale};
+  return {index, view_.values, meaning_.data(), range.start, range.count};
 }
 
 void PayloadReader::fail(const std::string& what) const {

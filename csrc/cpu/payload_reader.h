@@ -11,18 +11,20 @@ namespace gmc::cpu {
 struct PayloadEntries {
   const uint16_t* indices;  // within the tile, ascending; where they were decoded to
   const uint8_t* codes;     // of the whole payload: entry i of the tile has code start + i
+  const float* meaning;     // of each code, where the wire type has a scale
   int64_t start, count;
-  int scale;
 
   template <class Format>
   float value(int64_t entry) const {
-    return Format::decode(load_code<Format>(codes, start + entry), scale);
+    const uint32_t code = load_code<Format>(codes, start + entry);
+    if constexpr (Format::kScaled) return meaning[code];
+    return Format::decode(code, 0);
   }
 };
 
 // Where a tile's indices are decoded to.
 struct TileIndices {
-  std::vector<uint8_t> block = std::vector<uint8_t>(kTile + 8);
+  std::vector<uint8_t> block = std::vector<uint8_t>(kTile + 8);  // the last is written as 8 bytes
   std::vector<uint16_t> index = std::vector<uint16_t>(kTile);
 };
 
@@ -47,6 +49,7 @@ class PayloadReader {
   const PayloadLayout layout_;
   const uint8_t* const payload_;
   const PayloadView<const uint8_t> view_;
+  std::vector<float> meaning_;
 };
 
 }  // namespace gmc::cpu
