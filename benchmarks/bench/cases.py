@@ -24,7 +24,7 @@ class Case:
 
     @property
     def k(self) -> int:
-        return wire.entries(self.density, self.numel)
+        return wire.entries_at(self.density, self.numel)
 
     @property
     def dtype(self) -> torch.dtype:

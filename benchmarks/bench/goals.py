@@ -40,7 +40,7 @@ def for_kernels(records: list[dict], device: str) -> list[Row]:
     measured = here["reference"]["ratio"]["median"] if here else None
     rows.append(_at_most(row, CPU_COMPRESS, measured, _why(device, "cpu")))
     for density, limit in WIRE.items():
-        k = wire.entries(density, WIRE_NUMEL)
+        k = wire.entries_at(density, WIRE_NUMEL)
         row = f"wire, {100 * density:g} %, {_size(WIRE_NUMEL)}: bytes per selected entry"
         measured = ops.payload_nbytes(WIRE_NUMEL, k) / k
         # The goal is given to one decimal.
