@@ -145,7 +145,7 @@ CASES = {
     "payloads shape": (
         lambda: ops.merge(payload(), N, K, WIRE),
         ValueError,
-        r"payloads: got shape \[96\], must be [world size, 96]",
+        r"payloads: got shape \[96\], must be \[world size, 96\]",
     ),
     "verdict of nothing": (lambda: ops.verdict([]), ValueError, "payloads: got an empty list"),
     "skip dtype": (
