@@ -17,7 +17,7 @@ METHODS = {
     # Sums whose rounding depends on the order of the ranks.
     "gmc in float32": (gmc_cuda.GMC, {"density": 0.2, "wire_dtype": torch.float32}),
     "gmc in float8": (gmc_cuda.GMC, {"density": 0.2, "wire_dtype": torch.float8_e4m3fn}),
-    "dgc in float4": (gmc_cuda.DGC, {"bytes_ratio": 20, "wire_dtype": torch.float4_e2m1fn_x2}),
+    "dgc in float4": (gmc_cuda.DGC, {"wire_dtype": torch.float4_e2m1fn_x2}),
 }
 
 
@@ -28,9 +28,7 @@ def train(group, method, steps, dtype, nan_at=()):
         with torch.no_grad():
             params[0].zero_()  # broadcast_parameters mends it
     make, options = METHODS[method]
-    options = {"weight_decay": 1e-3, **options}
-    if "bytes_ratio" not in options:
-        options.setdefault("density", 0.02)
+    options = {"density": 0.02, "weight_decay": 1e-3, **options}
     optimizer = make(params, lr=0.02, process_group=group, bucket_cap_mb=200 * 4 / 2**20, **options)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps // 2], gamma=0.1)
     for step in range(steps):
