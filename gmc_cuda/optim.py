@@ -62,7 +62,8 @@ class GMC(CompressedSGD):
             and raise RuntimeError on every worker if they differ; 0: never. Reads the device.
 
     ``optimizer.state[p]["memory"]`` is u, float32, shaped like p. ``lr``, ``momentum``,
-    ``density`` or ``bytes_ratio``, ``weight_decay`` and ``memory_decay`` are read from the param group at every step.
+    ``density`` or ``bytes_ratio``, ``weight_decay`` and ``memory_decay`` are read from the param
+    group at every step.
 
     Raises:
         ValueError, TypeError: an argument out of range, or workers that differ in their model or

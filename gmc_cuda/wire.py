@@ -21,7 +21,7 @@ DTYPES = (
 
 
 def entries(group: dict[str, Any], numel: int, wire_dtype: torch.dtype) -> int:
-    """K: how many of a bucket's numel entries are sent, by the density or bytes_ratio of a group."""
+    """K: how many of a bucket's numel entries a group's density or bytes_ratio lets through."""
     if group.get("bytes_ratio") is not None:
         return entries_within(group["bytes_ratio"], numel, wire_dtype)
     return entries_at(group["density"], numel)

@@ -109,7 +109,9 @@ def test_non_finite_value_is_rejected(wire, bad):
     assert all(readers(payload, wire))
 
 
-@pytest.mark.parametrize("wire,low,high", [("float8_e4m3fn", -117, 119), ("float4_e2m1fn_x2", -125, 125)])
+@pytest.mark.parametrize(
+    "wire,low,high", [("float8_e4m3fn", -117, 119), ("float4_e2m1fn_x2", -125, 125)]
+)
 def test_scale_out_of_range_is_rejected(wire, low, high):
     wire = getattr(torch, wire)
     payload = sound_payload(wire)

@@ -70,12 +70,16 @@ def test_both_budgets_are_refused():
     param = nn.Parameter(torch.zeros(1000))
     with pytest.raises(ValueError, match=r"bytes_ratio: got 10 beside density=0.5, must be given"):
         gmc_cuda.GMC([param], lr=0.1, density=0.5, bytes_ratio=10)
-    with pytest.raises(ValueError, match=r"bytes_ratio of param group 0: got 0.5, must be at least"):
+    with pytest.raises(
+        ValueError, match=r"bytes_ratio of param group 0: got 0.5, must be at least"
+    ):
         gmc_cuda.GMC([param], lr=0.1, bytes_ratio=0.5)
     optimizer = gmc_cuda.GMC([param], lr=0.1, bytes_ratio=10)
     optimizer.param_groups[0]["density"] = 0.1
     param.grad = torch.ones(1000)
-    with pytest.raises(ValueError, match=r"density of param group 0: got 0.1 beside bytes_ratio=10"):
+    with pytest.raises(
+        ValueError, match=r"density of param group 0: got 0.1 beside bytes_ratio=10"
+    ):
         optimizer.step()
     optimizer.param_groups[0]["bytes_ratio"] = None
     optimizer.step()
