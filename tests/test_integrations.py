@@ -1,4 +1,4 @@
-"""The framework examples: two workers train, save, and resume as if they had not stopped."""
+"""The examples for each stack: they train, save, and resume as if they had not stopped."""
 
 import importlib.util
 import json
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 STEPS, SAVED_AT = 30, 20
@@ -66,3 +67,48 @@ def test_example_trains_saves_and_resumes(framework, script, tmp_path):
         r".*(?:sent the same payload|was saved by rank|gmc_cuda\S*:\d+).*", printed
     )
     assert not complaints, printed
+
+
+NODES, PER_NODE = 2, 2
+
+
+def fsdp2(folder, *arguments):
+    run = ("--folder", folder, "--per-node", PER_NODE, "--save-every", SAVED_AT)
+    torchrun("fsdp2.py", NODES * PER_NODE, *run, *arguments)
+    return losses(folder)
+
+
+def test_fsdp2_trains_saves_and_resumes(tmp_path):
+    straight = fsdp2(tmp_path, "--steps", STEPS)
+    assert sorted(straight) == list(range(1, STEPS + 1))
+    assert straight[STEPS] < straight[1] - 1.5
+    resumed = fsdp2(tmp_path, "--steps", STEPS, "--resume")
+    assert resumed == {step: straight[step] for step in range(SAVED_AT + 1, STEPS + 1)}
+
+
+def test_fsdp2_at_density_1_is_dense_momentum_sgd(tmp_path):
+    """In one process: each node's gradient is clipped, then their mean is stepped with."""
+    spec = importlib.util.spec_from_file_location("fsdp2", ROOT / "examples" / "fsdp2.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    size, steps, data = NODES * PER_NODE, 8, example.windows()
+    model = example.make_model()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.5)
+    expected = {}
+    for step in range(1, steps + 1):
+        nodes, expected[step] = [], 0.0
+        for node in range(NODES):
+            sgd.zero_grad()
+            for rank in range(PER_NODE * node, PER_NODE * (node + 1)):
+                for part in range(4):
+                    x = example.batch(data, step, part, rank, size)
+                    loss = torch.nn.functional.cross_entropy(model(x[:, :-1]), x[:, -1])
+                    (loss / 4 / PER_NODE).backward()
+                    expected[step] += loss.item() / 4 / size
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nodes.append([p.grad.clone() for p in model.parameters()])
+        for p, *gradients in zip(model.parameters(), *nodes, strict=True):
+            p.grad = torch.stack(gradients).mean(0)
+        sgd.step()
+    got = fsdp2(tmp_path, "--steps", steps, "--density", 1)
+    assert got == pytest.approx(expected, abs=1e-4)

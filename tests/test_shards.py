@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from problems import flat, mean
+from processes import Processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -133,6 +134,74 @@ def saved(group):
 
 def test_each_workers_state_is_saved_and_loaded(pool):
     pool.run(4, saved)
+
+
+def start(make=gmc_cuda.GMC):
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("r", "s"))
+    model = network()
+    fully_shard(model, mesh=mesh["s"])
+    return mesh, model, make(model.parameters(), 0.1, density=0.05, process_group=mesh)
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        optimizer.zero_grad()
+        model(batch(dist.get_rank(), step)).square().mean().backward()
+        optimizer.step()
+
+
+def whole(tensors):
+    return flat([t.full_tensor() if isinstance(t, DTensor) else t for t in tensors])
+
+
+def checkpointed(group, folder, make, wait):
+    """Returns what was saved, and checks that the run goes on bit for bit."""
+    mesh, model, optimizer = start(make)
+    train(model, optimizer, range(3))
+    future = gmc_cuda.checkpoint.save(folder, model, optimizer, {"step": 3}, wait=wait)
+    params = list(model.parameters())
+    saved = whole(params), mean(
+        mesh.get_group("r"), full(params, memories(optimizer, params))
+    )  # fmt: skip
+    train(model, optimizer, range(3, 6))
+    future.result()
+    _, other, again = start(make)
+    assert gmc_cuda.checkpoint.load(folder, other, again) == {"step": 3}
+    train(other, again, range(3, 6))
+    assert torch.equal(whole(params), whole(list(other.parameters())))
+    return saved
+
+
+def one_node(say, folder):
+    _, model, optimizer = start()
+    gmc_cuda.checkpoint.load(folder, model, optimizer)
+    params = list(model.parameters())
+    return whole(params), full(params, memories(optimizer, params))
+
+
+@pytest.mark.parametrize("make,wait", [(gmc_cuda.GMC, True), (gmc_cuda.GMC, False),
+                                       (gmc_cuda.DGC, True)])  # fmt: skip
+def test_checkpoint_of_shards(pool, tmp_path, make, wait):
+    weights, unsent = pool.run(4, checkpointed, str(tmp_path / "checkpoint"), make, wait)[0]
+    if make is gmc_cuda.DGC:
+        return
+    with Processes(2, tmp_path, one_node, str(tmp_path / "checkpoint")) as workers:
+        for loaded, memory in workers.results():
+            assert torch.equal(loaded, weights)
+            torch.testing.assert_close(memory, unsent)
+
+
+def other_shards(group, folder):
+    mesh, model, optimizer = start()
+    gmc_cuda.checkpoint.save(folder, model, optimizer)
+    flat_model = network()
+    flat_optimizer = gmc_cuda.GMC(flat_model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="got number of shards 2, must be 1"):
+        gmc_cuda.checkpoint.load(folder, flat_model, flat_optimizer)
+
+
+def test_checkpoint_of_other_shards_is_refused(pool, tmp_path):
+    pool.run(4, other_shards, str(tmp_path))
 
 
 def refused(group):
