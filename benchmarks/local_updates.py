@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.functional import cross_entropy
+
+import gmc_cuda
 from bench import report
 from compare_methods import text
 from compare_methods.arguments import positive_float, positive_int
 from compare_methods.provenance import provenance
 from compare_methods.task import Task
 from compare_methods.training import evaluate
-from torch.nn.functional import cross_entropy
-
-import gmc_cuda
 
 DENSE = [
     {"name": "dense Nesterov", "lr": lr, "momentum": momentum, "density": 1.0, "nesterov": True}
