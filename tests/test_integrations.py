@@ -37,6 +37,11 @@ def torchrun(script, workers, *arguments):
     return done.stdout
 
 
+def needs(framework):
+    if importlib.util.find_spec(framework) is None:
+        pytest.skip(f"{framework} is not installed (pip install gmc_cuda[frameworks])")
+
+
 def losses(folder):
     return {int(k): v for k, v in json.loads((folder / "losses.json").read_text()).items()}
 
@@ -50,8 +55,7 @@ def losses(folder):
     ],
 )
 def test_example_trains_saves_and_resumes(framework, script, tmp_path):
-    if importlib.util.find_spec(framework) is None:
-        pytest.skip(f"{framework} is not installed (pip install gmc_cuda[frameworks])")
+    needs(framework)
     run = ("--folder", tmp_path, "--steps", STEPS, "--save-every", SAVED_AT)
     printed = torchrun(script, 2, *run)
     straight = losses(tmp_path)
@@ -68,6 +72,56 @@ def test_example_trains_saves_and_resumes(framework, script, tmp_path):
     )
     assert not complaints, printed
 
+
+# ------------------------------------------------------------------------------------ wrong uses
+
+OVERLAP = (
+    "with overlap=True, which sends gradients during each backward pass, so that they can be "
+    "neither clipped nor accumulated. Write\n    gmc_cuda.GMC(..., overlap=False)\nor leave"
+)
+TWICE = (
+    "the model is inside DistributedDataParallel, which averages the gradients before this "
+    "optimizer sees them: everything would be sent twice, and compressed after the averaging. "
+    "Leave DDP out, or write, once, right after the model is wrapped:\n"
+    "    gmc_cuda.local_gradients(ddp_model)\n"
+    "In Trainer, Accelerate and Lightning gmc_cuda.integrations does it."
+)
+ALONE = (
+    "the checkpoint of step 2 has rank 0's memory only: what the other workers had not sent is not "
+    "in it. A callback asked for it after GMCCallback: add that one before\n"
+    "    trainer.add_callback(GMCCallback(trainer))"
+)
+
+
+@pytest.mark.parametrize(
+    "framework,how",
+    [
+        (framework, how)
+        for framework in ("transformers", "accelerate", "lightning")
+        for how in ("communicates", "clips", "accumulates", "saves alone")
+        if (framework, how) not in (("accelerate", "saves alone"), ("lightning", "saves alone"))
+    ],
+)
+def test_wrong_use_is_refused_with_the_line_to_write(framework, how, tmp_path):
+    """tests/wrong_uses.py does it and prints what it met."""
+    needs(framework)
+    names = {
+        "transformers": ("max_grad_norm: got 1.0", "gradient_accumulation_steps: got 2"),
+        "accelerate": ("accelerator.clip_grad_norm_: got 1.0", "gradient_accumulation_steps: got 2"),
+        "lightning": ("gradient_clip_val: got 1.0", "accumulate_grad_batches: got 2"),
+    }  # fmt: skip
+    clips, accumulates = (f"{name} {OVERLAP} {name.split(':')[0]} out" for name in names[framework])
+    expected = {
+        "communicates": f"RuntimeError: {TWICE}",
+        "clips": f"ValueError: {clips}",
+        "accumulates": f"ValueError: {accumulates}",
+        "saves alone": f"UserWarning: {ALONE}",
+    }[how]
+    said = torchrun("../tests/wrong_uses.py", 2, framework, how, tmp_path)
+    assert re.findall(r"^met (.*?) end$", said, re.M | re.S) == [expected] * 2, said
+
+
+# ----------------------------------------------------------------------------------------- FSDP2
 
 NODES, PER_NODE = 2, 2
 

@@ -1,0 +1,114 @@
+"""Uses a framework wrongly and prints what that met: wrong_uses.py framework how folder."""
+
+import sys
+import warnings
+
+import torch
+from torch import nn
+
+import gmc_cuda
+
+FRAMEWORK, HOW, FOLDER = sys.argv[1:]
+OVERLAP = HOW in ("clips", "accumulates")
+OPTIONS = {"lr": 0.1, "density": 0.1, "overlap": OVERLAP}
+CLIP, ACCUMULATE = 1.0 if HOW == "clips" else 0.0, 2 if HOW == "accumulates" else 1
+
+
+class Model(nn.Module):
+    """What Trainer wants: a loss."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, x, y):
+        return {"loss": nn.functional.cross_entropy(self.net(x), y)}
+
+
+DATA = [{"x": torch.randn(4), "y": torch.tensor(i % 3)} for i in range(32)]
+
+
+def transformers():
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from gmc_cuda.integrations.transformers import GMCCallback
+
+    class Late(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = state.global_step == 2
+
+    arguments = TrainingArguments(
+        output_dir=FOLDER, max_steps=3, max_grad_norm=CLIP, gradient_accumulation_steps=ACCUMULATE,
+        per_device_train_batch_size=2, use_cpu=True, report_to="none", disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(
+        Model(), arguments, train_dataset=DATA, optimizer_cls_and_kwargs=(gmc_cuda.GMC, OPTIONS)
+    )
+    if HOW != "communicates":
+        trainer.add_callback(GMCCallback(trainer))
+    if HOW == "saves alone":
+        trainer.add_callback(Late())
+    trainer.train()
+
+
+def accelerate():
+    from accelerate import Accelerator
+
+    from gmc_cuda.integrations.accelerate import leave_gradients_to_optimizer
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATE)
+    model = Model()
+    optimizer = gmc_cuda.GMC(model.parameters(), **OPTIONS)
+    loader = torch.utils.data.DataLoader(DATA, batch_size=2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if HOW != "communicates":
+        leave_gradients_to_optimizer(accelerator, model)
+    for batch in loader:
+        accelerator.backward(model(**batch)["loss"])
+        if CLIP:
+            accelerator.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+
+
+def lightning():
+    import lightning as L
+
+    from gmc_cuda.integrations.lightning import GMCStrategy
+
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = Model()
+
+        def configure_optimizers(self):
+            return gmc_cuda.GMC(self.parameters(), **OPTIONS)
+
+        def training_step(self, batch, i):
+            return self.model(**batch)["loss"]
+
+    L.Trainer(
+        strategy="ddp" if HOW == "communicates" else GMCStrategy(),
+        accelerator="cpu", devices=2, max_steps=3, gradient_clip_val=CLIP or None,
+        accumulate_grad_batches=ACCUMULATE, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    ).fit(Module(), torch.utils.data.DataLoader(DATA, batch_size=2))  # fmt: skip
+
+
+def main():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            {"transformers": transformers, "accelerate": accelerate, "lightning": lightning}[
+                FRAMEWORK
+            ]()
+        except (ValueError, RuntimeError) as error:
+            print(f"met {type(error).__name__}: {error} end", flush=True)
+    for warning in caught:
+        if "the checkpoint of step" in str(warning.message):
+            print(f"met {warning.category.__name__}: {warning.message} end", flush=True)
+
+
+if __name__ == "__main__":
+    main()
