@@ -2,7 +2,7 @@
 """Outer optimizers for local updates, on the demo's text: loss and bytes at equal inner steps.
 
     python benchmarks/local_updates.py
-    python benchmarks/local_updates.py --only '{"name": "mine", "lr": 0.7, "density": 0.05}'
+    python benchmarks/local_updates.py --settings '[{"name": "mine", "lr": 0.7, "density": 0.05}]'
 
 Four workers make H AdamW steps each between exchanges. Every setting has the same seed, data and
 number of inner steps, one seed each. The file is written anew after every setting, and says which
@@ -57,7 +57,10 @@ def main() -> int:
     parser.add_argument("--batch", type=positive_int, default=8, help="windows a worker and step")
     parser.add_argument("--inner-lr", type=positive_float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=json.loads, help="one setting, as JSON")
+    parser.add_argument(
+        "--settings", type=json.loads, default=DENSE + SPARSE,
+        help="what to try instead: a JSON list of GMC's options, name, and overlap",
+    )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "results", help="folder of the file"
     )
@@ -74,20 +77,19 @@ def work(rank: int, options: argparse.Namespace, store: str) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=options.workers
     )
     task = text.load(rank, options.workers, non_iid=False)
-    settings = [options.only] if options.only else DENSE + SPARSE
     results: list[dict] = []
-    for done, setting in enumerate(settings, 1):
+    for done, setting in enumerate(options.settings, 1):
         results.append(run(task, rank, options, setting))
         if rank == 0:
             print(json.dumps(results[-1]), flush=True)
-            write(options, task, results, settings[done:])
+            write(options, task, results, options.settings[done:])
     dist.destroy_process_group()
 
 
 def write(options: argparse.Namespace, task: Task, results: list[dict], missing: list) -> None:
     facts = provenance(torch.device("cpu"))
-    asked = {n: v for n, v in vars(options).items() if n not in ("output", "only")}
-    path = options.output / (report.file_stem("local-updates", facts) + ".json")
+    asked = {n: v for n, v in vars(options).items() if n not in ("output", "settings")}
+    path = options.output / (report.file_stem(f"local-updates-{options.rounds}-rounds", facts) + ".json")
     content = {"benchmark": "local_updates", **facts, "options": asked, "data": task.data}
     report.write_json(path, content | {"not_tried": missing, "results": results})
 
