@@ -89,7 +89,9 @@ def work(rank: int, options: argparse.Namespace, store: str) -> None:
 def write(options: argparse.Namespace, task: Task, results: list[dict], missing: list) -> None:
     facts = provenance(torch.device("cpu"))
     asked = {n: v for n, v in vars(options).items() if n not in ("output", "settings")}
-    path = options.output / (report.file_stem(f"local-updates-{options.rounds}-rounds", facts) + ".json")
+    path = options.output / (
+        report.file_stem(f"local-updates-{options.rounds}-rounds", facts) + ".json"
+    )
     content = {"benchmark": "local_updates", **facts, "options": asked, "data": task.data}
     report.write_json(path, content | {"not_tried": missing, "results": results})
 
