@@ -105,7 +105,7 @@ def test_export():
     inputs = lambda: (torch.linspace(-1, 1, 100), torch.linspace(2, -3, 100), torch.ones(100))  # noqa: E731
     program = torch.export.export(Exchange(), inputs())
     kept = {str(node.target) for node in program.graph.nodes if "gmc_cuda" in str(node.target)}
-    assert kept == {f"gmc_cuda.{name}.default" for name in ("compress_", "merge", "apply_", "densify")}  # fmt: skip
+    assert kept == {f"gmc_cuda.{n}.default" for n in ("compress_", "merge", "apply_", "densify")}
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

@@ -106,11 +106,14 @@ def test_wrong_use_is_refused_with_the_line_to_write(framework, how, tmp_path):
     """tests/wrong_uses.py does it and prints what it met."""
     needs(framework)
     names = {
-        "transformers": ("max_grad_norm: got 1.0", "gradient_accumulation_steps: got 2"),
-        "accelerate": ("accelerator.clip_grad_norm_: got 1.0", "gradient_accumulation_steps: got 2"),
-        "lightning": ("gradient_clip_val: got 1.0", "accumulate_grad_batches: got 2"),
-    }  # fmt: skip
-    clips, accumulates = (f"{name} {OVERLAP} {name.split(':')[0]} out" for name in names[framework])
+        "transformers": ("max_grad_norm", "gradient_accumulation_steps"),
+        "accelerate": ("accelerator.clip_grad_norm_", "gradient_accumulation_steps"),
+        "lightning": ("gradient_clip_val", "accumulate_grad_batches"),
+    }
+    clips, accumulates = (
+        f"{name}: got {value} {OVERLAP} {name} out"
+        for name, value in zip(names[framework], (1.0, 2), strict=True)
+    )
     expected = {
         "communicates": f"RuntimeError: {TWICE}",
         "clips": f"ValueError: {clips}",
