@@ -391,7 +391,8 @@ def first_version(group, strategy):
     optimizer = gmc_cuda.GMC(model.parameters(), 0.1, density=1.0, process_group=mesh)
     as_dense_sgd(model, network(), [optimizer], rank, 4, summoned)
     model = fsdp1(strategy, mesh, use_orig_params=True)
-    optimizer = gmc_cuda.GMC(model.parameters(), 0.1, density=0.05, process_group=mesh)
+    across = mesh.get_group("replicate")  # FSDP says itself who is inside the node
+    optimizer = gmc_cuda.GMC(model.parameters(), 0.1, density=0.05, process_group=across)
     for step in range(5):
         optimizer.zero_grad()
         model(batch(rank, step)).square().mean().backward()

@@ -1,7 +1,9 @@
 """Uses a framework wrongly and prints what that met: wrong_uses.py framework how folder."""
 
+import re
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,13 +22,13 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Linear(4, 3)
+        self.net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3))
 
     def forward(self, x, y):
         return {"loss": nn.functional.cross_entropy(self.net(x), y)}
 
 
-DATA = [{"x": torch.randn(4), "y": torch.tensor(i % 3)} for i in range(32)]
+DATA = [{"x": torch.randn(64), "y": torch.tensor(i % 3)} for i in range(32)]
 
 
 def transformers():
@@ -35,22 +37,34 @@ def transformers():
     from gmc_cuda.integrations.transformers import GMCCallback
 
     class Late(TrainerCallback):
+        """Asks for a checkpoint when GMCCallback has been asked already."""
+
         def on_step_end(self, args, state, control, **kwargs):
             control.should_save = state.global_step == 2
 
+    best = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
     arguments = TrainingArguments(
         output_dir=FOLDER, max_steps=3, max_grad_norm=CLIP, gradient_accumulation_steps=ACCUMULATE,
-        per_device_train_batch_size=2, use_cpu=True, report_to="none", disable_tqdm=True,
-        save_strategy="no",
+        label_names=["y"], per_device_train_batch_size=2, use_cpu=True, report_to="none",
+        disable_tqdm=True, save_strategy="best" if HOW == "saves the best" else "no",
+        **(best if HOW == "saves the best" else {}),
     )  # fmt: skip
     trainer = Trainer(
-        Model(), arguments, train_dataset=DATA, optimizer_cls_and_kwargs=(gmc_cuda.GMC, OPTIONS)
+        Model(),
+        arguments,
+        train_dataset=DATA,
+        eval_dataset=DATA,
+        optimizer_cls_and_kwargs=(gmc_cuda.GMC, OPTIONS),
     )
     if HOW != "communicates":
         trainer.add_callback(GMCCallback(trainer))
     if HOW == "saves alone":
         trainer.add_callback(Late())
     trainer.train()
+    if HOW == "saves the best":  # which is right
+        (saved, *_) = sorted(Path(FOLDER).glob("checkpoint-*/optimizer.pt"))
+        assert torch.load(saved)["param_groups"][0]["saved_by"]["averaged"]
+        print("met nothing end", flush=True)
 
 
 def accelerate():
@@ -63,13 +77,18 @@ def accelerate():
     optimizer = gmc_cuda.GMC(model.parameters(), **OPTIONS)
     loader = torch.utils.data.DataLoader(DATA, batch_size=2)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    if HOW != "communicates":
+    if HOW == "saves alone":
+        gmc_cuda.local_gradients(model)
+    elif HOW != "communicates":
         leave_gradients_to_optimizer(accelerator, model)
     for batch in loader:
         accelerator.backward(model(**batch)["loss"])
         if CLIP:
             accelerator.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
+    if HOW == "saves alone":
+        accelerator.save_state(FOLDER)
+        accelerator.load_state(FOLDER)
 
 
 def lightning():
@@ -106,7 +125,7 @@ def main():
         except (ValueError, RuntimeError) as error:
             print(f"met {type(error).__name__}: {error} end", flush=True)
     for warning in caught:
-        if "the checkpoint of step" in str(warning.message):
+        if re.search("the checkpoint of step|this optimizer is rank", str(warning.message)):
             print(f"met {warning.category.__name__}: {warning.message} end", flush=True)
 
 
