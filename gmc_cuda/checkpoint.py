@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from gmc_cuda import state_dict as states
 from gmc_cuda.compressed_sgd import CompressedSGD
 from gmc_cuda.exchange import Exchange, FlatGroup, GroupLost
-from gmc_cuda.shards import local
+from gmc_cuda.shards import is_flattened, local
 
 FORMAT = 2
 _CURRENT, _FACTS = "current", "facts.pt"
@@ -259,11 +259,18 @@ def _shard(optimizer: CompressedSGD) -> str:
 
 
 def _check_optimizer(optimizer: Any) -> None:
+    by_itself = (
+        "Let each worker save and load its own state:\n"
+        "    torch.save(optimizer.state_dict(), f'optimizer{rank}.pt')"
+    )
     if not isinstance(optimizer, CompressedSGD):
         raise TypeError(
-            f"optimizer: got a {type(optimizer).__name__}, must be a GMC or DGC. Let each worker "
-            "save and load its own state:\n"
-            "    torch.save(optimizer.state_dict(), f'optimizer{rank}.pt')"
+            f"optimizer: got a {type(optimizer).__name__}, must be a GMC or DGC. {by_itself}"
+        )
+    if any(is_flattened(param) for param in _params(optimizer)):
+        raise TypeError(
+            "optimizer: got parameters of FullyShardedDataParallel, whose parts say nothing of the "
+            f"whole, must be FSDP2's (fully_shard). {by_itself}"
         )
 
 

@@ -25,6 +25,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether it is a parameter of FSDP's first version, whose shards are of a flat tensor."""
+    return getattr(tensor, "_fsdp_flattened", False)
+
+
 def groups_of(process_group: Any) -> tuple[Any, Any]:
     """(workers to train with, workers that share the verdict) of a process group or device mesh.
 
@@ -51,7 +56,7 @@ def check(params: Sequence[Tensor], process_group: Any, overlap: bool) -> Any:
     """
     if any(is_sharded(p) for p in params):
         inside = _group_of_dtensors(params)
-    elif any(getattr(p, "_fsdp_flattened", False) for p in params):
+    elif any(is_flattened(p) for p in params):
         inside = _group_of_fsdp1(params)
     else:
         return None

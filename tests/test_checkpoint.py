@@ -194,3 +194,17 @@ def test_extra_that_could_not_be_loaded_is_refused(tmp_path):
     with pytest.raises(TypeError, match="extra: got an object that torch.load"):
         checkpoint.save(tmp_path, model, optimizer, {"scheduler": scheduler})
     assert not list(tmp_path.iterdir())
+
+
+def test_other_optimizers_are_refused_with_the_line_to_write(tmp_path):
+    model = network()
+    inner = torch.optim.AdamW(model.parameters())
+    for optimizer in (inner, gmc_cuda.LocalUpdates(inner)):
+        for call in (checkpoint.save, checkpoint.load):
+            with pytest.raises(TypeError) as error:
+                call(tmp_path, model, optimizer)
+            assert str(error.value) == (
+                f"optimizer: got a {type(optimizer).__name__}, must be a GMC or DGC. Let each "
+                "worker save and load its own state:\n"
+                "    torch.save(optimizer.state_dict(), f'optimizer{rank}.pt')"
+            )

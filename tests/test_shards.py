@@ -428,6 +428,14 @@ def first_version_refused(group):
         "    gmc_cuda.GMC(model.parameters(), lr, process_group=mesh)",
         hybrid.parameters(), mesh,
     )  # fmt: skip
+    optimizer = gmc_cuda.GMC(model.parameters(), 0.1, process_group=mesh)
+    with pytest.raises(TypeError) as error:
+        gmc_cuda.checkpoint.save("never", model, optimizer)
+    assert str(error.value) == (
+        "optimizer: got parameters of FullyShardedDataParallel, whose parts say nothing of the "
+        "whole, must be FSDP2's (fully_shard). Let each worker save and load its own state:\n"
+        "    torch.save(optimizer.state_dict(), f'optimizer{rank}.pt')"
+    )
 
 
 def test_fsdp_version_1_refused(pool):
