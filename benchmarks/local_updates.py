@@ -5,8 +5,9 @@
     python benchmarks/local_updates.py --settings '[{"name": "mine", "lr": 0.7, "density": 0.05}]'
 
 Four workers make H AdamW steps each between exchanges. Every setting has the same seed, data and
-number of inner steps, one seed each. The file is written anew after every setting, and says which
-are still missing, so that a run may be stopped.
+number of inner steps, one seed each. The file is written anew after every setting and says which
+are still missing, so that a run may be stopped; started again on the same day it goes on, also with
+other settings.
 """
 
 import argparse
@@ -48,6 +49,11 @@ SPARSE = [
     for lr in (1.0, 0.7)
 ]
 
+MEASURED = (
+    "loss", "accuracy", "rounds", "bytes_per_round", "bytes_sent", "dense_bytes_per_round",
+    "seconds",
+)  # fmt: skip
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -77,23 +83,30 @@ def work(rank: int, options: argparse.Namespace, store: str) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=options.workers
     )
     task = text.load(rank, options.workers, non_iid=False)
-    results: list[dict] = []
-    for done, setting in enumerate(options.settings, 1):
-        results.append(run(task, rank, options, setting))
+    facts = provenance(torch.device("cpu"))
+    asked = {n: v for n, v in vars(options).items() if n not in ("output", "settings")}
+    content = {"benchmark": "local_updates", **facts, "options": asked, "data": task.data}
+    stem = report.file_stem(f"local-updates-{options.rounds}-rounds", facts)
+    path = options.output / f"{stem}.json"
+    results = tried(path, content)
+    dist.barrier()  # all have read what rank 0 is about to replace
+    done = [{key: r[key] for key in r if key not in MEASURED} for r in results]
+    missing = [setting for setting in options.settings if setting not in done]
+    while missing:
+        results.append(run(task, rank, options, missing.pop(0)))
         if rank == 0:
             print(json.dumps(results[-1]), flush=True)
-            write(options, task, results, options.settings[done:])
+            report.write_json(path, content | {"not_tried": missing, "results": results})
     dist.destroy_process_group()
 
 
-def write(options: argparse.Namespace, task: Task, results: list[dict], missing: list) -> None:
-    facts = provenance(torch.device("cpu"))
-    asked = {n: v for n, v in vars(options).items() if n not in ("output", "settings")}
-    path = options.output / (
-        report.file_stem(f"local-updates-{options.rounds}-rounds", facts) + ".json"
-    )
-    content = {"benchmark": "local_updates", **facts, "options": asked, "data": task.data}
-    report.write_json(path, content | {"not_tried": missing, "results": results})
+def tried(path: Path, content: dict) -> list[dict]:
+    """The results of a run with the same options on the same machine and versions."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    same = all(before[key] == content[key] for key in ("options", "hardware", "versions", "data"))
+    return before["results"] if same else []
 
 
 def run(task: Task, rank: int, options: argparse.Namespace, setting: dict) -> dict:
@@ -123,15 +136,10 @@ def run(task: Task, rank: int, options: argparse.Namespace, setting: dict) -> di
     seconds = time.perf_counter() - started
     loss, accuracy = evaluate(model, task, options.workers)
     stats = optimizer.stats()
-    return setting | {
-        "loss": round(loss, 4),
-        "accuracy": round(accuracy, 4),
-        "rounds": stats["steps"],
-        "bytes_per_round": stats["bytes_per_step"],
-        "bytes_sent": stats["bytes_per_step"] * stats["steps"],
-        "dense_bytes_per_round": stats["dense_bytes_per_step"],
-        "seconds": round(seconds, 1),
-    }
+    sent, rounds = stats["bytes_per_step"], stats["steps"]
+    figures = (round(loss, 4), round(accuracy, 4), rounds, sent, sent * rounds,
+               stats["dense_bytes_per_step"], round(seconds, 1))  # fmt: skip
+    return setting | dict(zip(MEASURED, figures, strict=True))
 
 
 if __name__ == "__main__":

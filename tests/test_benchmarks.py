@@ -317,3 +317,9 @@ def test_local_updates(tmp_path):
     assert dense["bytes_per_round"] >= dense["dense_bytes_per_round"]
     assert 45 < dense["bytes_sent"] / sparse["bytes_sent"] < 51
     assert 4 < sparse["loss"] < 7
+    again = [settings[0], {"name": "more", "lr": 1.0, "density": 1.0}]
+    done = run("local_updates.py", *small, "--settings", json.dumps(again),
+               "--output", str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = read_result(tmp_path, "local-updates-2-rounds")["results"]
+    assert results[:2] == [dense, sparse] and [r["name"] for r in results[2:]] == ["more"]
