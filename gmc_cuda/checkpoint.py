@@ -77,14 +77,12 @@ def save(
     optimizer._refuse_between_backward_and_step("checkpoint.save")
     _check_extra(extra)
     work = _Save(Path(folder), model, optimizer, extra)
-    if wait:
+    if wait or not _has_group_of_its_own(optimizer):
         done: Future[None] = Future()
         work.write(_everyone(optimizer))
         done.set_result(None)
         return done
     work.tensors = _copy(work.tensors)
-    if optimizer not in _groups:
-        _groups[optimizer] = _group_of_its_own(_everyone(optimizer))
     executor = ThreadPoolExecutor(1, thread_name_prefix="gmc_cuda.checkpoint")
     _saving[optimizer] = executor.submit(work.write, _groups[optimizer])
     executor.shutdown(wait=False)
@@ -353,16 +351,36 @@ def _copy(tensors: Any) -> Any:
     return tensors.detach().to("cpu", copy=True) if isinstance(tensors, Tensor) else tensors
 
 
-def _group_of_its_own(exchange: Exchange) -> Exchange:
+def _has_group_of_its_own(optimizer: CompressedSGD) -> bool:
+    """Makes the group on which a save goes on beside the training, unless it is there already."""
+    if optimizer in _groups:
+        return True
+    exchange = _everyone(optimizer)
     if exchange.group is None:
-        return exchange
-    if exchange.group is dist.group.WORLD:
-        return FlatGroup(_joined(dist.new_group(backend="gloo")))
-    # The others of the world are not here. torch names such a group by the number of groups that a
-    # worker has made so far, which must be the same on all of its workers.
-    ranks = dist.get_process_group_ranks(exchange.group)
-    group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    return FlatGroup(_joined(group))
+        _groups[optimizer] = exchange
+    elif exchange.group is dist.group.WORLD:
+        _groups[optimizer] = FlatGroup(_joined(dist.new_group(backend="gloo")))
+    else:  # the others of the world are not here
+        ranks = dist.get_process_group_ranks(exchange.group)
+        if not _names_it_alike(ranks, exchange):
+            warnings.warn(
+                "checkpoint.save: wait=False waits, because this torch cannot make a group where "
+                "workers are in different numbers of groups so far (torch 2.14 can)",
+                stacklevel=4,  # of save(), which no_grad wraps
+            )
+            return False
+        group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        _groups[optimizer] = FlatGroup(_joined(group))
+    return True
+
+
+def _names_it_alike(ranks: list[int], exchange: Exchange) -> bool:
+    """Whether torch gives the group one name on all workers; with two they never find each other.
+
+    It makes the name of the number of groups that a worker is in (up to 2.13) or has made.
+    """
+    name = getattr(dist.distributed_c10d, "_hash_ranks_to_str", lambda ranks: "")
+    return len(set(exchange.gather_objects(name(ranks), torch.device("cpu")))) == 1
 
 
 def _joined(group: Any) -> dist.ProcessGroup:
