@@ -1,14 +1,19 @@
-"""Outer optimizers for local updates, on the text task: loss and bytes at equal inner steps.
+#!/usr/bin/env python3
+"""Outer optimizers for local updates, on the demo's text: loss and bytes at equal inner steps.
 
-    python benchmarks/local_updates.py --output benchmarks/results
+    python benchmarks/local_updates.py
+    python benchmarks/local_updates.py --settings '[{"name": "mine", "lr": 0.7, "density": 0.05}]'
 
-Four workers make H AdamW steps each between exchanges. Every outer optimizer is tried at each of
-its settings with the same seed, data and number of inner steps.
+Four workers make H AdamW steps each between exchanges. Every setting has the same seed, data and
+number of inner steps, one seed each. The file is written anew after every setting and says which
+are still missing, so that a run may be stopped; started again on the same day it goes on, also with
+other settings.
 """
 
 import argparse
 import functools
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,48 +21,60 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from demo import text
-from demo.provenance import provenance
-from demo.training import _loss, evaluate
+from torch.nn.functional import cross_entropy
 
 import gmc_cuda
+from bench import report
+from compare_methods import text
+from compare_methods.arguments import positive_float, positive_int
+from compare_methods.provenance import provenance
+from compare_methods.task import Task
+from compare_methods.training import evaluate
+
+DENSE = [
+    {"name": "dense Nesterov", "lr": lr, "momentum": momentum, "density": 1.0, "nesterov": True}
+    for lr, momentum in ((0.7, 0.9), (0.7, 0.5))
+] + [{"name": "dense average", "lr": 1.0, "momentum": 0.0, "density": 1.0}]
+# What decides comes first; momentum 0 with decay .95 is SparseLoCo's recursion.
+SPARSE = [
+    {
+        "name": "SparseLoCo 2 %" if momentum == 0 and decay < 1 else "GMC 2 %",
+        "lr": lr,
+        "momentum": momentum,
+        "density": 0.02,
+        "memory_decay": decay,
+    }
+    for decay in (1.0, 0.95)
+    for momentum in (0.0, 0.3, 0.5)
+    for lr in (1.0, 0.7)
+]
+
+MEASURED = (
+    "loss", "accuracy", "rounds", "bytes_per_round", "bytes_sent", "dense_bytes_per_round",
+    "seconds",
+)  # fmt: skip
 
 
-def settings(quick: bool) -> list[dict]:
-    """name, options of GMC, and whether the exchange overlaps with the next round."""
-    tried = [
-        {"name": "dense Nesterov", "lr": lr, "momentum": 0.9, "density": 1.0, "nesterov": True}
-        for lr in (0.4, 0.7)
-    ]
-    tried += [{"name": "dense average", "lr": 1.0, "momentum": 0.0, "density": 1.0}]
-    tried += [
-        {"name": "GMC 2 %", "lr": lr, "momentum": momentum, "density": 0.02, "memory_decay": decay}
-        for lr, momentum, decay in [
-            (0.7, 0.0, 1.0), (1.0, 0.0, 1.0), (0.7, 0.5, 1.0), (1.0, 0.5, 1.0), (0.7, 0.9, 1.0),
-            (1.0, 0.3, 0.95), (1.0, 0.5, 0.95),
-        ]
-    ]  # fmt: skip
-    tried += [
-        {"name": "SparseLoCo 2 %", "lr": lr, "momentum": 0.0, "density": 0.02, "memory_decay": 0.95}
-        for lr in (0.7, 1.0)
-    ]
-    return tried[:2] if quick else tried
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--every", type=int, default=20, help="H, inner steps in a round")
-    parser.add_argument("--batch", type=int, default=8, help="windows of each worker and step")
-    parser.add_argument("--inner-lr", type=float, default=2e-3)
+    parser.add_argument("--workers", type=positive_int, default=4)
+    parser.add_argument("--rounds", type=positive_int, default=15)
+    parser.add_argument("--every", type=positive_int, default=20, help="H, inner steps in a round")
+    parser.add_argument("--batch", type=positive_int, default=8, help="windows a worker and step")
+    parser.add_argument("--inner-lr", type=positive_float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="two settings only")
-    parser.add_argument("--only", type=json.loads, help="one setting, as JSON")
-    parser.add_argument("--output", type=Path, help="folder for the JSON file")
+    parser.add_argument(
+        "--settings", type=json.loads, default=DENSE + SPARSE,
+        help="what to try instead: a JSON list of GMC's options, name, and overlap",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results", help="folder of the file"
+    )
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    options.output.mkdir(parents=True, exist_ok=True)  # fail now, not at the end
+    with tempfile.TemporaryDirectory(prefix="gmc-local-updates-") as folder:
         mp.spawn(work, (options, f"{folder}/store"), nprocs=options.workers)
+    return 0
 
 
 def work(rank: int, options: argparse.Namespace, store: str) -> None:
@@ -66,30 +83,42 @@ def work(rank: int, options: argparse.Namespace, store: str) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=options.workers
     )
     task = text.load(rank, options.workers, non_iid=False)
-    results = []
-    for setting in [options.only] if options.only else settings(options.quick):
-        results.append(run(task, rank, options, dict(setting)))
+    facts = provenance(torch.device("cpu"))
+    asked = {n: v for n, v in vars(options).items() if n not in ("output", "settings")}
+    content = {"benchmark": "local_updates", **facts, "options": asked, "data": task.data}
+    stem = report.file_stem(f"local-updates-{options.rounds}-rounds", facts)
+    path = options.output / f"{stem}.json"
+    results = tried(path, content)
+    dist.barrier()  # all have read what rank 0 is about to replace
+    done = [{key: r[key] for key in r if key not in MEASURED} for r in results]
+    missing = [setting for setting in options.settings if setting not in done]
+    while missing:
+        results.append(run(task, rank, options, missing.pop(0)))
         if rank == 0:
             print(json.dumps(results[-1]), flush=True)
-    if rank == 0 and options.output:
-        report = {"workers": options.workers, "rounds": options.rounds, "every": options.every}
-        report |= {"batch": options.batch, "inner_lr": options.inner_lr, "seed": options.seed}
-        report |= {"data": task.data, "results": results} | provenance(torch.device("cpu"))
-        path = options.output / f"local-updates-{time.strftime('%Y-%m-%d')}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
+            report.write_json(path, content | {"not_tried": missing, "results": results})
     dist.destroy_process_group()
 
 
-def run(task, rank: int, options: argparse.Namespace, setting: dict) -> dict:
-    record = dict(setting)
-    setting.pop("name")
-    overlap = setting.pop("overlap", False)
+def tried(path: Path, content: dict) -> list[dict]:
+    """The results of a run with the same options on the same machine and versions."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    same = all(before[key] == content[key] for key in ("options", "hardware", "versions", "data"))
+    return before["results"] if same else []
+
+
+def run(task: Task, rank: int, options: argparse.Namespace, setting: dict) -> dict:
+    outer = {name: value for name, value in setting.items() if name not in ("name", "overlap")}
     torch.manual_seed(options.seed)
     model = task.make_model()
     generator = torch.Generator().manual_seed(options.seed * options.workers + rank)
-    inner = torch.optim.AdamW(model.parameters(), lr=options.inner_lr)
     optimizer = gmc_cuda.LocalUpdates(
-        inner, functools.partial(gmc_cuda.GMC, **setting), options.every, overlap=overlap
+        torch.optim.AdamW(model.parameters(), lr=options.inner_lr),
+        functools.partial(gmc_cuda.GMC, **outer),
+        options.every,
+        overlap=setting.get("overlap", False),
     )
     steps = options.rounds * options.every
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=options.every)
@@ -98,23 +127,20 @@ def run(task, rank: int, options: argparse.Namespace, setting: dict) -> dict:
     for _ in range(steps):
         inputs, targets = task.batch(options.batch, generator)
         optimizer.zero_grad()
-        _loss(model(inputs), targets).backward()
+        cross_entropy(model(inputs).flatten(0, -2), targets.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         warmup.step()
         cosine.step()
     optimizer.synchronize()
+    seconds = time.perf_counter() - started
     loss, accuracy = evaluate(model, task, options.workers)
     stats = optimizer.stats()
-    return record | {
-        "loss": loss,
-        "accuracy": accuracy,
-        "bytes_per_round": stats["bytes_per_step"],
-        "bytes_sent": stats["bytes_per_step"] * stats["steps"],
-        "dense_bytes_per_round": stats["dense_bytes_per_step"],
-        "seconds": time.perf_counter() - started,
-    }
+    sent, rounds = stats["bytes_per_step"], stats["steps"]
+    figures = (round(loss, 4), round(accuracy, 4), rounds, sent, sent * rounds,
+               stats["dense_bytes_per_step"], round(seconds, 1))  # fmt: skip
+    return setting | dict(zip(MEASURED, figures, strict=True))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -59,10 +59,11 @@ def main():
         report_to="none",
         disable_tqdm=True,
     )
+    model, data = GPT2LMHeadModel(config), Bytes()
     trainer = Trainer(
-        GPT2LMHeadModel(config),
+        model,
         arguments,
-        train_dataset=Bytes(),
+        train_dataset=data,
         optimizer_cls_and_kwargs=(gmc_cuda.GMC, {"lr": 0.3, "momentum": 0.5, "density": 0.02}),
     )
     trainer.add_callback(GMCCallback(trainer))

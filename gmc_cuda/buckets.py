@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gmc_cuda import ops
-from gmc_cuda.shards import local
+from gmc_cuda.shards import local, local_gradient
 
 MAX_NUMEL = 2**31 - 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters and gradients
@@ -179,7 +179,7 @@ def in_storage_order(tensor: Tensor) -> Tensor:
 
 
 def _flat_grad(param: Tensor, grad: Tensor) -> Tensor:
-    param, grad = local(param), local(grad)
+    param, grad = local(param), local_gradient(param, grad)
     if grad.is_contiguous() and param.is_contiguous():
         return grad
     if grad.stride() != param.stride():

@@ -29,8 +29,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from gmc_cuda import state_dict as states
 from gmc_cuda.compressed_sgd import CompressedSGD
 from gmc_cuda.exchange import Exchange, FlatGroup, GroupLost
+from gmc_cuda.shards import is_flattened, local
 
-FORMAT = 1
+FORMAT = 2
 _CURRENT, _FACTS = "current", "facts.pt"
 _MODEL, _SHARED, _WORKER = "model", "shared", "worker"
 
@@ -55,7 +56,7 @@ def save(
             replaced once the new one is complete.
         model: the model, also inside DistributedDataParallel or torch.compile. Buffers that differ
             between workers (BatchNorm's) are saved as worker 0 has them.
-        optimizer: a GMC or DGC over the model's parameters.
+        optimizer: a GMC or DGC over the model's parameters, which FSDP2 may have sharded.
         extra: worker 0's is saved: a scheduler's state_dict, the epoch; tensors, numbers, strings
             and containers of them.
         wait: False copies the state and writes it while the training goes on. The next save waits
@@ -65,23 +66,23 @@ def save(
         A future: ``result()`` waits for the end of the writing, and raises if it failed.
 
     Raises:
-        TypeError: extra holds what torch.load(weights_only=True) would refuse.
+        TypeError: another optimizer, or extra holds what torch.load(weights_only=True) would
+            refuse.
         RuntimeError: a worker could not write; on all workers. The checkpoint before is intact.
     """
+    _check_optimizer(optimizer)
     before = _saving.pop(optimizer, None)
     if before is not None:
         before.result()
     optimizer._refuse_between_backward_and_step("checkpoint.save")
     _check_extra(extra)
     work = _Save(Path(folder), model, optimizer, extra)
-    if wait:
+    if wait or not _has_group_of_its_own(optimizer):
         done: Future[None] = Future()
-        work.write(optimizer._exchange)
+        work.write(_everyone(optimizer))
         done.set_result(None)
         return done
     work.tensors = _copy(work.tensors)
-    if optimizer not in _groups:
-        _groups[optimizer] = _group_of_its_own(optimizer._exchange)
     executor = ThreadPoolExecutor(1, thread_name_prefix="gmc_cuda.checkpoint")
     _saving[optimizer] = executor.submit(work.write, _groups[optimizer])
     executor.shutdown(wait=False)
@@ -94,6 +95,7 @@ def load(folder: str | os.PathLike[str], model: torch.nn.Module, optimizer: Comp
 
     On as many workers as saved it each gets its own memory back, and the run goes on bit for bit.
     On another number each gets the mean of the saved memories, so that nothing unsent is lost.
+    Shards stay what they were: the number of nodes may change, not that of workers in a node.
 
     Returns:
         The ``extra`` that was saved.
@@ -102,33 +104,35 @@ def load(folder: str | os.PathLike[str], model: torch.nn.Module, optimizer: Comp
         FileNotFoundError: there is no complete checkpoint in the folder.
         ValueError: it is of another method, model or format; nothing was changed.
     """
+    _check_optimizer(optimizer)
     part = _current(Path(folder))
     facts = torch.load(part / _FACTS, weights_only=True)
     _check_facts(facts, _describe(model, optimizer))
-    exchange, params = optimizer._exchange, _params(optimizer)
-    size = facts["world_size"]
+    exchange, params, everyone = optimizer._exchange, _params(optimizer), _everyone(optimizer)
+    size, shard = facts["world_size"], _shard(optimizer)
 
     def read(key: str, template: dict[str, Any]) -> dict[str, Any]:
         found = {key: {name: torch.empty_like(value) for name, value in template.items()}}
-        _distributed(dcp_load, found, part, exchange)
+        _distributed(dcp_load, found, part, everyone)
         return found[key]
 
     def wanted(shared: bool) -> dict[str, Tensor]:
         return {
             f"{i}.{name}": torch.empty(param.shape, device=param.device)
-            for (i, param), names in zip(enumerate(params), facts["held"], strict=True)
+            for (i, param), names in zip(enumerate(map(local, params)), facts["held"], strict=True)
             for name, is_shared in names.items()
-            if is_shared == shared
+            if is_shared == shared and param.numel()
         }
 
     state: dict[int, dict[str, Tensor]] = {}
-    tensors = read(_SHARED, wanted(shared=True)) if wanted(shared=True) else {}
+    some_shared = any(is_shared for names in facts["held"] for is_shared in names.values())
+    tensors = read(_SHARED + shard, wanted(shared=True)) if some_shared else {}
     if size == exchange.size:
-        tensors |= read(f"{_WORKER}{exchange.rank}", wanted(shared=False))
+        tensors |= read(f"{_WORKER}{exchange.rank}{shard}", wanted(shared=False))
     else:
-        total = read(f"{_WORKER}0", wanted(shared=False))
+        total = read(f"{_WORKER}0{shard}", wanted(shared=False))
         for rank in range(1, size):
-            for name, tensor in read(f"{_WORKER}{rank}", wanted(shared=False)).items():
+            for name, tensor in read(f"{_WORKER}{rank}{shard}", wanted(shared=False)).items():
                 total[name] += tensor
         tensors |= {name: tensor / size for name, tensor in total.items()}
     for key, tensor in tensors.items():
@@ -162,8 +166,8 @@ class _Save:
                 (private if name in own else shared)[f"{i}.{name}"] = tensor
         self.tensors: dict[str, Any] = {
             _MODEL: get_model_state_dict(model),
-            _SHARED: shared,
-            f"{_WORKER}{exchange.rank}": private,
+            _SHARED + _shard(optimizer): shared,
+            f"{_WORKER}{exchange.rank}{_shard(optimizer)}": private,
         }
         self.facts = _describe(model, optimizer) | {
             "world_size": exchange.size,
@@ -227,6 +231,47 @@ class _Save:
             raise RuntimeError(f"the checkpoint was not saved; {'; '.join(failed)}") from error
 
 
+def _everyone(optimizer: CompressedSGD) -> Exchange:
+    """The workers that save together: those of all shards."""
+    exchange = optimizer._exchange
+    if exchange.agree_group is None:
+        return exchange
+    everyone = FlatGroup(None)
+    if everyone.size != exchange.size * _shards(optimizer):
+        raise ValueError(
+            f"optimizer: got a mesh of {exchange.size * _shards(optimizer)} workers, must hold all "
+            f"{everyone.size} of this run"
+        )
+    return everyone
+
+
+def _shards(optimizer: CompressedSGD) -> int:
+    inside = optimizer._exchange.agree_group
+    return 1 if inside is None else dist.get_world_size(inside)
+
+
+def _shard(optimizer: CompressedSGD) -> str:
+    """What the names of this worker's tensors end with."""
+    inside = optimizer._exchange.agree_group
+    return "" if inside is None else f".shard{dist.get_rank(inside)}"
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    by_itself = (
+        "Let each worker save and load its own state:\n"
+        "    torch.save(optimizer.state_dict(), f'optimizer{rank}.pt')"
+    )
+    if not isinstance(optimizer, CompressedSGD):
+        raise TypeError(
+            f"optimizer: got a {type(optimizer).__name__}, must be a GMC or DGC. {by_itself}"
+        )
+    if any(is_flattened(param) for param in _params(optimizer)):
+        raise TypeError(
+            "optimizer: got parameters of FullyShardedDataParallel, whose parts say nothing of the "
+            f"whole, must be FSDP2's (fully_shard). {by_itself}"
+        )
+
+
 def _describe(model: torch.nn.Module, optimizer: CompressedSGD) -> dict[str, Any]:
     names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
     params = _params(optimizer)
@@ -236,11 +281,16 @@ def _describe(model: torch.nn.Module, optimizer: CompressedSGD) -> dict[str, Any
             f"model: parameter {unknown[0]} of the optimizer is not one of the model's"
         )
     found = [(names[p].removeprefix("module."), tuple(p.shape), str(p.dtype)) for p in params]
-    return {"format": FORMAT, "optimizer": type(optimizer).__name__, "parameters": found}
+    return {
+        "format": FORMAT,
+        "optimizer": type(optimizer).__name__,
+        "number of shards": _shards(optimizer),
+        "parameters": found,
+    }
 
 
 def _check_facts(saved: dict[str, Any], here: dict[str, Any]) -> None:
-    for name in ("format", "optimizer"):
+    for name in ("format", "optimizer", "number of shards"):
         if saved[name] != here[name]:
             raise ValueError(f"checkpoint: got {name} {saved[name]}, must be {here[name]}")
     if len(saved["parameters"]) != len(here["parameters"]):
@@ -301,16 +351,36 @@ def _copy(tensors: Any) -> Any:
     return tensors.detach().to("cpu", copy=True) if isinstance(tensors, Tensor) else tensors
 
 
-def _group_of_its_own(exchange: Exchange) -> Exchange:
+def _has_group_of_its_own(optimizer: CompressedSGD) -> bool:
+    """Makes the group on which a save goes on beside the training, unless it is there already."""
+    if optimizer in _groups:
+        return True
+    exchange = _everyone(optimizer)
     if exchange.group is None:
-        return exchange
-    if exchange.group is dist.group.WORLD:
-        return FlatGroup(_joined(dist.new_group(backend="gloo")))
-    # The others of the world are not here. torch names such a group by the number of groups that a
-    # worker has made so far, which must be the same on all of its workers.
-    ranks = dist.get_process_group_ranks(exchange.group)
-    group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    return FlatGroup(_joined(group))
+        _groups[optimizer] = exchange
+    elif exchange.group is dist.group.WORLD:
+        _groups[optimizer] = FlatGroup(_joined(dist.new_group(backend="gloo")))
+    else:  # the others of the world are not here
+        ranks = dist.get_process_group_ranks(exchange.group)
+        if not _names_it_alike(ranks, exchange):
+            warnings.warn(
+                "checkpoint.save: wait=False waits, because this torch cannot make a group where "
+                "workers are in different numbers of groups so far (torch 2.14 can)",
+                stacklevel=4,  # of save(), which no_grad wraps
+            )
+            return False
+        group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        _groups[optimizer] = FlatGroup(_joined(group))
+    return True
+
+
+def _names_it_alike(ranks: list[int], exchange: Exchange) -> bool:
+    """Whether torch gives the group one name on all workers; with two they never find each other.
+
+    It makes the name of the number of groups that a worker is in (up to 2.13) or has made.
+    """
+    name = getattr(dist.distributed_c10d, "_hash_ranks_to_str", lambda ranks: "")
+    return len(set(exchange.gather_objects(name(ranks), torch.device("cpu")))) == 1
 
 
 def _joined(group: Any) -> dist.ProcessGroup:

@@ -1,14 +1,17 @@
 """Parameters that are sharded inside a node: their local part, and who the workers are.
 
-FSDP2 keeps each parameter as a DTensor over the workers of a node and averages gradients among
-them. GMC then works on the local shards, with the workers that hold the same shard in other nodes.
+FSDP2 and tensor parallelism keep each parameter as a DTensor over the workers of a node. GMC then
+works on the local shards, with the workers that hold the same shard in other nodes. The parameters
+of FSDP's first version (use_orig_params=True) are their local parts.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -20,6 +23,11 @@ def local(tensor: Tensor) -> Tensor:
 
 def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
+
+
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether it is a parameter of FSDP's first version, whose shards are of a flat tensor."""
+    return getattr(tensor, "_fsdp_flattened", False)
 
 
 def groups_of(process_group: Any) -> tuple[Any, Any]:
@@ -46,9 +54,37 @@ def check(params: Sequence[Tensor], process_group: Any, overlap: bool) -> Any:
     Raises:
         ValueError: shards that an optimizer over this group cannot work on, with the reason.
     """
-    sharded: list[Any] = [p for p in params if is_sharded(p)]
-    if not sharded:
+    if any(is_sharded(p) for p in params):
+        inside = _group_of_dtensors(params)
+    elif any(is_flattened(p) for p in params):
+        inside = _group_of_fsdp1(params)
+    else:
         return None
+    if process_group is None:
+        raise ValueError(
+            "process_group: got None for sharded parameters, must say which workers hold the same "
+            "shard: process_group=mesh, with mesh = init_device_mesh(device, (nodes, workers in a "
+            "node), mesh_dim_names=('replicate', 'shard')). Sharded over all workers there is "
+            "nothing to compress"
+        )
+    ranks = set(dist.get_process_group_ranks(process_group))
+    if len(ranks & set(dist.get_process_group_ranks(inside))) > 1:
+        raise ValueError(
+            f"process_group: got ranks {sorted(ranks)}, some of which hold different shards of a "
+            "parameter, must be those that hold the same: shard inside the node only, and hand the "
+            "whole mesh, (nodes, workers in a node), to the optimizer:\n"
+            "    fully_shard(model, mesh=mesh['shard'])\n"
+            "    gmc_cuda.GMC(model.parameters(), lr, process_group=mesh)"
+        )
+    if overlap:
+        raise ValueError(
+            "overlap: got True, but FSDP announces no gradients to hooks: use overlap=False"
+        )
+    return inside
+
+
+def _group_of_dtensors(params: Sequence[Tensor]) -> Any:
+    sharded: list[Any] = [p for p in params if is_sharded(p)]
     if len(sharded) < len(params):
         raise ValueError(
             "params: got some that are DTensors and some that are not; shard all of them "
@@ -57,23 +93,60 @@ def check(params: Sequence[Tensor], process_group: Any, overlap: bool) -> Any:
     mesh = sharded[0].device_mesh
     if any(p.device_mesh != mesh for p in sharded):
         raise ValueError("params: got DTensors on different meshes, must be on one")
-    if any(place.is_replicate() for p in sharded for place in p.placements) or mesh.ndim > 1:
+    replicated = [p for p in sharded if p.placements[0].is_replicate()]
+    if mesh.ndim == 1 and 0 < len(replicated) < len(sharded):
         raise ValueError(
-            f"params: got DTensors with placements {sharded[0].placements}. Where a parameter is "
-            "replicated, its gradient is averaged before this optimizer sees it: shard inside the "
-            "node only, and hand the whole mesh to the optimizer:\n"
+            "params: got DTensors of which some are sharded and some replicated inside the node, "
+            "as tensor parallelism has them. What is sent of a parameter depends on the others of "
+            "its bucket, so that the replicas would come apart: give these an optimizer of their "
+            "own:\n"
+            "    whole = [p for p in model.parameters() if p.placements[0].is_replicate()]\n"
+            "    gmc_cuda.GMC(whole, lr, process_group=mesh)"
+        )
+    if mesh.ndim == 2 and replicated:
+        raise ValueError(
+            f"params: got DTensors with placements {replicated[0].placements}. Where a parameter "
+            "is replicated, its gradient is averaged before this optimizer sees it: shard inside "
+            "the node only, and hand the whole mesh to the optimizer:\n"
             "    fully_shard(model, mesh=mesh['shard'])\n"
             "    gmc_cuda.GMC(model.parameters(), lr, process_group=mesh)"
         )
-    if process_group is None:
+    if mesh.ndim > 1:
         raise ValueError(
-            "process_group: got None for sharded parameters, must say which workers hold the same "
-            "shard: process_group=mesh, with mesh = init_device_mesh(device, (nodes, workers in a "
-            "node), mesh_dim_names=('replicate', 'shard')). Sharded over all workers there is "
-            "nothing to compress"
-        )
-    if overlap:
-        raise ValueError(
-            "overlap: got True, but FSDP announces no gradients to hooks: use overlap=False"
+            f"params: got DTensors with placements {sharded[0].placements}, must be sharded over "
+            "one dimension of a mesh: by FSDP or by tensor parallelism, not by both"
         )
     return mesh.get_group()
+
+
+def _group_of_fsdp1(params: Sequence[Tensor]) -> Any:
+    """FullyShardedDataParallel's parameters are plain tensors, each a part of a flat shard."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    own, group = {id(p) for p in params}, None
+    for fsdp in gc.get_objects():  # nothing leads from a parameter to the module around it
+        if not issubclass(type(fsdp), FullyShardedDataParallel):
+            continue
+        if not any(id(p) in own for p in fsdp.parameters()):
+            continue
+        group, strategy = fsdp.process_group, fsdp.sharding_strategy
+        shards_only = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
+        if strategy not in shards_only and dist.get_world_size(group) > 1:
+            raise ValueError(
+                f"params: got parameters of FullyShardedDataParallel with {strategy.name}, which "
+                "averages gradients between replicas before this optimizer sees them: shard inside "
+                "the node only, and hand the whole mesh to the optimizer:\n"
+                "    FullyShardedDataParallel(model, process_group=mesh.get_group('shard'), "
+                "use_orig_params=True)\n"
+                "    gmc_cuda.GMC(model.parameters(), lr, process_group=mesh)"
+            )
+    if group is None:
+        raise ValueError("params: got those of a FullyShardedDataParallel that is there no more")
+    return group
+
+
+def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
+    """A gradient's part on this worker, where the parameter has its part."""
+    if is_sharded(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    return local(grad)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
 sys.path.insert(0, str(BENCHMARKS))
+import overlap_trace  # noqa: E402
 from bench import budget, cases, cub_topk, data, goals, options, sanitizers, timing  # noqa: E402
 from bench.cases import Case  # noqa: E402
 from bench.problem import Problem  # noqa: E402
@@ -272,3 +273,54 @@ def test_cub_peer_is_left_out_with_a_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(cub_topk, "find_toolkits", lambda _: [object()])
     with pytest.raises(OSError, match="pip install nvidia-cuda-cccl"):
         cub_topk.build(tmp_path / "x", ["90"])
+
+
+# ---------------------------------------------------------------------- what several workers do
+
+
+def test_overlap_trace(tmp_path):
+    tiny = ["--steps", "2", "--layers", "3", "--width", "64", "--batch", "8"]
+    done = run("overlap_trace.py", *tiny, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = read_result(tmp_path, "overlap")
+    assert len(list(tmp_path.glob("overlap-*.png"))) == 1
+    lanes = content["lanes"]
+    per_step = {"forward": 1, "backward": 1, "step()": 1, "compress": 3, "communicate": 3,
+                "merge, apply": 6}  # fmt: skip
+    assert {lane: len(spans) for lane, spans in lanes.items()} == {
+        lane: 2 * count for lane, count in per_step.items()
+    }
+    # All is compressed during the backward pass; how soon gloo's threads take it up, the load says.
+    assert overlap_trace.share_under(lanes["compress"], lanes["backward"]) == pytest.approx(1)
+    for compressed, (start, _) in zip(lanes["compress"], lanes["communicate"], strict=True):
+        assert compressed[1] <= start
+    assert f"{100 * content['share_of_communication_under_backward']:.0f} %" in done.stdout
+
+
+def test_share_of_time_under_other_spans():
+    assert overlap_trace.share_under([[0, 4], [10, 12]], [[3, 5], [9, 11]]) == pytest.approx(2 / 6)
+
+
+def test_local_updates(tmp_path):
+    settings = [
+        {"name": "dense", "lr": 0.7, "momentum": 0.9, "density": 1.0, "nesterov": True},
+        {"name": "sparse", "lr": 1.0, "momentum": 0.0, "density": 0.02, "overlap": True},
+    ]
+    small = ["--workers", "2", "--rounds", "2", "--every", "2", "--batch", "1"]
+    done = run("local_updates.py", *small, "--settings", json.dumps(settings),
+               "--output", str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = read_result(tmp_path, "local-updates-2-rounds")
+    assert content["not_tried"] == [] and content["options"]["every"] == 2
+    dense, sparse = content["results"]
+    assert settings[0].items() <= dense.items() and settings[1].items() <= sparse.items()
+    assert dense["rounds"] == sparse["rounds"] == 2
+    assert dense["bytes_per_round"] >= dense["dense_bytes_per_round"]
+    assert 45 < dense["bytes_sent"] / sparse["bytes_sent"] < 51
+    assert 4 < sparse["loss"] < 7
+    again = [settings[0], {"name": "more", "lr": 1.0, "density": 1.0}]
+    done = run("local_updates.py", *small, "--settings", json.dumps(again),
+               "--output", str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = read_result(tmp_path, "local-updates-2-rounds")["results"]
+    assert results[:2] == [dense, sparse] and [r["name"] for r in results[2:]] == ["more"]

@@ -95,7 +95,7 @@ def test_resuming_keeps_everything(pool, tmp_path, saved_on, loaded_on, make, op
 
 @pytest.fixture
 def fresh_pool():
-    """Workers that have made the same groups so far."""
+    """Workers that have made the same groups so far, and are in different numbers of them."""
     workers = WorkerPool()
     yield workers
     workers.stop()
@@ -103,9 +103,24 @@ def fresh_pool():
 
 def test_saving_beside_the_training_on_several_workers(fresh_pool, tmp_path):
     folder, case = str(tmp_path / "run"), (gmc_cuda.GMC, {})
-    saved = fresh_pool.run(4, save_and_go_on, folder, *case, False)
+    saved = fresh_pool.run(4, save_and_go_on, folder, *case, False)  # up to torch 2.13 it waits
     ends = [end for _, end in saved]
     fresh_pool.run(4, load_and_go_on, folder, *case, saved[0][0], ends)
+
+
+def named_differently(group, folder):
+    rank = dist.get_rank(group)
+    model, optimizer, _ = build(group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist.distributed_c10d, "_hash_ranks_to_str", lambda ranks: f"of {rank}")
+        with pytest.warns(UserWarning, match="checkpoint.save: wait=False waits, because") as seen:
+            future = checkpoint.save(folder, model, optimizer, wait=False)
+    assert future.done() and seen[0].filename == __file__
+    checkpoint.load(folder, model, optimizer)
+
+
+def test_where_no_group_can_be_made_the_save_is_waited_for(pool, tmp_path):
+    pool.run(2, named_differently, str(tmp_path / "run"))
 
 
 def test_without_a_process_group(tmp_path):
@@ -194,3 +209,17 @@ def test_extra_that_could_not_be_loaded_is_refused(tmp_path):
     with pytest.raises(TypeError, match="extra: got an object that torch.load"):
         checkpoint.save(tmp_path, model, optimizer, {"scheduler": scheduler})
     assert not list(tmp_path.iterdir())
+
+
+def test_other_optimizers_are_refused_with_the_line_to_write(tmp_path):
+    model = network()
+    inner = torch.optim.AdamW(model.parameters())
+    for optimizer in (inner, gmc_cuda.LocalUpdates(inner)):
+        for call in (checkpoint.save, checkpoint.load):
+            with pytest.raises(TypeError) as error:
+                call(tmp_path, model, optimizer)
+            assert str(error.value) == (
+                f"optimizer: got a {type(optimizer).__name__}, must be a GMC or DGC. Let each "
+                "worker save and load its own state:\n"
+                "    torch.save(optimizer.state_dict(), f'optimizer{rank}.pt')"
+            )

@@ -303,7 +303,8 @@ def communicating(group, make, overlap):
         "the model is inside DistributedDataParallel, which averages the gradients before this "
         "optimizer sees them: everything would be sent twice, and compressed after the averaging. "
         "Leave DDP out, or write, once, right after the model is wrapped:\n"
-        "    gmc_cuda.local_gradients(ddp_model)"
+        "    gmc_cuda.local_gradients(ddp_model)\n"
+        "In Trainer, Accelerate and Lightning gmc_cuda.integrations does it."
     )
     assert torch.equal(before, flat(list(net.parameters())))
 

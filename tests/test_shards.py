@@ -1,20 +1,29 @@
-"""FSDP2: dense inside a node, sparse across nodes, on two nodes of two gloo workers."""
+"""Parameters sharded inside a node, sparse across nodes, on two nodes of two gloo workers."""
 
 import pytest
 import torch
 import torch.distributed as dist
-from problems import flat, mean
+from problems import flat, mean, same_on_all_ranks
+from processes import Processes
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import gmc_cuda
 
 
-def network():
+def network(width=21):
     torch.manual_seed(3)
     return torch.nn.Sequential(
-        torch.nn.Linear(10, 21), torch.nn.Tanh(), torch.nn.Linear(21, 20), torch.nn.Linear(20, 1)
+        torch.nn.Linear(10, width),
+        torch.nn.Tanh(),
+        torch.nn.Linear(width, 20),
+        torch.nn.Linear(20, 1),
     )  # rows that do not divide by two, and one that only the first worker of a node has
 
 
@@ -135,28 +144,302 @@ def test_each_workers_state_is_saved_and_loaded(pool):
     pool.run(4, saved)
 
 
+def start(make=gmc_cuda.GMC):
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("r", "s"))
+    model = network()
+    fully_shard(model, mesh=mesh["s"])
+    return mesh, model, make(model.parameters(), 0.1, density=0.05, process_group=mesh)
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        optimizer.zero_grad()
+        model(batch(dist.get_rank(), step)).square().mean().backward()
+        optimizer.step()
+
+
+def whole(tensors):
+    return flat([t.full_tensor() if isinstance(t, DTensor) else t for t in tensors])
+
+
+def checkpointed(group, folder, make, wait):
+    """Returns what was saved, and checks that the run goes on bit for bit."""
+    mesh, model, optimizer = start(make)
+    train(model, optimizer, range(3))
+    future = gmc_cuda.checkpoint.save(folder, model, optimizer, {"step": 3}, wait=wait)
+    params = list(model.parameters())
+    saved = whole(params), mean(
+        mesh.get_group("r"), full(params, memories(optimizer, params))
+    )  # fmt: skip
+    train(model, optimizer, range(3, 6))
+    future.result()
+    _, other, again = start(make)
+    assert gmc_cuda.checkpoint.load(folder, other, again) == {"step": 3}
+    train(other, again, range(3, 6))
+    assert torch.equal(whole(params), whole(list(other.parameters())))
+    return saved
+
+
+def one_node(say, folder):
+    _, model, optimizer = start()
+    gmc_cuda.checkpoint.load(folder, model, optimizer)
+    params = list(model.parameters())
+    return whole(params), full(params, memories(optimizer, params))
+
+
+@pytest.mark.parametrize("make,wait", [(gmc_cuda.GMC, True), (gmc_cuda.GMC, False),
+                                       (gmc_cuda.DGC, True)])  # fmt: skip
+def test_checkpoint_of_shards(pool, tmp_path, make, wait):
+    weights, unsent = pool.run(4, checkpointed, str(tmp_path / "checkpoint"), make, wait)[0]
+    if make is gmc_cuda.DGC:
+        return
+    with Processes(2, tmp_path, one_node, str(tmp_path / "checkpoint")) as workers:
+        for loaded, memory in workers.results():
+            assert torch.equal(loaded, weights)
+            torch.testing.assert_close(memory, unsent)
+
+
+def other_shards(group, folder):
+    _mesh, model, optimizer = start()
+    gmc_cuda.checkpoint.save(folder, model, optimizer)
+    flat_model = network()
+    flat_optimizer = gmc_cuda.GMC(flat_model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="got number of shards 2, must be 1"):
+        gmc_cuda.checkpoint.load(folder, flat_model, flat_optimizer)
+
+
+def test_checkpoint_of_other_shards_is_refused(pool, tmp_path):
+    pool.run(4, other_shards, str(tmp_path))
+
+
+HAND_OVER = (
+    "shard inside the node only, and hand the whole mesh to the optimizer:\n"
+    "    fully_shard(model, mesh=mesh['shard'])\n"
+    "    gmc_cuda.GMC(model.parameters(), lr, process_group=mesh)"
+)
+
+
+def raises(text, params, group, **options):
+    with pytest.raises(ValueError) as error:
+        gmc_cuda.GMC(params, 0.1, process_group=group, **options)
+    assert str(error.value) == text
+
+
 def refused(group):
     mesh = mesh_of_nodes()
     model = network()
     fully_shard(model, mesh=mesh["shard"])
-    with pytest.raises(ValueError, match="process_group: got None for sharded parameters"):
-        gmc_cuda.GMC(model.parameters(), 0.1)
-    with pytest.raises(ValueError, match="overlap: got True, but FSDP"):
-        gmc_cuda.GMC(model.parameters(), 0.1, process_group=mesh, overlap=True)
-    mixed = [*model.parameters(), torch.nn.Parameter(torch.zeros(3))]
-    with pytest.raises(ValueError, match="some that are DTensors and some that are not"):
-        gmc_cuda.GMC(mixed, 0.1, process_group=mesh)
+    raises(
+        "process_group: got None for sharded parameters, must say which workers hold the same "
+        "shard: process_group=mesh, with mesh = init_device_mesh(device, (nodes, workers in a "
+        "node), mesh_dim_names=('replicate', 'shard')). Sharded over all workers there is nothing "
+        "to compress",
+        model.parameters(), None,
+    )  # fmt: skip
+    raises("overlap: got True, but FSDP announces no gradients to hooks: use overlap=False",
+           model.parameters(), mesh, overlap=True)  # fmt: skip
+    raises(
+        "params: got some that are DTensors and some that are not; shard all of them (fully_shard "
+        "on the whole model), or use an optimizer for each kind",
+        [*model.parameters(), torch.nn.Parameter(torch.zeros(3))], mesh,
+    )  # fmt: skip
     both = network()
     fully_shard(both, mesh=mesh)
-    with pytest.raises(ValueError, match=r"fully_shard\(model, mesh=mesh\['shard'\]\)"):
-        gmc_cuda.GMC(both.parameters(), 0.1, process_group=mesh)
+    for given in (mesh, mesh["replicate"], None):  # FSDP2 averages across nodes by itself
+        raises(
+            "params: got DTensors with placements (Replicate(), Shard(dim=0)). Where a parameter "
+            f"is replicated, its gradient is averaged before this optimizer sees it: {HAND_OVER}",
+            both.parameters(), given,
+        )  # fmt: skip
+    everywhere = network()
+    fully_shard(everywhere)
+    hand_over = HAND_OVER.replace("mesh to", "mesh, (nodes, workers in a node), to")
+    differing = "some of which hold different shards of a parameter, must be those that hold the"
+    raises(f"process_group: got ranks [0, 1, 2, 3], {differing} same: {hand_over}",
+           everywhere.parameters(), dist.group.WORLD)  # fmt: skip
+    swapped = sorted(dist.get_process_group_ranks(mesh.get_group("shard")))
+    raises(f"process_group: got ranks {swapped}, {differing} same: {hand_over}",
+           model.parameters(), mesh["shard"])  # fmt: skip
     cube = init_device_mesh("cpu", (2, 2, 1))
-    with pytest.raises(ValueError, match="got a mesh of 3 dimensions, must have one, or two"):
-        gmc_cuda.GMC(model.parameters(), 0.1, process_group=cube)
+    raises("process_group: got a mesh of 3 dimensions, must have one, or two: across nodes, then "
+           "inside a node", model.parameters(), cube)  # fmt: skip
 
 
 def test_what_cannot_be_sharded_is_refused_with_the_reason(pool):
     pool.run(4, refused)
+
+
+# ------------------------------------------------------------- tensor parallelism, FSDP's version 1
+
+
+def as_dense_sgd(model, twin, optimizers, rank, size, whole):
+    """The run's parameters are those of one process that sees all `size` batches of a step."""
+    sgd = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    for step in range(5):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        model(batch(rank, step)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        sgd.zero_grad()
+        losses = [twin(batch(r, step)).square().mean() for r in range(size)]
+        (sum(losses) / size).backward()
+        sgd.step()
+    for p, expected in zip(whole(model), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def parallel():
+    """Split by columns and by rows; of the latter, biases are whole on each worker."""
+    mesh = mesh_of_nodes()
+    model = network(22)  # tensor parallelism needs a width that two workers can share
+    plan = {
+        "0": ColwiseParallel(),
+        "2": RowwiseParallel(),
+        "3": RowwiseParallel(input_layouts=Replicate()),
+    }
+    return mesh, parallelize_module(model, mesh["shard"], plan)
+
+
+def tensor_parallel(group, density):
+    mesh, model = parallel()
+    node = mesh.get_local_rank("replicate")
+    whole = [p for p in model.parameters() if p.placements[0].is_replicate()]
+    split = [p for p in model.parameters() if not p.placements[0].is_replicate()]
+    assert whole and split
+    raises(
+        "params: got DTensors of which some are sharded and some replicated inside the node, as "
+        "tensor parallelism has them. What is sent of a parameter depends on the others of its "
+        "bucket, so that the replicas would come apart: give these an optimizer of their own:\n"
+        "    whole = [p for p in model.parameters() if p.placements[0].is_replicate()]\n"
+        "    gmc_cuda.GMC(whole, lr, process_group=mesh)",
+        model.parameters(), mesh,
+    )  # fmt: skip
+    optimizers = [
+        gmc_cuda.GMC(params, 0.1, density=density, process_group=mesh) for params in (whole, split)
+    ]
+    if density == 1:
+        gathered = lambda model: [p.full_tensor() for p in model.parameters()]  # noqa: E731
+        as_dense_sgd(model, network(22), optimizers, node, 2, gathered)
+    else:
+        for step in range(5):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            model(batch(node, step)).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert same_on_all_ranks(group, [p.to_local() for p in whole])
+        across = mesh.get_group("replicate")
+        assert same_on_all_ranks(across, [p.to_local() for p in split])
+
+
+@pytest.mark.parametrize("density", [1.0, 0.05])
+def test_tensor_parallel_shards(pool, density):
+    pool.run(4, tensor_parallel, density)
+
+
+def partial_gradient(group):
+    """A gradient that is not split as its parameter is made so."""
+    mesh = mesh_of_nodes()["shard"]
+    param = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)]))
+    part = torch.ones(4, 3) * (1 + mesh.get_local_rank())
+    param.grad = DTensor.from_local(part, mesh, [Partial()])
+    optimizer = gmc_cuda.GMC([param], 1.0, density=1.0, process_group=mesh_of_nodes())
+    optimizer.step()
+    assert torch.equal(param.to_local(), torch.full((2, 3), -3.0))
+
+
+def test_gradient_of_other_placements(pool):
+    pool.run(4, partial_gradient)
+
+
+def two_ways(group):
+    mesh, model = parallel()
+    fully_shard(model, mesh=mesh["replicate"])
+    placements = next(iter(model.parameters())).placements
+    raises(
+        f"params: got DTensors with placements {placements}, must be sharded over one dimension of "
+        "a mesh: by FSDP or by tensor parallelism, not by both",
+        [p for p in model.parameters() if not any(q.is_replicate() for q in p.placements)], mesh,
+    )  # fmt: skip
+
+
+def test_shards_of_shards_are_refused(pool):
+    pool.run(4, two_ways)
+
+
+def fsdp1(strategy, mesh, **options):
+    hybrid = strategy == ShardingStrategy.HYBRID_SHARD
+    inside = mesh.get_group("shard")
+    return FullyShardedDataParallel(
+        network(),
+        process_group=(inside, mesh.get_group("replicate")) if hybrid else inside,
+        sharding_strategy=strategy,
+        device_id=torch.device("cpu"),
+        **options,
+    )
+
+
+def summoned(model):
+    with FullyShardedDataParallel.summon_full_params(model):
+        return [p.detach().clone() for p in model.parameters()]
+
+
+def first_version(group, strategy):
+    mesh, rank = mesh_of_nodes(), dist.get_rank()
+    model = fsdp1(strategy, mesh, use_orig_params=True)
+    optimizer = gmc_cuda.GMC(model.parameters(), 0.1, density=1.0, process_group=mesh)
+    as_dense_sgd(model, network(), [optimizer], rank, 4, summoned)
+    model = fsdp1(strategy, mesh, use_orig_params=True)
+    across = mesh.get_group("replicate")  # FSDP says itself who is inside the node
+    optimizer = gmc_cuda.GMC(model.parameters(), 0.1, density=0.05, process_group=across)
+    for step in range(5):
+        optimizer.zero_grad()
+        model(batch(rank, step)).square().mean().backward()
+        if step == 2 and rank == 3:
+            next(p for p in model.parameters() if p.grad is not None).grad[0] = torch.nan
+        optimizer.step()
+    assert optimizer.stats()["skipped_steps"] == 1  # in all shards
+    assert same_on_all_ranks(group, summoned(model))
+    assert 0 < optimizer.stats()["bytes_per_step"] < 0.15 * 4 * 350 + 100
+
+
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP"])
+def test_fsdp_version_1(pool, strategy):
+    pool.run(4, first_version, ShardingStrategy[strategy])
+
+
+def first_version_refused(group):
+    mesh = mesh_of_nodes()
+    model = fsdp1(ShardingStrategy.FULL_SHARD, mesh, use_orig_params=True)
+    raises("overlap: got True, but FSDP announces no gradients to hooks: use overlap=False",
+           model.parameters(), mesh, overlap=True)  # fmt: skip
+    with pytest.raises(ValueError, match="process_group: got None for sharded parameters"):
+        gmc_cuda.GMC(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="some of which hold different shards of a parameter"):
+        gmc_cuda.GMC(model.parameters(), 0.1, process_group=group)
+    hybrid = fsdp1(ShardingStrategy.HYBRID_SHARD, mesh, use_orig_params=True)
+    raises(
+        "params: got parameters of FullyShardedDataParallel with HYBRID_SHARD, which averages "
+        "gradients between replicas before this optimizer sees them: shard inside the node only, "
+        "and hand the whole mesh to the optimizer:\n"
+        "    FullyShardedDataParallel(model, process_group=mesh.get_group('shard'), "
+        "use_orig_params=True)\n"
+        "    gmc_cuda.GMC(model.parameters(), lr, process_group=mesh)",
+        hybrid.parameters(), mesh,
+    )  # fmt: skip
+    optimizer = gmc_cuda.GMC(model.parameters(), 0.1, process_group=mesh)
+    with pytest.raises(TypeError) as error:
+        gmc_cuda.checkpoint.save("never", model, optimizer)
+    assert str(error.value) == (
+        "optimizer: got parameters of FullyShardedDataParallel, whose parts say nothing of the "
+        "whole, must be FSDP2's (fully_shard). Let each worker save and load its own state:\n"
+        "    torch.save(optimizer.state_dict(), f'optimizer{rank}.pt')"
+    )
+
+
+def test_fsdp_version_1_refused(pool):
+    pool.run(4, first_version_refused)
 
 
 def one_dimensional(group):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from gmc_cuda.ddp import local_gradients
-from gmc_cuda.integrations import settle
+from gmc_cuda.integrations import refuse_with_overlap, settle, unwrap
 
 
 class GMCCallback(TrainerCallback):
@@ -22,20 +23,55 @@ class GMCCallback(TrainerCallback):
 
     Add it last: it acts when a callback before it has asked for a checkpoint. Gradient clipping
     clips each worker's own gradient.
+
+    Raises:
+        ValueError: when training begins, clipping or accumulation with an optimizer that has
+            overlap=True.
+
+    Warns:
+        UserWarning: a checkpoint was written that lacks what other workers had not sent.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
+        self._settled_at = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        clipping, steps = args.max_grad_norm, args.gradient_accumulation_steps
+        refuse_with_overlap(
+            self._trainer.optimizer,
+            {
+                "max_grad_norm": (clipping, bool(clipping)),
+                "gradient_accumulation_steps": (steps, steps > 1),
+            },
+        )
         model = self._trainer.model_wrapped
         if isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel):
             local_gradients(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save:
-            settle(self._trainer.optimizer)
+            self._settle(state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save:
-            settle(self._trainer.optimizer)
+            self._settle(state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.save_strategy == "best":  # decided after this, without a word to callbacks
+            self._settle(state)
+
+    def _settle(self, state: Any) -> None:
+        settle(self._trainer.optimizer)
+        self._settled_at = state.global_step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved_alone = self._settled_at != state.global_step and args.world_size > 1
+        if saved_alone and unwrap(self._trainer.optimizer) is not None:
+            warnings.warn(
+                f"the checkpoint of step {state.global_step} has rank 0's memory only: what the "
+                "other workers had not sent is not in it. A callback asked for it after "
+                "GMCCallback: add that one before\n"
+                "    trainer.add_callback(GMCCallback(trainer))",
+                stacklevel=2,
+            )
