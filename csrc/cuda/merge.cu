@@ -19,7 +19,7 @@ static_assert(kWords % kMergeThreads == 0, "each thread has as many words of the
 
 struct MergeArgs {
   PayloadSource source;
-  int64_t ranks;
+  uint32_t ranks;
   const int32_t* skip;
   AggregateView<uint8_t> out;
   int64_t capacity;
@@ -32,6 +32,8 @@ struct MergeShared {
   uint16_t before[kWords];  // entries in the words before
   float sum[kMergeWindow];
   uint32_t warp_sums[kMergeWarps];
+  int64_t start;   // where this tile's list begins
+  uint32_t count;  // and how long it is: here, where it takes no register
   PayloadTile<Format> tiles[kMergeWarps];
 };
 
@@ -43,9 +45,9 @@ __device__ __forceinline__ uint32_t position_of(const MergeShared<Format>& share
 
 // Opens this tile in up to kMergeWarps payloads. Returns whether this warp's is sound.
 template <class Format>
-__device__ __forceinline__ bool open_tiles(const MergeArgs& args, int64_t first_rank,
+__device__ __forceinline__ bool open_tiles(const MergeArgs& args, uint32_t first_rank,
                                            MergeShared<Format>* shared) {
-  const int64_t rank = first_rank + warp_id();
+  const uint32_t rank = first_rank + warp_id();
   return rank >= args.ranks || open_tile(args.source, rank, blockIdx.x, blockIdx.x == 0,
                                          &shared->tiles[warp_id()]);
 }
@@ -76,13 +78,13 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
   // used for anything.
   for (int word = threadIdx.x; word < kWords; word += kMergeThreads) shared.present[word] = 0;
   bool sound = true;
-  int64_t start = 0;
-  for (int64_t first = 0; first < args.ranks; first += kMergeWarps) {
+  if (threadIdx.x == 0) shared.start = 0;
+  for (uint32_t first = 0; first < args.ranks; first += kMergeWarps) {
     sound &= open_tiles(args, first, &shared);
     __syncthreads();
-    for (int64_t r = 0; r < kMergeWarps && first + r < args.ranks; ++r) {
+    for (uint32_t r = 0; r < kMergeWarps && first + r < args.ranks; ++r) {
       const PayloadTile<Format>& payload = shared.tiles[r];
-      start += payload.start;
+      if (threadIdx.x == 0) shared.start += payload.start;
       payload.template for_each<kMergeThreads>([&](uint32_t entry, uint32_t index, bool follows) {
         if (payload.sound(entry, index, follows, size)) {
           atomicOr(&shared.present[index / 32], 1u << index % 32);
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
     }
     return;
   }
-  if (start > tile * kTile) start = tile * kTile;
+  if (threadIdx.x == 0 && shared.start > tile * kTile) shared.start = tile * kTile;
 
   const int first_word = threadIdx.x * kWordsEach;
   uint32_t own = 0, count;
@@ -114,18 +116,17 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
     before += __popc(shared.present[first_word + i]);
   }
   if (threadIdx.x == 0) {
-    out.starts[tile] = static_cast<uint32_t>(start);
-    out.counts[tile] = count;
+    out.starts[tile] = static_cast<uint32_t>(shared.start);
+    out.counts[tile] = shared.count = count;
   }
+  __syncthreads();
 
-  uint16_t* const indices = out.indices + start;
-  float* const values = out.values + start;
-  for (uint32_t window = 0; window < count; window += kMergeWindow) {
+  for (uint32_t window = 0; window < shared.count; window += kMergeWindow) {
     for (int i = threadIdx.x; i < kMergeWindow; i += kMergeThreads) shared.sum[i] = 0.0f;
-    for (int64_t first = 0; first < args.ranks; first += kMergeWarps) {
+    for (uint32_t first = 0; first < args.ranks; first += kMergeWarps) {
       if (args.ranks > kMergeWarps) open_tiles(args, first, &shared);
       __syncthreads();
-      for (int64_t r = 0; r < kMergeWarps && first + r < args.ranks; ++r) {
+      for (uint32_t r = 0; r < kMergeWarps && first + r < args.ranks; ++r) {
         const PayloadTile<Format>& payload = shared.tiles[r];
         payload.template for_each<kMergeThreads>([&](uint32_t entry, uint32_t index, bool) {
           const uint32_t place = position_of(shared, index) - window;
@@ -135,6 +136,8 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
         __syncthreads();  // the next rank's entries may meet the same sums
       }
     }
+    uint16_t* const indices = out.indices + shared.start;
+    float* const values = out.values + shared.start;
     for (int word = threadIdx.x; word < kWords; word += kMergeThreads) {
       uint32_t position = shared.before[word];
       for (uint32_t left = shared.present[word]; left; left &= left - 1, ++position) {
@@ -158,7 +161,7 @@ cudaError_t merge_launch(const Payload& payloads, int64_t ranks, const int32_t* 
   const int64_t numel = payloads.shape.numel;
   const int64_t capacity = aggregate_capacity(numel, payloads.shape.k, ranks);
   const AggregateView out(aggregate, AggregateLayout(numel, capacity));
-  const MergeArgs args{PayloadSource(payloads), ranks, skip, out, capacity, mean_factor(ranks)};
+  const MergeArgs args{PayloadSource(payloads), static_cast<uint32_t>(ranks), skip, out, capacity, mean_factor(ranks)};
   return with_wire_type(payloads.shape.wire, [&](auto format) {
     return launch(merge_kernel<decltype(format)>, tile_count(numel), kMergeThreads, stream, args);
   });

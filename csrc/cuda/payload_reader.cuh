@@ -110,16 +110,17 @@ __device__ __forceinline__ bool open_tile(const PayloadSource& source, int64_t r
   const TileRange range = tile_range(view.starts, shape, tile);
   bool sound = header_fault(*view.header, shape) == HeaderFault::kNone && range.count >= 0 &&
                range.count <= tile_size(shape.numel, tile);
-  if (whole) sound &= clear_between(bytes, layout, shape);
-  sound = __all_sync(kAllLanes, sound) && read_blocks(view.bitmap, range, out->begins);
   if (lane_id() == 0) {
     out->low = view.low + range.start;
     out->codes = view.values;
-    out->start = sound ? static_cast<uint32_t>(range.start) : 0;
-    out->count = sound ? static_cast<uint32_t>(range.count) : 0;
-    out->blocks = sound ? static_cast<uint32_t>(range.zeros) : 0;
     out->scale = view.header->scale;
+    out->start = static_cast<uint32_t>(range.start);
+    out->count = static_cast<uint32_t>(range.count);
+    out->blocks = static_cast<uint32_t>(range.zeros);
   }
+  sound = sound && read_blocks(view.bitmap, range, out->begins);
+  if (whole) sound = __all_sync(kAllLanes, sound && clear_between(bytes, layout, shape));
+  if (!sound && lane_id() == 0) out->start = out->count = out->blocks = 0;
   return sound;
 }
 

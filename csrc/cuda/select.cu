@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) refine_kernel(const __grid_constant_
   Control* control = workspace.control;
   const Source source = control->source;
   const uint32_t base = source == kFromPass ? control->guess : control->repair_key;
-  const PayloadLayout layout(args.shape);
+  const PayloadLayout& layout = args.layout;
   const auto clear = [&](int64_t begin, int64_t end) { clear_bytes(args.payload, begin, end); };
   layout.for_each_gap(clear);
   clear(layout.bitmap, layout.bitmap_end);
@@ -156,8 +156,9 @@ __device__ __forceinline__ void set_bits(uint8_t* section, uint32_t word, uint32
 
 // Writes what a warp's tile contributes to the payload.
 template <class Format>
-__device__ __forceinline__ void emit_tile(const SelectArgs& args, const PayloadView<uint8_t>& out,
-                                          int scale, uint32_t number, unsigned long long met) {
+__device__ __forceinline__ void emit_tile(const SelectArgs& args, int scale, uint32_t number,
+                                          unsigned long long met) {
+  const PayloadView<uint8_t>& out = args.out;
   const Control& control = *args.workspace.control;
   const uint32_t threshold = control.threshold, ties = control.ties;
   const Entries entries(args, control.source == kFromMemory, number);
@@ -219,11 +220,10 @@ struct EmitShared {
 };
 
 template <class Format>
-__global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ SelectArgs args) {
+__global__ void __launch_bounds__(kThreads, 6) emit_kernel(const __grid_constant__ SelectArgs args) {
   static __shared__ EmitShared shared;
   const Workspace& workspace = args.workspace;
-  const PayloadLayout layout(args.shape);
-  const PayloadView out(args.payload, layout);
+  const PayloadView<uint8_t>& out = args.out;
   const uint32_t ties = workspace.control->ties;
   int scale = 0;
   if constexpr (Format::kScaled) {
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ 
     __syncthreads();
     for (uint32_t t = warp_id(); t < kScanTiles && first + t < end; t += kWarps)
       if (workspace.selected[first + t])
-        emit_tile<Format>(args, out, scale, first + t, shared.met[t]);
+        emit_tile<Format>(args, scale, first + t, shared.met[t]);
     met += total;  // the next round writes shared.met behind the barrier in its sum
   }
 
