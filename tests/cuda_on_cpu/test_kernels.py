@@ -1,5 +1,7 @@
 """Every kernel of csrc/cuda, executed on the CPU, gives the same bytes as the CPU op."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -331,9 +333,10 @@ def test_selection(running, name):
 BORDERS = (0, 1, BLOCK - 1, BLOCK, 2 * BLOCK - 1, TILE - BLOCK, TILE - 1, TILE, TILE + BLOCK)
 
 
-@pytest.mark.parametrize("wire", WIRES)
-def test_borders_of_blocks_and_tiles(running, wire):
+def test_borders_of_blocks_and_tiles(running):
     """Entries on both sides of every border, none at all, and every element."""
+    # The type whose values are set bit by bit, like the bitmap, is the one to watch closely.
+    wires = WIRES if running is program("plain") else (FLOAT4,)
     rng = np.random.default_rng(3)
     numel = TILE + BLOCK + 45
     at_borders = torch.zeros(numel)
@@ -351,13 +354,12 @@ def test_borders_of_blocks_and_tiles(running, wire):
         (gaussian(numel, rng), [numel, numel - 1, numel // 3]),
     ]
     for seed, (x, ks) in enumerate(cases):
-        for k in ks:
-            kernels = Kernels(running, seed)
+        kernels = Kernels(running, seed)
+        for k, wire in itertools.product(ks, wires):
             bucket = Bucket(kernels, torch.zeros(numel))
             payload = bucket.compress([x], k, wire_dtype=wire)
-            assert_same_bytes(
-                payload, reference.compress_(torch.zeros(numel), [x], k, wire_dtype=wire), "payload"
-            )
+            right = reference.compress_(torch.zeros(numel), [x], k, wire_dtype=wire)
+            assert_same_bytes(payload, right, "payload")
             assert_same_entries(kernels, payload, numel, k, wire)
             payloads = torch.stack([payload, payloads_of(1, numel, k, wire, seed)[0], payload])
             expected = ops.merge(payloads, numel, k, wire)
