@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Bucket:
         momentum_buffer: m, float32 [N], with local momentum; else None.
         aggregate: a_{t-1} for global momentum: opaque uint8 after a sparse step, float32 [N] after
             a dense one, None before the first step and with local momentum.
-        sent_nbytes: bytes put into the collective at the last step.
+        sent_nbytes, sent_entries: put into the collective at the last step.
         repairs: selections that read all of memory, in states that were replaced.
     """
 
@@ -40,7 +41,7 @@ class Bucket:
         self.memory = torch.zeros(self.numel, device=self.device)
         self.momentum_buffer = torch.zeros_like(self.memory) if local_momentum else None
         self.aggregate: Tensor | None = None
-        self.sent_nbytes = 0
+        self.sent_nbytes = self.sent_entries = 0
         self.repairs = 0
         self._state: Tensor | None = None
         self._state_k = 0
@@ -117,6 +118,19 @@ class Bucket:
         if self.aggregate is not None and self.aggregate.dtype == torch.uint8:
             return ops.densify(self.aggregate, self.numel)
         return self.aggregate
+
+
+def traffic(buckets: Sequence[Bucket]) -> dict[str, Any]:
+    """What the last step sent, and repairs so far; see ``GMC.stats``."""
+    sent = sum(bucket.sent_nbytes for bucket in buckets)
+    numel = sum(bucket.numel for bucket in buckets)
+    return {
+        "bytes_per_step": sent,
+        "dense_bytes_per_step": 4 * numel,
+        "bytes_ratio": 4 * numel / sent if sent else 0.0,
+        "density": sum(bucket.sent_entries for bucket in buckets) / max(1, numel),
+        "repairs": sum(bucket.count_repairs() for bucket in buckets),
+    }
 
 
 def make_buckets(

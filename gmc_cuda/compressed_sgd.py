@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gmc_cuda import agreement, ddp, hyperparameters, shards, transfers, wire
 from gmc_cuda import state_dict as states
-from gmc_cuda.buckets import MAX_NUMEL, Bucket, in_storage_order, make_buckets
+from gmc_cuda.buckets import MAX_NUMEL, Bucket, in_storage_order, make_buckets, traffic
 from gmc_cuda.exchange import Exchange, FlatGroup, GroupLost
 from gmc_cuda.integrity import DamageWatch, DuplicateWatch, check_replicas
 from gmc_cuda.rules import Rule
@@ -66,7 +66,7 @@ class CompressedSGD(torch.optim.Optimizer):
         try:
             settings.check()
             rule.check_facts(settings.overlap)
-            super().__init__(params, {**rule.options, **defaults})
+            super().__init__(params, {**rule.options, **hyperparameters.one_budget(defaults)})
             self._check_params(self.param_groups)
         except Exception as error:
             self._agree(error)
@@ -115,6 +115,7 @@ class CompressedSGD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group. With several workers all of them must call it."""
+        param_group = hyperparameters.one_budget(param_group)
         if not self._built:
             super().add_param_group(param_group)
             return
@@ -293,14 +294,13 @@ class CompressedSGD(torch.optim.Optimizer):
         transfer = transfers.start(
             bucket,
             self._exchange,
-            wire.entries(group["density"], bucket.numel),
+            wire.entries(group, bucket.numel, self.wire_dtype),
             grads,
             arguments,
             self.wire_dtype,
             self._rule.masks(group),
             self._rule.look_ahead(group),
         )
-        bucket.sent_nbytes = transfer.nbytes
         self._started.append(transfer)
 
     def _scaling(self) -> dict[str, Tensor | None]:
@@ -532,20 +532,20 @@ class CompressedSGD(torch.optim.Optimizer):
 
     # --------------------------------------------------------------------------------- figures
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Figures of the run so far; reads the device.
 
         Returns:
             steps, skipped_steps; bytes_per_step, what this worker handed to the collectives of the
             last step (a single worker's stays there); dense_bytes_per_step, a float32 gradient's
-            bytes; repairs, selections that had to read all of memory again.
+            bytes; bytes_ratio, how many times fewer those were, and density, the share of entries
+            sent (both 0 before the first step); repairs, selections that had to read all of memory
+            again.
         """
         return {
             "steps": self._steps,
             "skipped_steps": 0 if self._skipped is None else int(self._skipped),
-            "bytes_per_step": sum(bucket.sent_nbytes for bucket in self._buckets),
-            "dense_bytes_per_step": sum(4 * bucket.numel for bucket in self._buckets),
-            "repairs": sum(bucket.count_repairs() for bucket in self._buckets),
+            **traffic(self._buckets),
         }
 
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gmc_cuda import agreement, hyperparameters, transfers, wire
 from gmc_cuda import state_dict as states
-from gmc_cuda.buckets import MAX_NUMEL, Bucket, make_buckets
+from gmc_cuda.buckets import MAX_NUMEL, Bucket, make_buckets, traffic
 from gmc_cuda.exchange import FlatGroup
 from gmc_cuda.rules import GlobalMomentum
 
@@ -105,8 +105,8 @@ class GMCHookState:
 
     Args:
         process_group: the one that the DistributedDataParallel was given.
-        momentum, density, wire_dtype: as in :class:`gmc_cuda.GMC`; K = ceil(density * N) for each
-            of DDP's buckets. ``momentum`` and ``density`` may be changed between steps.
+        momentum, density, bytes_ratio, wire_dtype: as in :class:`gmc_cuda.GMC`, with K for each of
+            DDP's buckets. All but ``wire_dtype`` may be changed between steps.
         nonfinite: "skip" makes the gradient zero on every worker when any of them met a NaN or
             Inf; what is finite comes with the next step. "raise" raises FloatingPointError out of
             ``backward()`` on every worker, after which DDP cannot go on.
@@ -118,12 +118,15 @@ class GMCHookState:
         process_group: dist.ProcessGroup | None = None,
         *,
         momentum: float = 0.9,
-        density: float = 0.01,
+        density: float = hyperparameters.DENSITY,
+        bytes_ratio: float | None = None,
         wire_dtype: torch.dtype = torch.bfloat16,
         nonfinite: str = "skip",
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
     ) -> None:
-        self.momentum, self.density = momentum, density
+        self.momentum = momentum
+        budget = hyperparameters.one_budget({"density": density, "bytes_ratio": bytes_ratio})
+        self.density, self.bytes_ratio = budget["density"], budget["bytes_ratio"]
         self.wire_dtype, self.nonfinite = wire_dtype, nonfinite
         hyperparameters.check_options(wire_dtype, 1.0, nonfinite, 0)
         self._options()
@@ -146,6 +149,7 @@ class GMCHookState:
             "lr": 1.0,
             "momentum": self.momentum,
             "density": self.density,
+            "bytes_ratio": self.bytes_ratio,
             "weight_decay": 0.0,
             "memory_decay": 1.0,
             "maximize": False,
@@ -193,13 +197,12 @@ class GMCHookState:
         transfer = transfers.start(
             bucket,
             self._exchange,
-            wire.entries(self.density, bucket.numel),
+            wire.entries(group, bucket.numel, self.wire_dtype),
             list(bucket.flat_values(grads)),
             self._rule.arguments(group),
             self.wire_dtype,
             masking=False,
         )
-        bucket.sent_nbytes = transfer.nbytes
         self._started.append(transfer)
         self._grads |= grads
 
@@ -311,15 +314,12 @@ class GMCHookState:
             if p not in self._bucket_of
         }
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """As :meth:`gmc_cuda.GMC.stats`."""
-        buckets = self._buckets()
         return {
             "steps": self._steps,
             "skipped_steps": 0 if self._skipped is None else int(self._skipped),
-            "bytes_per_step": sum(bucket.sent_nbytes for bucket in buckets),
-            "dense_bytes_per_step": sum(4 * bucket.numel for bucket in buckets),
-            "repairs": sum(bucket.count_repairs() for bucket in buckets),
+            **traffic(self._buckets()),
         }
 
     def _buckets(self) -> list[Bucket]:

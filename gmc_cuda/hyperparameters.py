@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmc_cuda import wire
 from gmc_cuda.buckets import DTYPES, MAX_NUMEL, is_dense_layout
 
+DENSITY = 0.01  # where neither density nor bytes_ratio is given
 _DTYPE_NAMES = "torch.float32, torch.bfloat16 or torch.float16"
 
 
 def check_options(
     wire_dtype: torch.dtype, bucket_cap_mb: float, nonfinite: str, check_replicas_every: int
 ) -> None:
-    if wire_dtype not in DTYPES:
-        raise TypeError(f"wire_dtype: got {wire_dtype}, must be {_DTYPE_NAMES}")
+    if wire_dtype not in wire.DTYPES:
+        *names, last = map(str, wire.DTYPES)
+        raise TypeError(f"wire_dtype: got {wire_dtype}, must be {', '.join(names)} or {last}")
     check_positive(bucket_cap_mb, "bucket_cap_mb", "number of MiB")
     if nonfinite not in ("skip", "raise"):
         raise ValueError(f"nonfinite: got {nonfinite!r}, must be 'skip' or 'raise'")
@@ -36,6 +39,19 @@ def check_positive(value: Any, name: str, what: str) -> None:
         raise ValueError(f"{name}: got {value!r}, must be a positive {what}")
 
 
+def one_budget(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of an optimizer or a param group: None for that one of density and bytes_ratio which
+    the other replaces."""
+    density, ratio = options.get("density"), options.get("bytes_ratio")
+    if ratio is not None:
+        if density not in (None, DENSITY):
+            raise ValueError(
+                f"bytes_ratio: got {ratio} beside density={density}, must be given in its place"
+            )
+        return {**options, "density": None}
+    return options if density is None else {**options, "bytes_ratio": None}
+
+
 def check_group(group: dict[str, Any], where: str) -> None:
     """Called at every step, because schedulers and users write to param groups.
 
@@ -47,7 +63,15 @@ def check_group(group: dict[str, Any], where: str) -> None:
     _check_range(
         group, "memory_decay", where, lambda x: 0 <= x <= 1, "at least 0 and at most 1", False
     )
-    _check_range(group, "density", where, lambda x: 0 < x <= 1, "above 0 and at most 1", False)
+    if group.get("bytes_ratio") is None:
+        _check_range(group, "density", where, lambda x: 0 < x <= 1, "above 0 and at most 1", False)
+        return
+    _check_range(group, "bytes_ratio", where, lambda x: 1 <= x < math.inf, "at least 1", False)
+    if group["density"] is not None:
+        raise ValueError(
+            f"density {where}: got {group['density']} beside bytes_ratio={group['bytes_ratio']}, "
+            "must be None; to go by density set bytes_ratio to None"
+        )
 
 
 def check_param(param: Tensor, name: str) -> None:

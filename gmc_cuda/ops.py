@@ -83,13 +83,15 @@ def _unusual_layout(op: Any, args: Sequence[Any]) -> Exception | None:
 def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes of one rank's payload for a bucket.
 
-    A 16-byte header, then a uint32 for each tile of 65,536 elements, a uint16 for each entry and a
-    value for each entry, each section padded to 16 bytes.
+    A header of 20 bytes, a uint32 for each tile of 65,536 elements, the low byte of each index, a
+    bitmap with a 1 for each entry and a 0 for each block of 256 elements, and a value for each
+    entry; each section padded to 16 bytes.
 
     Args:
         numel: N, elements of the bucket, 1 to 2**31 - 1.
         k: entries sent, 1 to numel.
-        wire_dtype: torch.bfloat16, torch.float16 or torch.float32.
+        wire_dtype: torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn or
+            torch.float4_e2m1fn_x2.
     """
     return _integer(_ops.payload_nbytes, numel, k, wire_dtype)
 
@@ -139,8 +141,9 @@ def compress_(
       m = momentum * m + g'', v = u + m, or with ``nesterov`` v = (u + g'') + momentum * m
 
     each operation rounded to float32. The k entries of largest \\|v\\| (ties to the lowest index)
-    become the payload, rounded to ``wire_dtype`` and saturated at its largest finite value; the
-    rest, rounding included, stays: u = v - c. An element whose v is not finite keeps its u and m
+    become the payload, rounded to ``wire_dtype`` and saturated at its largest finite value, which
+    for the 8- and 4-bit types counts from a power of two that suits these k; the rest, rounding
+    included, stays: u = v - c. An element whose v is not finite keeps its u and m
     (or zero) and is counted.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmc_cuda import hyperparameters
 from gmc_cuda import state_dict as states
 from gmc_cuda.compressed_sgd import CompressedSGD, Settings
 from gmc_cuda.rules import GlobalMomentum, LocalMomentum
@@ -32,6 +33,8 @@ class GMC(CompressedSGD):
         momentum: beta, 0 <= beta < 1.
         density: share of the entries that are sent, 0 < density <= 1; K = ceil(density * N) for
             each bucket. A param group with density=1.0 is sent dense.
+        bytes_ratio: instead of density: send 1 / bytes_ratio of a float32 gradient's bytes, framing
+            counted, at least 1. K is the largest that fits, for each bucket; density is then None.
         weight_decay: lambda >= 0, added as lambda * w to the gradient.
         memory_decay: d, 0 <= d <= 1: memory counts d * u_k in v_k. With d = 1 nothing is ever lost;
             below, what is not sent fades out (SparseLoCo, "Communication Efficient LLM Pre-training
@@ -42,7 +45,9 @@ class GMC(CompressedSGD):
         momentum_form: "buffer" adds momentum * a_{t-1} (as torch.optim.SGD does); "iterate" adds
             momentum * (eta_{t-1} / eta_t) * a_{t-1}, which is the paper's w_t - w_{t-1} taken
             literally when the learning rate changes.
-        wire_dtype: dtype of the values sent; what rounding loses stays in memory.
+        wire_dtype: dtype of the values sent: torch.bfloat16, float16, float32, float8_e4m3fn or
+            float4_e2m1fn_x2 (the last two with one scale for each payload). What rounding and
+            saturation lose stays in memory.
         process_group: workers to train with, a process group or a 1-D device mesh; default: all, or
             only this one where torch.distributed is not initialised. For parameters that are
             sharded inside a node (FSDP2), a 2-D mesh: across nodes, then inside a node, where only
@@ -57,7 +62,8 @@ class GMC(CompressedSGD):
             and raise RuntimeError on every worker if they differ; 0: never. Reads the device.
 
     ``optimizer.state[p]["memory"]`` is u, float32, shaped like p. ``lr``, ``momentum``,
-    ``density``, ``weight_decay`` and ``memory_decay`` are read from the param group at every step.
+    ``density`` or ``bytes_ratio``, ``weight_decay`` and ``memory_decay`` are read from the param
+    group at every step.
 
     Raises:
         ValueError, TypeError: an argument out of range, or workers that differ in their model or
@@ -73,7 +79,8 @@ class GMC(CompressedSGD):
         lr: float | Tensor,
         *,
         momentum: float = 0.9,
-        density: float = 0.01,
+        density: float = hyperparameters.DENSITY,
+        bytes_ratio: float | None = None,
         weight_decay: float = 0.0,
         memory_decay: float = 1.0,
         maximize: bool = False,
@@ -87,7 +94,7 @@ class GMC(CompressedSGD):
         broadcast_parameters: bool = True,
         check_replicas_every: int = 0,
     ) -> None:
-        defaults = _common(lr, momentum, density, weight_decay, memory_decay, maximize)
+        defaults = _common(lr, momentum, density, bytes_ratio, weight_decay, memory_decay, maximize)
         super().__init__(
             params,
             defaults | {"nesterov": nesterov, "momentum_form": momentum_form},
@@ -138,7 +145,8 @@ class DGC(CompressedSGD):
         lr: float | Tensor,
         *,
         momentum: float = 0.9,
-        density: float = 0.01,
+        density: float = hyperparameters.DENSITY,
+        bytes_ratio: float | None = None,
         weight_decay: float = 0.0,
         memory_decay: float = 1.0,
         maximize: bool = False,
@@ -153,7 +161,7 @@ class DGC(CompressedSGD):
         broadcast_parameters: bool = True,
         check_replicas_every: int = 0,
     ) -> None:
-        defaults = _common(lr, momentum, density, weight_decay, memory_decay, maximize)
+        defaults = _common(lr, momentum, density, bytes_ratio, weight_decay, memory_decay, maximize)
         super().__init__(
             params,
             defaults | {"nesterov": nesterov, "momentum_masking": momentum_masking},
@@ -168,6 +176,7 @@ def _common(
     lr: float | Tensor,
     momentum: float,
     density: float,
+    bytes_ratio: float | None,
     weight_decay: float,
     memory_decay: float,
     maximize: bool,
@@ -176,6 +185,7 @@ def _common(
         "lr": lr,
         "momentum": momentum,
         "density": density,
+        "bytes_ratio": bytes_ratio,
         "weight_decay": weight_decay,
         "memory_decay": memory_decay,
         "maximize": maximize,

@@ -26,6 +26,7 @@ FLOAT8, FLOAT4 = torch.float8_e4m3fn, torch.float4_e2m1fn_x2
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, FLOAT8, FLOAT4)  # in order of number
 # Exponents of the largest value and of the smallest step of small wire types.
 SMALL = {FLOAT8: (8, -9), FLOAT4: (2, -1)}
+FAR_ABOVE = 6
 FLOAT4_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what codes 0 to 7 mean; 8 is the sign
 
 
@@ -109,8 +110,9 @@ def select(value: Tensor, k: int) -> Tensor:
 def wire_scale(selected: Tensor, wire_dtype: torch.dtype) -> int:
     """The exponent of the scale of a payload's values: a code of 1 means 2**scale.
 
-    The largest magnitudes fit, but for at most k // 64 of them, which saturate; and no value lies
-    below 1. Zero for wire dtypes that need no scale.
+    The largest code lies in the octave of the largest value; of float4 in that of the largest but
+    k // 256, which saturate, unless the largest lies more than FAR_ABOVE octaves above that one.
+    Zero for wire dtypes that need no scale.
 
     Args:
         selected: the values to send, float32 [k].
@@ -118,10 +120,12 @@ def wire_scale(selected: Tensor, wire_dtype: torch.dtype) -> int:
     if wire_dtype not in SMALL:
         return 0
     top, step = SMALL[wire_dtype]
-    fields = _exponent_fields(selected).sort().values
-    fitting = int(fields[-1 - selected.numel() // 64])
-    scale = max(fitting - 127 - top, int(fields[0]) - 127)
-    return min(max(scale, -126 - step), 127 - top)
+    fields = _exponent_fields(selected).sort(descending=True).values
+    largest = int(fields[0])
+    field = int(fields[len(fields) // 256]) if wire_dtype == FLOAT4 else largest
+    if largest - field > FAR_ABOVE:
+        field = largest
+    return max(field - 127 - top, -126 - step)
 
 
 def encode(values: Tensor, wire_dtype: torch.dtype, scale: int = 0) -> Tensor:

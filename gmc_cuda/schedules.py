@@ -45,6 +45,12 @@ class DensityWarmup:
                 f"optimizer: got {type(optimizer).__name__} without a density, must be a "
                 "gmc_cuda.GMC or gmc_cuda.DGC"
             )
+        for g, group in enumerate(optimizer.param_groups):
+            if group["density"] is None:
+                raise ValueError(
+                    f"optimizer: got bytes_ratio={group['bytes_ratio']} in param group {g}, must "
+                    "have a density"
+                )
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.initial_density = initial_density

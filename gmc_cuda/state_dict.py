@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gmc_cuda.buckets import Bucket
+from gmc_cuda.hyperparameters import one_budget
 from gmc_cuda.rules import Group, Rule
 from gmc_cuda.shards import local
 
@@ -256,7 +257,7 @@ def _from_sgd(saved: Group, own: Group) -> Group:
 def _merged(own: Group, saved: Group) -> Group:
     """The saved options; an option that the state is too old to have keeps its present value."""
     saved = {key: deepcopy(value) for key, value in saved.items() if key not in ("params", _STAMP)}
-    return {**own, **saved}
+    return {**own, **one_budget(saved)}
 
 
 def _checked(

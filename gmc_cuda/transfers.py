@@ -256,9 +256,16 @@ def start(
     if decay != 1:
         _decay(bucket, grads, decay)
     nbytes = ops.payload_nbytes(bucket.numel, k, wire_dtype)
+    transfer: Transfer
     if wire.dense_is_cheaper(bucket.numel, k, nbytes, exchange.size):
-        return DenseTransfer(bucket, exchange, grads, arguments, look_ahead)
-    return SparseTransfer(bucket, exchange, k, grads, arguments, wire_dtype, masking, look_ahead)
+        k = bucket.numel
+        transfer = DenseTransfer(bucket, exchange, grads, arguments, look_ahead)
+    else:
+        transfer = SparseTransfer(
+            bucket, exchange, k, grads, arguments, wire_dtype, masking, look_ahead
+        )
+    bucket.sent_nbytes, bucket.sent_entries = transfer.nbytes, k
+    return transfer
 
 
 def agree(transfers: list[Transfer]) -> Tensor:

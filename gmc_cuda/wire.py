@@ -3,11 +3,49 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from gmc_cuda import ops
+
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+    torch.float4_e2m1fn_x2,
+)
 
 
-def entries(density: float, numel: int) -> int:
-    """K = max(1, ceil(density * N)): how many of a bucket's numel entries are sent."""
+def entries(group: dict[str, Any], numel: int, wire_dtype: torch.dtype) -> int:
+    """K: how many of a bucket's numel entries a group's density or bytes_ratio lets through."""
+    if group.get("bytes_ratio") is not None:
+        return entries_within(group["bytes_ratio"], numel, wire_dtype)
+    return entries_at(group["density"], numel)
+
+
+def entries_at(density: float, numel: int) -> int:
+    """K = max(1, ceil(density * N))."""
     return max(1, math.ceil(density * numel))
+
+
+@lru_cache(maxsize=4096)
+def entries_within(bytes_ratio: float, numel: int, wire_dtype: torch.dtype) -> int:
+    """The largest K whose payload has at most 1 / bytes_ratio of a float32 gradient's bytes.
+
+    A bucket too small for its framing sends what the smallest payload holds. K = N, which goes
+    dense in float32, only where that is within the bytes.
+    """
+    budget = max(4 * numel / bytes_ratio, ops.payload_nbytes(numel, 1, wire_dtype))
+    if 4 * numel <= budget:
+        return numel
+    fitting = bisect_right(
+        range(1, numel), budget, key=lambda k: ops.payload_nbytes(numel, k, wire_dtype)
+    )
+    return max(1, fitting)
 
 
 def dense_is_cheaper(numel: int, k: int, nbytes: int, size: int) -> bool:

@@ -21,7 +21,7 @@ from bench.cases import Case  # noqa: E402
 from bench.problem import Problem  # noqa: E402
 
 CPU = torch.device("cpu")
-TINY = Case(70_001, 0.01, "fp32", 4, "gmc", "gaussian")
+TINY = Case(70_001, 0.01, "fp32", "bf16", 4, "gmc", "gaussian")
 
 
 def run(script, *arguments):
@@ -58,7 +58,8 @@ def check_common(content, what):
 
 
 def test_kernels(tmp_path):
-    factors = ["--density", "0.01", "--grad-dtype", "fp32", "--ranks", "8", "--method", "gmc"]
+    factors = ["--density", "0.01", "--grad-dtype", "fp32", "--wire", "bf16", "--ranks", "8",
+               "--method", "gmc"]  # fmt: skip
     printed = benchmark("kernels.py", tmp_path, "--numel", "20000", *factors,
                         "--data", "gaussian", "zero")  # fmt: skip
     content = read_result(tmp_path, "kernels")
@@ -81,15 +82,14 @@ def test_kernels(tmp_path):
     assert content["left_out"]["cub::DeviceTopK"] == "needs a GPU"
     for part in ("left out: all of the GPU's cases", "numbers to reach", "not measured", "eager"):
         assert part in printed
-    assert [row["outcome"] for row in content["goals"] if row["what"].startswith("wire")] == [
-        "met",
-        "met",
-    ]
+    outcomes = [row["outcome"] for row in content["goals"] if row["what"].startswith("wire")]
+    assert outcomes == 6 * ["met"]
 
 
 @pytest.mark.parametrize("method", ["gmc", "dgc"])
 def test_step(tmp_path, method):
-    factors = ["--density", "0.01", "--ranks", "2", "--method", method, "--data", "gaussian"]
+    factors = ["--density", "0.01", "--wire", "fp4", "--ranks", "2", "--method", method]
+    factors += ["--data", "gaussian"]
     benchmark("step.py", tmp_path, "--numel", "30001", "--tensors", "3", *factors)
     content = read_result(tmp_path, "step")
     check_common(content, "step")
@@ -104,7 +104,7 @@ def test_step(tmp_path, method):
 def test_limit_leaves_out_what_it_must(tmp_path):
     printed = benchmark("step.py", tmp_path, "--numel", "1000", "--limit", "0.000001",
                         "--data", "gaussian")  # fmt: skip
-    assert "left out: 6 of 7 cases: --limit 1e-06 s was reached" in printed
+    assert "left out: 8 of 9 cases: --limit 1e-06 s was reached" in printed
     assert len(read_result(tmp_path, "step")["results"]) == 1
 
 
@@ -149,21 +149,21 @@ def test_without_a_gpu_the_gpu_is_refused(tmp_path):
 def test_one_factor_at_a_time():
     chosen = options.parse("x", "x", ["--numel", "100", "1e3", "1e4"])
     assert [case.numel for case in cases.choose(chosen, chosen.numel)][:3] == [100, 1000, 10000]
-    # 2 densities, 1 dtype, 2 ranks, 1 method and 4 data besides the centre
-    assert len(cases.choose(chosen, chosen.numel)) == 3 * 11
+    # 2 densities, 1 dtype, 2 wire types, 2 ranks, 1 method and 4 data besides the centre
+    assert len(cases.choose(chosen, chosen.numel)) == 3 * 13
     chosen.quick = True
     quick = cases.choose(chosen, chosen.numel)
-    assert len(quick) == 3 + 10
+    assert len(quick) == 3 + 12
     assert {case.numel for case in quick[3:]} == {1000}
     chosen.cross = True
-    assert len(cases.choose(chosen, chosen.numel)) == 3 * 3 * 2 * 3 * 2 * 5
+    assert len(cases.choose(chosen, chosen.numel)) == 3 * 3 * 2 * 3 * 3 * 2 * 5
 
 
 @pytest.mark.parametrize("kind", options.DATA)
 @pytest.mark.parametrize("method", options.METHODS)
 def test_problem_keeps_what_is_not_sent(kind, method):
     """Rounds of the benchmark are rounds of the algorithm: memory + sent = what came in."""
-    problem = Problem(Case(3000, 0.01, "fp32", 3, method, kind), CPU)
+    problem = Problem(Case(3000, 0.01, "fp32", "bf16", 3, method, kind), CPU)
     problem.compress(0)
     indices, values, _ = ops.unpack(problem.payload, 3000, 30)
     total = problem.memory.clone()
@@ -176,7 +176,7 @@ def test_problem_keeps_what_is_not_sent(kind, method):
 
 def test_supports_are_independent_with_a_small_pool(monkeypatch):
     monkeypatch.setattr(data, "CPU_CACHE_BYTES", 0)
-    problem = Problem(Case(70_001, 0.01, "fp32", 8, "gmc", "gaussian"), CPU)
+    problem = Problem(Case(70_001, 0.01, "fp32", "bf16", 8, "gmc", "gaussian"), CPU)
     assert problem.gradients.parts == 4 and len(problem.payloads) == 4
     entries = int(problem.touched().sum())
     assert 7.6 * problem.case.k < entries <= 8 * problem.case.k  # they overlap by 3.4 %
@@ -197,10 +197,11 @@ def test_gradients_are_fresh(monkeypatch, numel, dtype):
 
 def test_bytes_are_counted():
     assert budget.compress(TINY) == 12 * TINY.numel
-    assert budget.compress(Case(10, 0.1, "bf16", 8, "gmc", "gaussian")) == 100
-    assert budget.compress(Case(10, 0.1, "fp32", 8, "dgc", "gaussian")) == 200
+    assert budget.compress(Case(10, 0.1, "bf16", "bf16", 8, "gmc", "gaussian")) == 100
+    assert budget.compress(Case(10, 0.1, "fp32", "bf16", 8, "dgc", "gaussian")) == 200
     assert budget.sgd(TINY) == 20 * TINY.numel
-    problem = Problem(Case(64, 1 / 64, "fp32", 1, "gmc", "zero"), CPU)  # one entry, at index 0
+    one_entry = Case(64, 1 / 64, "fp32", "bf16", 1, "gmc", "zero")  # at index 0
+    problem = Problem(one_entry, CPU)
     assert budget.apply(problem) == budget.ENTRY + 2 * budget.CPU_LINE
     assert budget.merge(problem) == ops.payload_nbytes(64, 1) + budget.ENTRY
 

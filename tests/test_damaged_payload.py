@@ -93,6 +93,21 @@ def test_bits_of_one_block_moved_to_another(wire):
             judged(changed, wire)
 
 
+def test_an_entry_behind_the_last_block_is_rejected():
+    """Its block would be the 257th of a tile, or one past the end of the bucket."""
+    for n in (512, 65536, 65536 + 512):
+        gradient = torch.zeros(n)
+        gradient[n - 1] = 1.0
+        payload = ops.compress_(torch.zeros(n), [gradient], 1, wire_dtype=WIRE)
+        sections = reference._sections(payload, n, 1, WIRE)
+        begin = sum(reference._pad16(section.numel()) for section in sections[:3])
+        last = -(-n // 256)  # bit of the closing zero; the entry's is before it
+        for bit in (last - 1, last):
+            payload[begin + bit // 8] ^= 1 << bit % 8
+        with pytest.raises(RuntimeError, match="holds indices or values out of range"):
+            ops.unpack(payload, n, 1, WIRE)
+
+
 @pytest.mark.parametrize(
     "wire,bad",
     [
@@ -109,7 +124,9 @@ def test_non_finite_value_is_rejected(wire, bad):
     assert all(readers(payload, wire))
 
 
-@pytest.mark.parametrize("wire,low,high", [("float8_e4m3fn", -117, 119), ("float4_e2m1fn_x2", -125, 125)])
+@pytest.mark.parametrize(
+    "wire,low,high", [("float8_e4m3fn", -117, 119), ("float4_e2m1fn_x2", -125, 125)]
+)
 def test_scale_out_of_range_is_rejected(wire, low, high):
     wire = getattr(torch, wire)
     payload = sound_payload(wire)

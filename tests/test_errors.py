@@ -84,7 +84,8 @@ CASES = {
     "wire dtype": (
         lambda: compress(wire_dtype=torch.int8),
         TypeError,
-        "wire_dtype: got torch.Char, must be torch.float32, torch.bfloat16 or torch.float16",
+        "wire_dtype: got torch.Char, must be torch.float32, torch.bfloat16, torch.float16, "
+        "torch.float8_e4m3fn or torch.float4_e2m1fn_x2",
     ),
     "momentum": (
         lambda: compress(momentum=torch.ones(3)),
@@ -134,7 +135,7 @@ CASES = {
     "payload size": (
         lambda: ops.unpack(payload()[:-16], N, K, WIRE),
         ValueError,
-        r"payload: got shape \[48\], must be \[64\]",
+        r"payload: got shape \[80\], must be \[96\]",
     ),
     "payload dtype": (
         lambda: ops.unpack(payload().int(), N, K, WIRE),
@@ -144,7 +145,7 @@ CASES = {
     "payloads shape": (
         lambda: ops.merge(payload(), N, K, WIRE),
         ValueError,
-        r"payloads: got shape \[64\], must be \[world size, 64\]",
+        r"payloads: got shape \[96\], must be \[world size, 96\]",
     ),
     "verdict of nothing": (lambda: ops.verdict([]), ValueError, "payloads: got an empty list"),
     "skip dtype": (

@@ -22,7 +22,7 @@ def test_bits_of_the_reference(decay, nesterov):
     order = [next(i for i, p in enumerate(params) if p is q) for q in one_bucket(params)]
     twins = [twins[i] for i in order]
     numel = sum(p.numel() for p in twins)
-    k = wire.entries(0.1, numel)
+    k = wire.entries_at(0.1, numel)
     memory, previous = torch.zeros(numel), torch.zeros(numel)
     for step in range(6):
         set_gradients(params, 0, step)

@@ -70,7 +70,7 @@ def mass(group, density, nan_at):
 def test_mass_equation_and_bytes_across(pool, density, nan_at):
     sent = pool.run(4, mass, density, nan_at)
     numel = sum(p.numel() for p in parameters())
-    k = wire.entries(0.05, numel)
+    k = wire.entries_at(0.05, numel)
     if density == 0.05:  # two workers of a node send what a flat one would, and a header
         assert sent[0] + sent[1] <= ops.payload_nbytes(numel, k, torch.bfloat16) + 96
 

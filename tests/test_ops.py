@@ -172,14 +172,33 @@ def test_small_values_are_the_nearest_levels(wire, levels, seed, exponent, sprea
     assert_same_bytes(memory, x - sent + 0.0, "memory")
 
 
-def test_scale_lets_few_values_saturate():
-    for wire, largest in [(torch.float4_e2m1fn_x2, 6.0), (torch.float8_e4m3fn, 448.0)]:
-        for count, expected in [(15, largest), (16, 2.0**20)]:
-            x = torch.ones(1000)
-            x[:count] = 2.0**20
-            payload = ops.compress_(torch.zeros(1000), [x], 1000, wire_dtype=wire)
-            _, sent, _ = ops.unpack(payload, 1000, 1000, wire)
-            assert sent[0] == expected, (wire, count)
+@pytest.mark.parametrize(
+    "wire,octaves,count,sent_as",
+    [
+        (torch.float8_e4m3fn, 6, 1, 2.0**6),  # never
+        (torch.float4_e2m1fn_x2, 6, 3, 1.5),  # 1 in 256: the ones are 4 of 2**-2, and the largest 6
+        (torch.float4_e2m1fn_x2, 6, 4, 2.0**6),  # more than may
+        (torch.float4_e2m1fn_x2, 7, 3, 2.0**7),  # too far above the others
+    ],
+)
+def test_which_values_saturate(wire, octaves, count, sent_as):
+    x = torch.ones(1000)
+    x[:count] = 2.0**octaves
+    payload = ops.compress_(torch.zeros(1000), [x], 1000, wire_dtype=wire)
+    _, sent, _ = ops.unpack(payload, 1000, 1000, wire)
+    assert sent[0] == sent_as
+
+
+@pytest.mark.parametrize("wire", WIRES[3:])
+def test_what_saturates_does_not_pile_up(wire):
+    """Entries that are always the largest by far: memory stays within a step's gradient."""
+    n, k = 2000, 512
+    memory, state = torch.zeros(n), ops.select_state(n, k, "cpu")
+    gradient = torch.randn(n)
+    gradient[:2] = 512.0
+    for _ in range(400):
+        ops.compress_(memory, [gradient], k, wire_dtype=wire, state=state)
+    assert memory[:2].abs().max() <= 512 * 2
 
 
 def test_float32_overflow_keeps_the_old_memory_and_is_counted():

@@ -16,6 +16,8 @@ METHODS = {
     "dense": (gmc_cuda.GMC, {"density": 1.0}),
     # Sums whose rounding depends on the order of the ranks.
     "gmc in float32": (gmc_cuda.GMC, {"density": 0.2, "wire_dtype": torch.float32}),
+    "gmc in float8": (gmc_cuda.GMC, {"density": 0.2, "wire_dtype": torch.float8_e4m3fn}),
+    "dgc in float4": (gmc_cuda.DGC, {"wire_dtype": torch.float4_e2m1fn_x2}),
 }
 
 

@@ -47,7 +47,7 @@ def device_memory(case: Case, peers: bool) -> int:
     elements += 4 + (24 if peers else 0) + 2 * gradient
     drawing = 12  # float32 before it is rounded; a shifted copy, a gradient of zeros
     sets = max(2, 32 // case.ranks)
-    payloads = 4.1 * case.k * (case.ranks * sets + 2) + 2 * ENTRY * case.k * case.ranks
+    payloads = case.payload_nbytes * (case.ranks * sets + 2) + 2 * ENTRY * case.k * case.ranks
     if peers:  # the merge of unpacked payloads
         payloads += 12 * case.k * case.ranks
     return int((elements + drawing) * case.numel + payloads)

@@ -6,9 +6,16 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from gmc_cuda import wire
+from bench.options import FACTORS
+from gmc_cuda import ops, wire
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TORCH_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "fp4": torch.float4_e2m1fn_x2,
+}
 
 
 @dataclass(frozen=True)
@@ -16,6 +23,7 @@ class Case:
     numel: int
     density: float
     grad_dtype: str
+    wire: str
     ranks: int
     method: str
     data: str
@@ -24,11 +32,19 @@ class Case:
 
     @property
     def k(self) -> int:
-        return wire.entries(self.density, self.numel)
+        return wire.entries_at(self.density, self.numel)
 
     @property
     def dtype(self) -> torch.dtype:
         return TORCH_DTYPES[self.grad_dtype]
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.wire]
+
+    @property
+    def payload_nbytes(self) -> int:
+        return ops.payload_nbytes(self.numel, self.k, self.wire_dtype)
 
     def to_json(self) -> dict:
         fields = asdict(self)
@@ -38,10 +54,7 @@ class Case:
 
 def choose(options: argparse.Namespace, numels: list[int]) -> list[Case]:
     """All cases of a run: the centre at every size, then the variations."""
-    factors = {
-        name: getattr(options, name)
-        for name in ("density", "grad_dtype", "ranks", "method", "data")
-    }
+    factors = {name: getattr(options, name) for name in FACTORS}
     numels = sorted(numels)
     if options.cross:
         return [
@@ -51,8 +64,8 @@ def choose(options: argparse.Namespace, numels: list[int]) -> list[Case]:
         ]
     first = {name: values[0] for name, values in factors.items()}
     centres = [Case(numel, **first, tensors=options.tensors) for numel in numels]
-    # A peer's time does not depend on the ranks, and hardly on the data.
-    without_peers = set(factors) if options.quick else {"ranks", "data"}
+    # A peer's time does not depend on the ranks or on our wire type, and hardly on the data.
+    without_peers = set(factors) if options.quick else {"wire", "ranks", "data"}
     middle = numels[(len(numels) - 1) // 2]
     return centres + [
         replace(centre, **{name: value}, peers=name not in without_peers)

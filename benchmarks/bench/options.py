@@ -7,8 +7,10 @@ from compare_methods.arguments import density, number, positive_float, positive_
 NUMELS = {"cuda": [10**6, 25_600_000, 124_000_000, 355_000_000, 10**9], "cpu": [10**6, 25_000_000]}
 DENSITIES = [0.01, 0.003, 0.001]
 DTYPES = ["fp32", "bf16"]
+WIRES = ["bf16", "fp8", "fp4", "fp16", "fp32"]
 RANKS = [8, 1, 32]
 METHODS = ["gmc", "dgc"]
+FACTORS = ("density", "grad_dtype", "wire", "ranks", "method", "data")
 DATA = ["gaussian", "laplace", "ties", "zero", "drift"]
 
 _numel = number(lambda t: int(float(t)), lambda v: 0 < v < 2**31, "a number from 1 to 2**31 - 1")
@@ -27,6 +29,7 @@ def parse(program: str, description: str, arguments: list[str]) -> argparse.Name
     add("--numel", type=_numel, nargs="+", metavar="N", help="elements, such as 25.6e6")
     add("--density", type=density, nargs="+", default=DENSITIES, metavar="D")
     add("--grad-dtype", choices=DTYPES, nargs="+", default=DTYPES, help="parameters have it too")
+    add("--wire", choices=WIRES, nargs="+", default=WIRES[:3], help="type of the values sent")
     add("--ranks", type=positive_int, nargs="+", default=RANKS, metavar="P")
     add("--method", choices=METHODS, nargs="+", default=METHODS)
     add("--data", choices=DATA, nargs="+", default=DATA)
@@ -48,7 +51,7 @@ def parse(program: str, description: str, arguments: list[str]) -> argparse.Name
     )
     add("--output", default="benchmarks/results", metavar="FOLDER")
     options = parser.parse_args(arguments)
-    for name in ("numel", "density", "grad_dtype", "ranks", "method", "data"):
+    for name in ("numel", *FACTORS):
         values = getattr(options, name)
         if values is not None:
             setattr(options, name, list(dict.fromkeys(values)))

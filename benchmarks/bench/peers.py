@@ -109,7 +109,10 @@ def for_merge(problem: Problem, cap: float) -> Participant:
     from gmc_cuda import ops
 
     case = problem.case
-    unpacked = [ops.unpack(payload, case.numel, case.k)[:2] for payload in problem.payloads[0]]
+    unpacked = [
+        ops.unpack(payload, case.numel, case.k, case.wire_dtype)[:2]
+        for payload in problem.payloads[0]
+    ]
     unpacked = [(indices.int(), values) for indices, values in unpacked]
     dense = torch.zeros(case.numel, device=problem.device)
 

@@ -35,14 +35,15 @@ class Problem:
 
     def _payload_sets(self) -> list[torch.Tensor]:
         case = self.case
-        nbytes = ops.payload_nbytes(case.numel, case.k)
+        nbytes = case.payload_nbytes
         count = max(2, 32 // case.ranks)
         sets = torch.empty(count, case.ranks, nbytes, dtype=torch.uint8, device=self.device)
         state = ops.select_state(case.numel, case.k, self.device)
         zeros = torch.zeros(case.numel, device=self.device)
         for payload in sets.view(-1, nbytes):
             memory = self.gradients.fresh().to(torch.float32, copy=True)
-            payload.copy_(ops.compress_(memory, [zeros], case.k, state=state))
+            made = ops.compress_(memory, [zeros], case.k, wire_dtype=case.wire_dtype, state=state)
+            payload.copy_(made)
         return list(sets)
 
     # ------------------------------------------------------------------------------ the stages
@@ -57,6 +58,7 @@ class Problem:
             momentum=MOMENTUM,
             aggregate=self.aggregate if self.local is None else None,
             momentum_buffer=self.local,
+            wire_dtype=case.wire_dtype,
             state=self.state,
         )
 
@@ -65,12 +67,12 @@ class Problem:
         self.payloads[turn % len(self.payloads)][0].copy_(self.payload)
 
     def mask(self, turn: int) -> None:
-        ops.mask_(self.local, self.payload, self.case.k)
+        ops.mask_(self.local, self.payload, self.case.k, self.case.wire_dtype)
 
     def merge(self, turn: int) -> None:
         case = self.case
         self.merged = self.payloads[turn % len(self.payloads)]
-        self.aggregate = ops.merge(self.merged, case.numel, case.k)
+        self.aggregate = ops.merge(self.merged, case.numel, case.k, case.wire_dtype)
 
     def apply(self, turn: int) -> None:
         ops.apply_(self.split(self.params), self.aggregate, LR)
@@ -93,7 +95,8 @@ class Problem:
 
     def touched(self) -> torch.Tensor:
         """Where the latest aggregate has an entry, be it zero: bool [numel]."""
-        touched = torch.zeros(self.case.numel, dtype=torch.bool, device=self.device)
+        case = self.case
+        touched = torch.zeros(case.numel, dtype=torch.bool, device=self.device)
         for payload in self.merged:
-            touched[ops.unpack(payload, self.case.numel, self.case.k)[0]] = True
+            touched[ops.unpack(payload, case.numel, case.k, case.wire_dtype)[0]] = True
         return touched

@@ -68,8 +68,9 @@ void compress(const CompressArgs& args) {
   }
   for (int64_t part = 0; part < parts; ++part)
     keys[part] = {found[part].bits.get(), found[part].count};
-  const Selection selection = select(from_candidates ? keys : memory, args.k);
-  const int scale = wire_scale(args.wire, selection.exponent_field, selection.threshold);
+  const Selection selection =
+      select(from_candidates ? keys : memory, args.k, may_saturate(args.wire, args.k));
+  const int scale = wire_scale(args.wire, selection.exponents);
 
   uint64_t count = rule.found_inf;
   for (const uint64_t of_part : nonfinite) count += of_part;

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../scale.h"
 #include "partition.h"
 
 namespace gmc::cpu {
@@ -65,15 +64,18 @@ class Histogram {
   std::vector<uint32_t> bins_;
 };
 
-// The smallest exponent field with at most `allowed` of the selected above it. They lie in the bins
-// of the first digit from `lowest` up, which tell exponents apart.
-uint32_t fitting_exponent(const Histogram& histogram, int64_t lowest, int64_t allowed) {
-  int64_t bin = kBins - 1;
-  for (int64_t above = 0; bin > lowest; --bin) {
-    above += histogram.total(bin);
-    if (above > allowed) break;
-  }
-  return exponent_field(static_cast<uint32_t>(bin) << kDigits[0].shift);
+// Those of the selected, which lie in the bins of the first digit from `lowest` up: these tell
+// exponents apart.
+Exponents exponents_from(const Histogram& histogram, int64_t lowest, int64_t may_saturate) {
+  const auto highest_above = [&](int64_t allowed) {
+    int64_t bin = kBins - 1;
+    for (int64_t above = 0; bin > lowest; --bin) {
+      above += histogram.total(bin);
+      if (above > allowed) break;
+    }
+    return exponent_field(static_cast<uint32_t>(bin) << kDigits[0].shift);
+  };
+  return {highest_above(0), highest_above(may_saturate)};
 }
 
 }  // namespace
@@ -85,11 +87,11 @@ uint32_t lower_bound(const std::vector<KeySpan>& spans, int64_t k) {
   return static_cast<uint32_t>(bin) << kDigits[0].shift;
 }
 
-Selection select(const std::vector<KeySpan>& spans, int64_t k) {
+Selection select(const std::vector<KeySpan>& spans, int64_t k, int64_t may_saturate) {
   const int64_t parts = static_cast<int64_t>(spans.size());
   Histogram histogram(parts);
   std::vector<int64_t> above(parts, 0);
-  Selection selection{0, 0, std::vector<int64_t>(parts), std::vector<int64_t>(parts)};
+  Selection selection{0, {}, std::vector<int64_t>(parts), std::vector<int64_t>(parts)};
   int64_t wanted = k;  // entries still to be found below the bins passed so far
 
   for (const Digit digit : kDigits) {
@@ -98,7 +100,7 @@ Selection select(const std::vector<KeySpan>& spans, int64_t k) {
       for (int64_t part = 0; part < parts; ++part) above[part] += histogram.at(part, bin);
     });
     if (digit.shift == kDigits[0].shift)
-      selection.exponent_field = fitting_exponent(histogram, found, may_saturate(k));
+      selection.exponents = exponents_from(histogram, found, may_saturate);
     selection.threshold = selection.threshold << digit.bits | static_cast<uint32_t>(found);
     for (int64_t part = 0; part < parts; ++part) selection.ties[part] = histogram.at(part, found);
   }

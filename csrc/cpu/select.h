@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "../scale.h"
+
 namespace gmc::cpu {
 
 // The values of one part, in index order: the bits in a candidate list, or a stretch of memory.
@@ -15,7 +17,7 @@ struct KeySpan {
 // What each part contributes to the k selected entries.
 struct Selection {
   uint32_t threshold;             // the k-th largest key
-  uint32_t exponent_field;        // scale.h: where the scale's range may end
+  Exponents exponents;            // of the k
   std::vector<int64_t> ties;      // per part: how many of its first keys equal to threshold
   std::vector<int64_t> position;  // per part: where its first entry goes among the k
 };
@@ -23,6 +25,7 @@ struct Selection {
 // Both need spans that together hold at least k keys. lower_bound costs one pass over them and
 // gives a key that at least k reach, usually not many more.
 uint32_t lower_bound(const std::vector<KeySpan>& spans, int64_t k);
-Selection select(const std::vector<KeySpan>& spans, int64_t k);
+// may_saturate: of the k, as in scale.h.
+Selection select(const std::vector<KeySpan>& spans, int64_t k, int64_t may_saturate);
 
 }  // namespace gmc::cpu

@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--wire-dtype",
-        choices=["bfloat16", "float16", "float32"],
+        choices=["bfloat16", "float16", "float32", "float8_e4m3fn", "float4_e2m1fn_x2"],
         default="bfloat16",
         help="type of the values sent by the sparse methods (default bfloat16)",
     )
