@@ -48,8 +48,8 @@ template <class Format>
 __device__ __forceinline__ bool open_tiles(const MergeArgs& args, uint32_t first_rank,
                                            MergeShared<Format>* shared) {
   const uint32_t rank = first_rank + warp_id();
-  return rank >= args.ranks || open_tile(args.source, rank, blockIdx.x, blockIdx.x == 0,
-                                         &shared->tiles[warp_id()]);
+  return rank >= args.ranks ||
+         open_tile(args.source, rank, blockIdx.x, blockIdx.x == 0, &shared->tiles[warp_id()]);
 }
 
 // Four blocks are what shared memory has room for.
@@ -161,7 +161,8 @@ cudaError_t merge_launch(const Payload& payloads, int64_t ranks, const int32_t* 
   const int64_t numel = payloads.shape.numel;
   const int64_t capacity = aggregate_capacity(numel, payloads.shape.k, ranks);
   const AggregateView out(aggregate, AggregateLayout(numel, capacity));
-  const MergeArgs args{PayloadSource(payloads), static_cast<uint32_t>(ranks), skip, out, capacity, mean_factor(ranks)};
+  const MergeArgs args{PayloadSource(payloads), static_cast<uint32_t>(ranks), skip, out, capacity,
+                       mean_factor(ranks)};
   return with_wire_type(payloads.shape.wire, [&](auto format) {
     return launch(merge_kernel<decltype(format)>, tile_count(numel), kMergeThreads, stream, args);
   });

@@ -213,25 +213,30 @@ __device__ void update_guess(Control* control, int64_t k) {
 }
 
 struct EmitShared {
-  FindShared find;
+  FindShared largest, fitting;
   unsigned long long warp_sums[kWarps];
   unsigned long long next_warp_sums[kWarps];
   unsigned long long met[kScanTiles];
 };
 
 template <class Format>
-__global__ void __launch_bounds__(kThreads, 6) emit_kernel(const __grid_constant__ SelectArgs args) {
+__global__ void __launch_bounds__(kThreads, 6)
+    emit_kernel(const __grid_constant__ SelectArgs args) {
   static __shared__ EmitShared shared;
   const Workspace& workspace = args.workspace;
   const PayloadView<uint8_t>& out = args.out;
   const uint32_t ties = workspace.control->ties;
   int scale = 0;
   if constexpr (Format::kScaled) {
-    // What is selected besides the entries above the threshold equals it, and lies at the end.
-    const auto wanted = static_cast<uint32_t>(may_saturate(args.shape.k) + 1);
-    const uint32_t threshold = workspace.control->threshold;
-    const uint32_t found = find_bin<kFields>(workspace.field_bins, wanted, &shared.find).bin;
-    scale = wire_scale_as<Format>(max(found, exponent_field(threshold)), threshold);
+    // What is selected besides the entries above the threshold equals it.
+    const uint32_t lowest = exponent_field(workspace.control->threshold);
+    const auto exceeded = [&](int64_t by, FindShared* find) {
+      const auto next = static_cast<uint32_t>(by + 1);
+      return max(lowest, find_bin<kFields>(workspace.field_bins, next, find).bin);
+    };
+    const uint32_t largest = exceeded(0, &shared.largest);
+    const int64_t saturating = may_saturate(args.shape.wire, args.shape.k);
+    scale = wire_scale_as<Format>({largest, exceeded(saturating, &shared.fitting)});
   }
 
   unsigned long long sum = 0, met;
@@ -256,8 +261,7 @@ __global__ void __launch_bounds__(kThreads, 6) emit_kernel(const __grid_constant
     }
     __syncthreads();
     for (uint32_t t = warp_id(); t < kScanTiles && first + t < end; t += kWarps)
-      if (workspace.selected[first + t])
-        emit_tile<Format>(args, scale, first + t, shared.met[t]);
+      if (workspace.selected[first + t]) emit_tile<Format>(args, scale, first + t, shared.met[t]);
     met += total;  // the next round writes shared.met behind the barrier in its sum
   }
 
