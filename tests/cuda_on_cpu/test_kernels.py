@@ -650,6 +650,27 @@ def test_damaged_indices(running, damage, wire):
     assert bool((kernels.unpack(payloads[1], numel, k, wire)[0] == -1).all())
 
 
+@pytest.mark.parametrize("wire", [wire for wire in WIRES if wire != FLOAT4])
+def test_values_that_are_not_finite(running, wire):
+    """Codes of NaN, and of infinity where the type has one, as any of a tile's values."""
+    numel, k = 900, 5
+    payload = ops.compress_(torch.zeros(numel), [torch.randn(numel)], k, wire_dtype=wire)
+    begin = sum(-(-size // 16) * 16 for size in reference._section_sizes(numel, k, wire)[:4])
+    kernels = Kernels(running, seed=2)
+    nan, infinity = float("nan"), float("inf")
+    wrong = (nan, -nan) if wire == FLOAT8 else (nan, infinity, -infinity)
+    for value, place in itertools.product(wrong, range(k)):
+        payloads = torch.stack([payload, payload])
+        codes = payloads[1, begin : begin + k * wire.itemsize].view(wire)
+        codes[place] = value
+        assert damaged_on_cpu(lambda p=payloads: ops.merge(p, numel, k, wire))
+        assert is_damaged(kernels, kernels.merge(payloads, numel, k, wire))
+        assert bool((kernels.unpack(payloads[1], numel, k, wire)[0] == -1).all())
+        memory = torch.ones(numel)
+        kernels.restore_(memory, payloads[1], k, wire)
+        assert bool((memory == 1).all())
+
+
 def test_more_candidates_than_room(running):
     """Ties beyond the room for candidates: the selection reads memory itself, twice in a row."""
     numel, k = 30000, 100
