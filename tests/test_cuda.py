@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, NUMELS, VALUES, Call, assert_same_bytes, ks, sample_call
+from cases import DTYPES, NUMELS, VALUES, WIRES, Call, assert_same_bytes, ks, sample_call
 
 from gmc_cuda import ops
 
@@ -28,7 +28,6 @@ def gpu():
 
 
 pytestmark = pytest.mark.gpu
-WIRES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def on_gpu(value):
@@ -180,9 +179,10 @@ def test_everything_else_equals_cpu(ranks, n, k, wire):
     assert ops.aggregate_flags([skipped] * 300).tolist() == [1] * 300
 
 
-def test_damaged_payloads():
+@pytest.mark.parametrize("wire", WIRES)
+def test_damaged_payloads(wire):
     """Called damaged where the CPU op raises; the next step and the device go on."""
-    n, k, wire = 66_000, 12, torch.float16
+    n, k = 66_000, 12
     torch.manual_seed(2)
     payloads = payloads_of(2, n, k, wire)
     for byte in range(payloads.size(1)):

@@ -17,13 +17,25 @@ struct CompressArgs {
 };
 static_assert(sizeof(CompressArgs) <= 4096, "the limit for kernel parameters on older drivers");
 
-// What the selection needs of them.
+// What the selection needs of them. The payload's layout is worked out on the host: as part of a
+// kernel's parameters it takes no registers.
 struct SelectArgs {
   float* memory;
-  PayloadShape shape;
   Scalar found_inf;
   uint8_t* payload;
+  PayloadShape shape;
+  PayloadLayout layout;
+  PayloadView<uint8_t> out;
   Workspace workspace;
+
+  explicit SelectArgs(const CompressArgs& args)
+      : memory(args.rule.memory),
+        found_inf(args.rule.found_inf),
+        payload(args.payload),
+        shape{args.rule.numel, args.k, args.wire},
+        layout(shape),
+        out(payload, layout),
+        workspace(args.workspace) {}
 };
 
 // All of compress. The workspace must be zero or as the last call left it.

@@ -1,9 +1,9 @@
 // merge: the payloads of all ranks to one aggregate, summed in rank order, without float atomics.
 //
-// A block owns one wire tile. It marks which elements any rank sent in a bitmap; a prefix over the
-// bitmap's words gives each of them its place in the merged list; a window of that list at a time
-// is then summed in shared memory, rank after rank. The list is far shorter than the tile, so that
-// one window usually holds all of it.
+// A block owns one wire tile. Each warp opens it in one rank's payload. The block then marks which
+// elements any rank sent in a bitmap; a prefix over the bitmap's words gives each of them its place
+// in the merged list; a window of that list at a time is then summed in shared memory, rank after
+// rank. The list is far shorter than the tile, so that one window usually holds all of it.
 #include "block.cuh"
 #include "kernels.h"
 #include "launch.h"
@@ -18,45 +18,49 @@ constexpr int kWordsEach = kWords / kMergeThreads;
 static_assert(kWords % kMergeThreads == 0, "each thread has as many words of the bitmap");
 
 struct MergeArgs {
-  Payload payloads;
-  int64_t ranks;
+  PayloadSource source;
+  uint32_t ranks;
   const int32_t* skip;
-  uint8_t* aggregate;
+  AggregateView<uint8_t> out;
   int64_t capacity;
   float factor;  // 1 / ranks
 };
 
+template <class Format>
 struct MergeShared {
   uint32_t present[kWords];
   uint16_t before[kWords];  // entries in the words before
   float sum[kMergeWindow];
-  uint32_t warp_sums[kMergeThreads / 32];
-  PayloadTile tiles[kMergeRanks];
+  uint32_t warp_sums[kMergeWarps];
+  int64_t start;   // where this tile's list begins
+  uint32_t count;  // and how long it is: here, where it takes no register
+  PayloadTile<Format> tiles[kMergeWarps];
 };
 
-__device__ __forceinline__ uint32_t position_of(const MergeShared& shared, uint32_t index) {
+template <class Format>
+__device__ __forceinline__ uint32_t position_of(const MergeShared<Format>& shared, uint32_t index) {
   const uint32_t word = index / 32;
   return shared.before[word] + __popc(shared.present[word] & ((1u << index % 32) - 1));
 }
 
-// Looks up this tile in up to kMergeRanks payloads. Returns whether all of them are sound.
-__device__ __forceinline__ bool open_tiles(const MergeArgs& args, int64_t first_rank,
-                                           MergeShared* shared) {
-  bool sound = true;
-  for (int64_t rank = first_rank + threadIdx.x;
-       rank < args.ranks && rank < first_rank + kMergeRanks; rank += kMergeThreads)
-    sound &= open_tile(args.payloads, rank, blockIdx.x, &shared->tiles[rank - first_rank]);
-  return sound;
+// Opens this tile in up to kMergeWarps payloads. Returns whether this warp's is sound.
+template <class Format>
+__device__ __forceinline__ bool open_tiles(const MergeArgs& args, uint32_t first_rank,
+                                           MergeShared<Format>* shared) {
+  const uint32_t rank = first_rank + warp_id();
+  return rank >= args.ranks ||
+         open_tile(args.source, rank, blockIdx.x, blockIdx.x == 0, &shared->tiles[warp_id()]);
 }
 
 // Four blocks are what shared memory has room for.
+template <class Format>
 __global__ void __launch_bounds__(kMergeThreads, 4)
     merge_kernel(const __grid_constant__ MergeArgs args) {
-  static __shared__ MergeShared shared;
+  static __shared__ MergeShared<Format> shared;
   const int64_t tile = blockIdx.x;
-  const int64_t numel = args.payloads.shape.numel;
+  const int64_t numel = args.source.payload.shape.numel;
   const auto size = static_cast<uint32_t>(tile_size(numel, tile));
-  const AggregateView out(args.aggregate, AggregateLayout(numel, args.capacity));
+  const AggregateView<uint8_t>& out = args.out;
   AggregateHeader* const header = out.header;  // zero so far
   const bool skipped = args.skip && *args.skip != 0;
   if (tile == 0 && threadIdx.x == 0) {
@@ -70,25 +74,24 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
     return;
   }
 
-  // Which elements are present. An index that is out of order or range is found here, before it is
+  // Which elements are present. An entry that is out of order or range is found here, before it is
   // used for anything.
   for (int word = threadIdx.x; word < kWords; word += kMergeThreads) shared.present[word] = 0;
   bool sound = true;
-  int64_t start = 0;
-  for (int64_t first = 0; first < args.ranks; first += kMergeRanks) {
+  if (threadIdx.x == 0) shared.start = 0;
+  for (uint32_t first = 0; first < args.ranks; first += kMergeWarps) {
     sound &= open_tiles(args, first, &shared);
     __syncthreads();
-    for (int64_t r = 0; r < kMergeRanks && first + r < args.ranks; ++r) {
-      const PayloadTile& payload = shared.tiles[r];
-      start += payload.start;
-      for (uint32_t entry = threadIdx.x; entry < payload.count; entry += kMergeThreads) {
-        const uint32_t index = payload.indices[entry];
-        if (payload.sound(entry, size)) {
+    for (uint32_t r = 0; r < kMergeWarps && first + r < args.ranks; ++r) {
+      const PayloadTile<Format>& payload = shared.tiles[r];
+      if (threadIdx.x == 0) shared.start += payload.start;
+      payload.template for_each<kMergeThreads>([&](uint32_t entry, uint32_t index, bool follows) {
+        if (payload.sound(entry, index, follows, size)) {
           atomicOr(&shared.present[index / 32], 1u << index % 32);
         } else {
           sound = false;
         }
-      }
+      });
     }
     if (__syncthreads_or(!sound)) {
       sound = false;
@@ -102,7 +105,7 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
     }
     return;
   }
-  if (start > tile * kTile) start = tile * kTile;
+  if (threadIdx.x == 0 && shared.start > tile * kTile) shared.start = tile * kTile;
 
   const int first_word = threadIdx.x * kWordsEach;
   uint32_t own = 0, count;
@@ -113,27 +116,28 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
     before += __popc(shared.present[first_word + i]);
   }
   if (threadIdx.x == 0) {
-    out.starts[tile] = static_cast<uint32_t>(start);
-    out.counts[tile] = count;
+    out.starts[tile] = static_cast<uint32_t>(shared.start);
+    out.counts[tile] = shared.count = count;
   }
+  __syncthreads();
 
-  uint16_t* const indices = out.indices + start;
-  float* const values = out.values + start;
-  for (uint32_t window = 0; window < count; window += kMergeWindow) {
+  for (uint32_t window = 0; window < shared.count; window += kMergeWindow) {
     for (int i = threadIdx.x; i < kMergeWindow; i += kMergeThreads) shared.sum[i] = 0.0f;
-    for (int64_t first = 0; first < args.ranks; first += kMergeRanks) {
-      if (args.ranks > kMergeRanks) open_tiles(args, first, &shared);
+    for (uint32_t first = 0; first < args.ranks; first += kMergeWarps) {
+      if (args.ranks > kMergeWarps) open_tiles(args, first, &shared);
       __syncthreads();
-      for (int64_t r = 0; r < kMergeRanks && first + r < args.ranks; ++r) {
-        const PayloadTile& payload = shared.tiles[r];
-        for (uint32_t entry = threadIdx.x; entry < payload.count; entry += kMergeThreads) {
-          const uint32_t place = position_of(shared, payload.indices[entry]) - window;
+      for (uint32_t r = 0; r < kMergeWarps && first + r < args.ranks; ++r) {
+        const PayloadTile<Format>& payload = shared.tiles[r];
+        payload.template for_each<kMergeThreads>([&](uint32_t entry, uint32_t index, bool) {
+          const uint32_t place = position_of(shared, index) - window;
           if (place < kMergeWindow)
             shared.sum[place] = add(shared.sum[place], payload.value(entry));
-        }
+        });
         __syncthreads();  // the next rank's entries may meet the same sums
       }
     }
+    uint16_t* const indices = out.indices + shared.start;
+    float* const values = out.values + shared.start;
     for (int word = threadIdx.x; word < kWords; word += kMergeThreads) {
       uint32_t position = shared.before[word];
       for (uint32_t left = shared.present[word]; left; left &= left - 1, ++position) {
@@ -154,13 +158,14 @@ cudaError_t merge_launch(const Payload& payloads, int64_t ranks, const int32_t* 
   // Blocks that find damage set a flag in the header, whichever of them runs first.
   const cudaError_t status = cudaMemsetAsync(aggregate, 0, sizeof(AggregateHeader), stream);
   if (status != cudaSuccess) return status;
-  const MergeArgs args{payloads,
-                       ranks,
-                       skip,
-                       aggregate,
-                       aggregate_capacity(payloads.shape.numel, payloads.shape.k, ranks),
+  const int64_t numel = payloads.shape.numel;
+  const int64_t capacity = aggregate_capacity(numel, payloads.shape.k, ranks);
+  const AggregateView out(aggregate, AggregateLayout(numel, capacity));
+  const MergeArgs args{PayloadSource(payloads), static_cast<uint32_t>(ranks), skip, out, capacity,
                        mean_factor(ranks)};
-  return launch(merge_kernel, tile_count(payloads.shape.numel), kMergeThreads, stream, args);
+  return with_wire_type(payloads.shape.wire, [&](auto format) {
+    return launch(merge_kernel<decltype(format)>, tile_count(numel), kMergeThreads, stream, args);
+  });
 }
 
 }  // namespace gmc::cuda

@@ -33,33 +33,44 @@ struct Unpack {
 };
 
 // Runs when there is no skip, or when (*skip != 0) == when_skipped.
-template <class Action>
+template <class Format, class Action>
 __global__ void __launch_bounds__(kThreads)
-    entries_kernel(Payload payload, const int32_t* skip, bool when_skipped, Action action) {
+    entries_kernel(const __grid_constant__ PayloadSource source, const int32_t* skip,
+                   bool when_skipped, Action action) {
   if (skip && (*skip != 0) != when_skipped) return;
+  static __shared__ PayloadTile<Format> entries;
   const int64_t tile = blockIdx.x;
-  const auto size = static_cast<uint32_t>(tile_size(payload.shape.numel, tile));
-  PayloadTile entries;
-  bool sound = open_tile(payload, 0, tile, &entries);
-  for (uint32_t entry = threadIdx.x; entry < entries.count; entry += kThreads)
-    sound &= entries.sound(entry, size);
+  const auto size = static_cast<uint32_t>(tile_size(source.payload.shape.numel, tile));
+  bool sound = warp_id() != 0 || open_tile(source, 0, tile, true, &entries);
+  __syncthreads();
+  entries.template for_each<kThreads>([&](uint32_t entry, uint32_t index, bool follows) {
+    sound &= entries.sound(entry, index, follows, size);
+  });
   if (__syncthreads_or(!sound)) return;
-  for (uint32_t entry = threadIdx.x; entry < entries.count; entry += kThreads)
-    action(entries.start + entry, tile * kTile + entries.indices[entry], entries.value(entry));
+  entries.template for_each<kThreads>([&](uint32_t entry, uint32_t index, bool) {
+    action(entries.start + entry, tile * kTile + index, entries.value(entry));
+  });
+}
+
+template <class Action>
+cudaError_t entries_launch(const Payload& payload, const int32_t* skip, bool when_skipped,
+                           const Action& action, cudaStream_t stream) {
+  return with_wire_type(payload.shape.wire, [&](auto format) {
+    return launch(entries_kernel<decltype(format), Action>, tile_count(payload.shape.numel),
+                  kThreads, stream, PayloadSource(payload), skip, when_skipped, action);
+  });
 }
 
 }  // namespace
 
 cudaError_t restore_launch(float* memory, const Payload& payload, const int32_t* skip,
                            cudaStream_t stream) {
-  return launch(entries_kernel<Restore>, tile_count(payload.shape.numel), kThreads, stream, payload,
-                skip, true, Restore{memory});
+  return entries_launch(payload, skip, true, Restore{memory}, stream);
 }
 
 cudaError_t mask_launch(float* momentum_buffer, const Payload& payload, const int32_t* skip,
                         cudaStream_t stream) {
-  return launch(entries_kernel<Mask>, tile_count(payload.shape.numel), kThreads, stream, payload,
-                skip, false, Mask{momentum_buffer});
+  return entries_launch(payload, skip, false, Mask{momentum_buffer}, stream);
 }
 
 cudaError_t unpack_launch(const Payload& payload, int64_t* indices, float* values,
@@ -67,8 +78,7 @@ cudaError_t unpack_launch(const Payload& payload, int64_t* indices, float* value
   const Gathered alone{payload.data, 1, PayloadLayout(payload.shape).nbytes};
   const cudaError_t status = payload_nonfinite_launch(alone, nonfinite, stream);
   if (status != cudaSuccess) return status;
-  return launch(entries_kernel<Unpack>, tile_count(payload.shape.numel), kThreads, stream, payload,
-                static_cast<const int32_t*>(nullptr), false, Unpack{indices, values});
+  return entries_launch(payload, nullptr, false, Unpack{indices, values}, stream);
 }
 
 }  // namespace gmc::cuda

@@ -1,7 +1,9 @@
 // Exact selection of the k largest magnitudes, ties to the lowest index, and the payload.
 //
-//   refine  which bin holds the k-th largest key; a histogram of the keys in that bin
-//   count   the k-th largest key itself; per work tile, how many entries lie above it and equal it
+//   refine  which bin holds the k-th largest key; a histogram of the keys in that bin; zeros for
+//           the sections of the payload that emit sets bits in
+//   count   the k-th largest key itself; per work tile, how many entries lie above it and equal it;
+//           for 8- and 4-bit values a histogram of the exponents above it
 //   emit    the payload in index order; residual to memory; guess and workspace for the next call
 //
 // Entries are the candidates of the pass, those of the repair, or all of memory: a flag says which.
@@ -41,6 +43,20 @@ __device__ __forceinline__ uint32_t first_tile(const SelectArgs& args, uint32_t 
   return static_cast<uint32_t>(work_tile_count(args.shape.numel) * group / gridDim.x);
 }
 
+// Bytes begin to end of a payload become zero, 16 at a time by all threads of the grid.
+__device__ __forceinline__ void clear_bytes(uint8_t* payload, int64_t begin, int64_t end) {
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t step = 16 * static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t at = begin / 16 * 16 + 16 * thread; at < end; at += step) {
+    if (begin <= at && at + 16 <= end) {
+      *reinterpret_cast<uint4*>(payload + at) = make_uint4(0, 0, 0, 0);
+    } else {
+      const int64_t last = at + 16 < end ? at + 16 : end;
+      for (int64_t i = at < begin ? begin : at; i < last; ++i) payload[i] = 0;
+    }
+  }
+}
+
 struct RefineShared {
   FindShared find;
   uint32_t bins[kBins];
@@ -52,6 +68,12 @@ __global__ void __launch_bounds__(kThreads) refine_kernel(const __grid_constant_
   Control* control = workspace.control;
   const Source source = control->source;
   const uint32_t base = source == kFromPass ? control->guess : control->repair_key;
+  const PayloadLayout& layout = args.layout;
+  const auto clear = [&](int64_t begin, int64_t end) { clear_bytes(args.payload, begin, end); };
+  layout.for_each_gap(clear);
+  clear(layout.bitmap, layout.bitmap_end);
+  if (args.shape.wire == WireType::kFloat4) clear(layout.values, layout.values_end);
+  if (blockIdx.x == 0) clear_bins<kFields>(workspace.field_bins);
   clear_bins<kBins>(shared.bins);
   const FoundBin found =
       find_bin<kBins>(source == kFromPass ? workspace.pass_bins : workspace.repair_bins,
@@ -76,12 +98,15 @@ __global__ void __launch_bounds__(kThreads) refine_kernel(const __grid_constant_
 struct CountShared {
   FindShared find;
   unsigned long long warp_sums[kWarps];
+  uint32_t fields[kFields];
 };
 
 __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ SelectArgs args) {
   static __shared__ CountShared shared;
   const Workspace& workspace = args.workspace;
   Control* control = workspace.control;
+  const bool scaled = is_scaled(args.shape.wire);
+  clear_bins<kFields>(shared.fields);
   const uint32_t wanted = static_cast<uint32_t>(args.shape.k) - control->above_bin;
   const FoundBin found = find_bin<kBins>(workspace.low_bins, wanted, &shared.find);
   const uint32_t threshold = control->bin_key + found.bin;
@@ -99,6 +124,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
       const uint32_t key = key_of(entries.at(i));
       above += key > threshold;
       ties += key == threshold;
+      if (scaled && key > threshold) atomicAdd(&shared.fields[exponent_field(key)], 1u);
     }
     above = __reduce_add_sync(kAllLanes, above);
     ties = __reduce_add_sync(kAllLanes, ties);
@@ -109,6 +135,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
   }
   if (lane_id() == 0) shared.warp_sums[warp_id()] = sum;
   __syncthreads();
+  if (scaled) flush_bins<kFields>(shared.fields, workspace.field_bins);
   if (threadIdx.x == 0) {
     for (int warp = 1; warp < kWarps; ++warp) sum += shared.warp_sums[warp];
     workspace.groups[blockIdx.x] = sum;
@@ -120,9 +147,18 @@ __device__ __forceinline__ uint32_t taken(unsigned long long met, uint32_t ties)
   return static_cast<uint32_t>(met >> 32) + min(static_cast<uint32_t>(met), ties);
 }
 
+// Sets each lane's bits in its word: one atomic for lanes that share one, and none for no bits.
+__device__ __forceinline__ void set_bits(uint8_t* section, uint32_t word, uint32_t bits) {
+  const unsigned sharing = __match_any_sync(kAllLanes, word);
+  const uint32_t all = __reduce_or_sync(sharing, bits);
+  if (all != 0 && (sharing & lanes_below()) == 0) atomicOr(at<uint32_t>(section, 0) + word, all);
+}
+
 // Writes what a warp's tile contributes to the payload.
-__device__ __forceinline__ void emit_tile(const SelectArgs& args, const PayloadView<uint8_t>& out,
-                                          uint32_t number, unsigned long long met) {
+template <class Format>
+__device__ __forceinline__ void emit_tile(const SelectArgs& args, int scale, uint32_t number,
+                                          unsigned long long met) {
+  const PayloadView<uint8_t>& out = args.out;
   const Control& control = *args.workspace.control;
   const uint32_t threshold = control.threshold, ties = control.ties;
   const Entries entries(args, control.source == kFromMemory, number);
@@ -136,12 +172,22 @@ __device__ __forceinline__ void emit_tile(const SelectArgs& args, const PayloadV
     const unsigned long long before =
         met + (static_cast<unsigned long long>(__popc(all_above & lanes_below())) << 32) +
         __popc(all_ties & lanes_below());
-    if (above || (tie && static_cast<uint32_t>(before) < ties)) {
-      const uint32_t position = taken(before, ties);
+    const bool selected = above || (tie && static_cast<uint32_t>(before) < ties);
+    const uint32_t position = taken(before, ties);
+    const uint32_t bit = position + entry.x / static_cast<uint32_t>(kBlock);
+    uint32_t code = 0;
+    if (selected) {
       const float value = bits_float(entry.y);
-      out.indices[position] = static_cast<uint16_t>(entry.x % kTile);
-      const float sent = store_wire(out.values, args.shape.wire, position, value);
-      args.memory[entry.x] = subtract(value, sent);
+      code = Format::encode(value, scale);
+      args.memory[entry.x] = subtract(value, Format::decode(code, scale));
+      out.low[position] = static_cast<uint8_t>(entry.x % kBlock);
+      if constexpr (Format::kBits >= 8) store_code<Format>(out.values, position, code);
+    }
+    set_bits(out.bitmap, selected ? bit / 32 : ~0u, selected ? 1u << bit % 32 : 0);
+    if constexpr (Format::kBits < 8) {
+      constexpr uint32_t kEach = 32 / Format::kBits;
+      set_bits(out.values, selected ? position / kEach : ~0u,
+               code << position % kEach * Format::kBits);
     }
     met += (static_cast<unsigned long long>(__popc(all_above)) << 32) + __popc(all_ties);
   }
@@ -167,17 +213,31 @@ __device__ void update_guess(Control* control, int64_t k) {
 }
 
 struct EmitShared {
+  FindShared largest, fitting;
   unsigned long long warp_sums[kWarps];
   unsigned long long next_warp_sums[kWarps];
   unsigned long long met[kScanTiles];
 };
 
-__global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ SelectArgs args) {
+template <class Format>
+__global__ void __launch_bounds__(kThreads, 6)
+    emit_kernel(const __grid_constant__ SelectArgs args) {
   static __shared__ EmitShared shared;
   const Workspace& workspace = args.workspace;
-  const PayloadLayout layout(args.shape);
-  const PayloadView out(args.payload, layout);
+  const PayloadView<uint8_t>& out = args.out;
   const uint32_t ties = workspace.control->ties;
+  int scale = 0;
+  if constexpr (Format::kScaled) {
+    // What is selected besides the entries above the threshold equals it.
+    const uint32_t lowest = exponent_field(workspace.control->threshold);
+    const auto exceeded = [&](int64_t by, FindShared* find) {
+      const auto next = static_cast<uint32_t>(by + 1);
+      return max(lowest, find_bin<kFields>(workspace.field_bins, next, find).bin);
+    };
+    const uint32_t largest = exceeded(0, &shared.largest);
+    const int64_t saturating = may_saturate(args.shape.wire, args.shape.k);
+    scale = wire_scale_as<Format>({largest, exceeded(saturating, &shared.fitting)});
+  }
 
   unsigned long long sum = 0, met;
   for (uint32_t group = threadIdx.x; group < blockIdx.x; group += kThreads)
@@ -201,7 +261,7 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ 
     }
     __syncthreads();
     for (uint32_t t = warp_id(); t < kScanTiles && first + t < end; t += kWarps)
-      if (workspace.selected[first + t]) emit_tile(args, out, first + t, shared.met[t]);
+      if (workspace.selected[first + t]) emit_tile<Format>(args, scale, first + t, shared.met[t]);
     met += total;  // the next round writes shared.met behind the barrier in its sum
   }
 
@@ -210,16 +270,12 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const __grid_constant__ 
        i += static_cast<int64_t>(gridDim.x) * kThreads)
     workspace.pass_bins[i] = 0;
 
-  if (blockIdx.x != gridDim.x - 1) return;
-  layout.for_each_gap([&](int64_t begin, int64_t end) {
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) args.payload[i] = 0;
-  });
-  if (threadIdx.x != 0) return;
+  if (blockIdx.x != gridDim.x - 1 || threadIdx.x != 0) return;
   Control* control = workspace.control;
   // Exactly k entries, or the header says that the payload is damaged.
   const bool complete = taken(met, ties) == args.shape.k;
   const bool overflowed = args.found_inf.load() != 0.0f;
-  *out.header = make_header(args.shape, control->nonfinite + overflowed);  // 2 N + 1 at most
+  *out.header = make_header(args.shape, control->nonfinite + overflowed, scale);  // 2 N + 1
   if (!complete) out.header->tag = 0;
   update_guess(control, args.shape.k);
   control->found = 0;
@@ -233,8 +289,10 @@ cudaError_t select_launch(const SelectArgs& args, cudaStream_t stream) {
   const int64_t blocks = group_count(args.shape.numel);
   cudaError_t status = launch(refine_kernel, blocks, kThreads, stream, args);
   if (status == cudaSuccess) status = launch(count_kernel, blocks, kThreads, stream, args);
-  if (status == cudaSuccess) status = launch(emit_kernel, blocks, kThreads, stream, args);
-  return status;
+  if (status != cudaSuccess) return status;
+  return with_wire_type(args.shape.wire, [&](auto format) {
+    return launch(emit_kernel<decltype(format)>, blocks, kThreads, stream, args);
+  });
 }
 
 }  // namespace gmc::cuda

@@ -20,10 +20,7 @@
 #define GMC_MERGE_THREADS 512
 #endif
 #ifndef GMC_MERGE_WINDOW
-#define GMC_MERGE_WINDOW 8192
-#endif
-#ifndef GMC_MERGE_RANKS
-#define GMC_MERGE_RANKS 64
+#define GMC_MERGE_WINDOW 6144
 #endif
 #ifndef GMC_INLINE_SEGMENTS
 #define GMC_INLINE_SEGMENTS 220
@@ -55,8 +52,8 @@ static_assert(kScanTiles <= kThreads, "one thread places one tile");
 constexpr int kRepairBlocks = GMC_REPAIR_BLOCKS;
 
 constexpr int kMergeThreads = GMC_MERGE_THREADS;
-constexpr int kMergeWindow = GMC_MERGE_WINDOW;  // merged entries summed at a time
-constexpr int kMergeRanks = GMC_MERGE_RANKS;    // ranks whose tile is looked up at a time
+constexpr int kMergeWarps = kMergeThreads / 32;  // and ranks whose tile is opened at a time
+constexpr int kMergeWindow = GMC_MERGE_WINDOW;   // merged entries summed at a time
 
 // Segments that travel as kernel parameters, whose limit is 4 KiB on older drivers.
 constexpr int kInlineSegments = GMC_INLINE_SEGMENTS;

@@ -16,6 +16,8 @@ constexpr int kBins = 1 << kBinBits;
 // Without a usable guess, 2**18 keys to a bin: 32 bins to an octave.
 constexpr int kCoarseShift = 18;
 constexpr int kCoarseBins = 1 << (31 - kCoarseShift);
+// The scale of 8- and 4-bit values comes from the exponents of what is selected.
+constexpr int kFields = 256;
 
 enum Source : uint32_t { kFromPass = 0, kFromRepair = 1, kFromMemory = 2 };
 
@@ -45,6 +47,7 @@ struct Workspace {
   uint32_t* repair_bins;       // [kBins] candidates of the repair
   uint32_t* low_bins;          // [kBins] entries in the bin that holds the k-th
   uint32_t* coarse_bins;       // [kCoarseBins] all of memory
+  uint32_t* field_bins;        // [kFields] entries above the threshold; cleared before each use
   unsigned long long* groups;  // [kMaxGroups] entries above the threshold << 32 | equal to it
   uint32_t* selected;          // [work tiles] the same of one tile, << 16
   uint2* tiles;                // [work tiles] where its candidates begin, and how many there are
@@ -64,7 +67,7 @@ inline int64_t candidate_capacity(int64_t numel, int64_t k) {
 
 inline int64_t workspace_nbytes(int64_t numel, int64_t k) {
   const int64_t tiles = work_tile_count(numel);
-  return kZeroBytes + 8 * kMaxGroups + pad16(4 * tiles) + 8 * tiles +
+  return kZeroBytes + 4 * kFields + 8 * kMaxGroups + pad16(4 * tiles) + 8 * tiles +
          8 * candidate_capacity(numel, k);
 }
 
@@ -82,6 +85,7 @@ inline Workspace make_workspace(void* data, int64_t numel, int64_t k) {
   w.repair_bins = static_cast<uint32_t*>(take(4 * kBins));
   w.low_bins = static_cast<uint32_t*>(take(4 * kBins));
   w.coarse_bins = static_cast<uint32_t*>(take(4 * kCoarseBins));
+  w.field_bins = static_cast<uint32_t*>(take(4 * kFields));
   w.groups = static_cast<unsigned long long*>(take(8 * kMaxGroups));
   w.selected = static_cast<uint32_t*>(take(pad16(4 * tiles)));
   w.tiles = static_cast<uint2*>(take(8 * tiles));

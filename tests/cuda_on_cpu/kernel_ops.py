@@ -11,9 +11,10 @@ from cases import assert_same_bytes
 from compilation import CUDA_SOURCES, HERE, build
 from program import At, Program
 
-from gmc_cuda import ops
+from gmc_cuda import ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # their position is their code
+WIRES = reference.WIRE_DTYPES
 # Small, so that a few thousand elements take several blocks, groups and rounds of every loop.
 SMALL = {
     "GMC_THREADS": 64,
@@ -22,7 +23,6 @@ SMALL = {
     "GMC_SCAN_TILES": 2,
     "GMC_MERGE_THREADS": 64,
     "GMC_MERGE_WINDOW": 96,
-    "GMC_MERGE_RANKS": 2,
     "GMC_INLINE_SEGMENTS": 3,
     "GMC_LARGEST_COUNT": 10_000,
 }
@@ -121,7 +121,7 @@ class Kernels:
             grads,
             rule,
             k=k,
-            wire=DTYPES.index(wire_dtype),
+            wire=WIRES.index(wire_dtype),
             state=to_numpy(state),
         )
         state.copy_(torch.from_numpy(out["state"]))
@@ -178,7 +178,7 @@ class Kernels:
         arrays = {name: to_numpy(payload), "numel": numel, "k": k}
         if skip is not None:
             arrays["skip"] = to_numpy(skip)
-        return arrays | {"wire": DTYPES.index(wire_dtype)}
+        return arrays | {"wire": WIRES.index(wire_dtype)}
 
     def verdict(self, payloads):
         arrays = {f"payloads{i}": to_numpy(p) for i, p in enumerate(payloads)}

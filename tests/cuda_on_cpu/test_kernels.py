@@ -1,15 +1,26 @@
 """Every kernel of csrc/cuda, executed on the CPU, gives the same bytes as the CPU op."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from cases import assert_same_bytes, sample_call
 from compilation import FLAVOURS
-from kernel_ops import LARGEST_COUNT, WORK_TILE, Kernels, assert_same_aggregate, program
+from kernel_ops import (
+    DTYPES,
+    LARGEST_COUNT,
+    WIRES,
+    WORK_TILE,
+    Kernels,
+    assert_same_aggregate,
+    program,
+)
 
 from gmc_cuda import ops, reference
 
-WIRES = (torch.bfloat16, torch.float16, torch.float32)
+FLOAT8, FLOAT4 = reference.FLOAT8, reference.FLOAT4
+TILE, BLOCK = reference.TILE, reference.BLOCK
 
 
 def gaussian(n, rng):
@@ -34,6 +45,7 @@ def one_spike(n, rng):
 VALUES = {
     "gaussian": gaussian,
     "laplace": lambda n, rng: torch.from_numpy(rng.laplace(size=n).astype(np.float32)),
+    "lognormal": lambda n, rng: gaussian(n, rng) * (3 * gaussian(n, rng)).exp(),
     "all equal": lambda n, rng: torch.full((n,), -0.75),
     "all zero": lambda n, rng: torch.zeros(n),
     "minus zero": lambda n, rng: torch.full((n,), -0.0),
@@ -186,7 +198,7 @@ def test_apply_dense(running, ranks, skip):
         strict=False,
     ):
         numel = sum(sizes)
-        params = split(gaussian(numel, rng), sizes, WIRES)
+        params = split(gaussian(numel, rng), sizes, DTYPES)
         params[0][:3] = torch.tensor([-0.0, float("inf"), 1e-7])[: sizes[0]]
         total = torch.cat([gaussian(numel, rng) * 1000, torch.zeros(ranks)])
         total[0] = -0.0
@@ -202,17 +214,14 @@ def test_apply_dense(running, ranks, skip):
 
 
 def payloads_of(ranks, numel, k, wire, seed, spread=1.0):
-    """Gathered payloads whose supports partly agree."""
+    """Gathered payloads whose supports partly agree and whose scales differ."""
     rng = np.random.default_rng(seed)
     shared = gaussian(numel, rng)
-    return torch.stack(
-        [
-            ops.compress_(
-                torch.zeros(numel), [shared + spread * gaussian(numel, rng)], k, wire_dtype=wire
-            )
-            for _ in range(ranks)
-        ]
-    )
+    payloads = []
+    for rank in range(ranks):
+        gradient = (shared + spread * gaussian(numel, rng)) * 4.0 ** (rank % 5)
+        payloads.append(ops.compress_(torch.zeros(numel), [gradient], k, wire_dtype=wire))
+    return torch.stack(payloads)
 
 
 @pytest.mark.parametrize("skip", [None, 0, 1, 3])
@@ -245,18 +254,18 @@ def test_skip(running, skip):
 )
 def test_merge_and_apply(running, ranks, numel, k):
     for seed in seeds(running, 2):
-        wire = WIRES[(ranks + seed) % 3]
-        payloads = payloads_of(ranks, numel, k, wire, seed)
         kernels = Kernels(running, seed, offset=seed % 3)
-        aggregate = kernels.merge(payloads, numel, k, wire)
-        expected = ops.merge(payloads, numel, k, wire)
-        assert_same_aggregate(aggregate, expected, numel)
+        for wire in WIRES:
+            payloads = payloads_of(ranks, numel, k, wire, seed)
+            aggregate = kernels.merge(payloads, numel, k, wire)
+            expected = ops.merge(payloads, numel, k, wire)
+            assert_same_aggregate(aggregate, expected, numel)
         assert_same_bytes(
             kernels.densify(aggregate, numel), ops.densify(expected, numel), "densified"
         )
         first = numel // 3
         sizes = [first, numel - first]
-        params = split(gaussian(numel, np.random.default_rng(seed)), sizes, WIRES[:2])
+        params = split(gaussian(numel, np.random.default_rng(seed)), sizes, DTYPES[1:])
         if numel > 20:
             params[0][:3] = torch.tensor([float("nan"), float("inf"), -0.0])
         for lr in (0.1, torch.tensor(0.3), 1e30):
@@ -273,7 +282,7 @@ def test_apply_to_many_tensors(running):
     rng = np.random.default_rng(3)
     sizes = [1, 3, 0, 396, 500, 300]
     aggregate = ops.sparsify(gaussian(numel, rng))
-    params = split(gaussian(numel, rng), sizes, WIRES)
+    params = split(gaussian(numel, rng), sizes, DTYPES)
     right = [p.clone() for p in params]
     Kernels(running).apply_(params, aggregate, 0.1)
     ops.apply_(right, aggregate, 0.1)
@@ -291,12 +300,16 @@ def test_sparsify_densify_unpack(running, numel):
     aggregate = ops.sparsify(dense)
     assert_same_bytes(kernels.densify(aggregate, numel), dense, "densified")
     k = max(1, numel // 9)
-    payload = payloads_of(1, numel, k, torch.bfloat16, seed=numel)[0]
+    for wire in WIRES:
+        payload = payloads_of(1, numel, k, wire, seed=numel)[0]
+        assert_same_entries(kernels, payload, numel, k, wire)
+
+
+def assert_same_entries(kernels, payload, numel, k, wire):
     names = ("indices", "values", "nonfinite")
-    for name, mine, theirs in zip(
-        names, kernels.unpack(payload, numel, k), ops.unpack(payload, numel, k), strict=True
-    ):
-        assert_same_bytes(mine, theirs.reshape(-1), name)
+    mine, theirs = kernels.unpack(payload, numel, k, wire), ops.unpack(payload, numel, k, wire)
+    for name, one, other in zip(names, mine, theirs, strict=True):
+        assert_same_bytes(one, other.reshape(-1), name)
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -313,8 +326,58 @@ def test_selection(running, name):
             x = VALUES[name](numel, rng)
             bucket = Bucket(Kernels(running, seed), torch.zeros(numel))
             state = bucket.kernels.select_state(numel, k)
-            for step in range(3):  # without a guess, then with one
-                bucket.compress([x * (1 + 0.05 * step)], k, state, wire_dtype=WIRES[step])
+            for step, wire in enumerate(WIRES):  # without a guess, then with one
+                bucket.compress([x * (1 + 0.05 * step)], k, state, wire_dtype=wire)
+
+
+BORDERS = (0, 1, BLOCK - 1, BLOCK, 2 * BLOCK - 1, TILE - BLOCK, TILE - 1, TILE, TILE + BLOCK)
+
+
+def test_borders_of_blocks_and_tiles(running):
+    """Entries on both sides of every border, none at all, and every element."""
+    numel = TILE + BLOCK + 45
+    wires, many = WIRES, [numel, numel - 1, numel // 3]
+    if running is not program("plain"):
+        # The type whose values are set bit by bit, like the bitmap, is the one to watch closely.
+        wires, many = (FLOAT4,), [numel // 30 if running is program("thread") else numel]
+    rng = np.random.default_rng(3)
+    at_borders = torch.zeros(numel)
+    at_borders[[*BORDERS, numel - 1]] = 1 + gaussian(len(BORDERS) + 1, rng).abs()
+    second_tile = gaussian(numel, rng)
+    second_tile[:TILE] = 0
+    first_block, last_block = gaussian(numel, rng), gaussian(numel, rng)
+    first_block[BLOCK:] = 0
+    last_block[:-45] = 0
+    cases = [
+        (at_borders, [len(BORDERS) + 1]),
+        (second_tile, [77, BLOCK + 45]),
+        (first_block, [BLOCK - 1, BLOCK]),
+        (last_block, [1, 45]),
+        (gaussian(numel, rng), many),
+    ]
+    for seed, (x, ks) in enumerate(cases):
+        kernels = Kernels(running, seed)
+        for k, wire in itertools.product(ks, wires):
+            bucket = Bucket(kernels, torch.zeros(numel))
+            payload = bucket.compress([x], k, wire_dtype=wire)
+            right = reference.compress_(torch.zeros(numel), [x], k, wire_dtype=wire)
+            assert_same_bytes(payload, right, "payload")
+            assert_same_entries(kernels, payload, numel, k, wire)
+            payloads = torch.stack([payload, payloads_of(1, numel, k, wire, seed)[0], payload])
+            expected = ops.merge(payloads, numel, k, wire)
+            assert_same_aggregate(kernels.merge(payloads, numel, k, wire), expected, numel)
+
+
+@pytest.mark.parametrize("wire", [FLOAT8, FLOAT4])
+def test_saturation(running, wire):
+    """As many entries as may saturate lie above the others, or one more; a little, or far."""
+    numel, k = 4 * WORK_TILE, 640
+    for seed, factor in itertools.product(seeds(running, 3), (16.0, 1e6)):
+        rng = np.random.default_rng(seed)
+        for large in (0, 1, k // 256, k // 256 + 1, k):
+            x = 1 + gaussian(numel, rng).abs()
+            x[torch.from_numpy(rng.permutation(numel)[:large])] *= factor
+            Bucket(Kernels(running, seed), torch.zeros(numel)).compress([x], k, wire_dtype=wire)
 
 
 @pytest.mark.parametrize("rule", ["global", "local", "nesterov"])
@@ -355,7 +418,7 @@ def test_rules_over_several_tensors(running, rule, decay, offset):
                 params=params,
                 maximize=step == 1,
                 grad_scale=torch.tensor(1024.0) if step else 3.0,
-                wire_dtype=WIRES[step],
+                wire_dtype=WIRES[offset + step],
             )
 
 
@@ -426,7 +489,7 @@ def test_verdict(running):
     kernels = Kernels(running)
     assert kernels.verdict([small, large]).item() == 0
     flagged = 0
-    for byte in range(16):
+    for byte in range(20):
         for bits in (0x01, 0x80, 0x12):
             broken = large.clone()
             broken[2] = flipped(broken[2], byte, bits)
@@ -434,7 +497,7 @@ def test_verdict(running):
             flags = kernels.verdict(payloads).item()
             assert flags == ops.verdict(payloads).item()
             flagged += flags != 0
-    assert flagged > 36  # all but a k or numel that makes as many bytes
+    assert flagged > 48  # all but a k or numel that makes as many bytes
     overflowed = small.clone()
     overflowed[1, 4] = 7
     assert kernels.verdict([overflowed] + [small] * 140).item() == 1
@@ -464,7 +527,7 @@ def test_damaged_aggregates(running):
     assert not bool(kernels.densify(flagged, numel).any())
 
 
-@pytest.mark.parametrize("dtype", WIRES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_fingerprint(running, dtype):
     params = [torch.randn(n).to(dtype) for n in (1, 33, 5000)]
     expected = reference.fingerprint(params)
@@ -486,10 +549,11 @@ def test_aggregate_flags(running):
     assert kernels.aggregate_flags(many).tolist() == ops.aggregate_flags(many).tolist()
 
 
-def test_damaged_payloads(running):
-    """Each byte of header, starts, indices and values changed in turn: the kernels call damaged
-    what the CPU op calls damaged, and agree with it on everything else."""
-    ranks, numel, k, wire = 3, 65536 + 900, 12, torch.float16
+@pytest.mark.parametrize("wire", [torch.bfloat16, FLOAT8, FLOAT4])
+def test_damaged_payloads(running, wire):
+    """Each byte of a payload changed in turn: the kernels call damaged what the CPU op calls
+    damaged, and agree with it on everything else."""
+    ranks, numel, k = 3, TILE + 900, 31
     payloads = payloads_of(ranks, numel, k, wire, seed=6)
     kernels = Kernels(running, seed=4)
     memory = torch.zeros(numel)
@@ -500,7 +564,7 @@ def test_damaged_payloads(running):
             broken = payloads.clone()
             broken[1] = flipped(broken[1], byte, bit)
             aggregate = kernels.merge(broken, numel, k, wire)
-            damaged = bool(kernels.aggregate_flags([aggregate]).item() & 2)
+            damaged = is_damaged(kernels, aggregate)
             assert damaged == damaged_on_cpu(lambda b=broken: ops.merge(b, numel, k, wire)), byte
             found += damaged
             if damaged:
@@ -517,21 +581,63 @@ def test_damaged_payloads(running):
             kernels.restore_(memory, broken[1], k, wire)
             kernels.mask_(memory, broken[1], k, wire)
             assert bool(memory.isfinite().all())
-    assert found > 16
+    assert found > 70
 
 
-@pytest.mark.parametrize("damage", ["at the end", "twice", "swapped"])
-def test_damaged_indices(running, damage):
-    """An index just past the bucket, one that comes twice, two in the wrong order."""
-    numel, k, wire = 900, 12, torch.float32
-    payloads = payloads_of(2, numel, k, wire, seed=3)
-    indices = payloads[1, 32 : 32 + 2 * k].view(torch.int16)
+def is_damaged(kernels, aggregate):
+    return bool(kernels.aggregate_flags([aggregate]).item() & 2)
+
+
+def spare_bits(numel, k, wire):
+    """Bits that no section owns: padding, and what the last byte of bitmap and values has left."""
+    begin = 0
+    sizes = reference._section_sizes(numel, k, wire)
+    for section, size in enumerate(sizes):
+        used, end = 8 * size, -(-size // 16) * 16
+        if section == 3:
+            used = k + -(-numel // BLOCK)
+        elif section == 4 and wire == FLOAT4:
+            used = 4 * k
+        yield from range(8 * begin + used, 8 * (begin + end))
+        begin += end
+
+
+@pytest.mark.parametrize("wire", [torch.bfloat16, FLOAT8, FLOAT4])
+def test_bits_that_no_section_owns(running, wire):
+    """Whichever of them is set, in whichever rank's payload."""
+    numel, k = TILE + 900, 31
+    payloads = payloads_of(3, numel, k, wire, seed=6)
+    kernels = Kernels(running, seed=4)
+    every = 1 if running is program("plain") else 7
+    for bit in list(spare_bits(numel, k, wire))[::every]:
+        broken = payloads.clone()
+        broken[bit % 3] = flipped(broken[bit % 3], bit // 8, 1 << bit % 8)
+        assert is_damaged(kernels, kernels.merge(broken, numel, k, wire)), bit
+        for rank, payload in enumerate(broken):
+            indices = kernels.unpack(payload, numel, k, wire)[0]
+            assert bool((indices == -1).all()) == (rank == bit % 3), bit
+
+
+@pytest.mark.parametrize("wire", [torch.float32, FLOAT4])
+@pytest.mark.parametrize("damage", ["at the end", "twice", "swapped", "moved"])
+def test_damaged_indices(running, damage, wire):
+    """An index just past the bucket, one that comes twice, two in the wrong order, an entry in a
+    block that does not exist."""
+    numel, k = 900, 12
+    x = torch.zeros(numel)
+    x[[3, 4, *range(300, 309), numel - 1]] = 1.0
+    payload = ops.compress_(torch.zeros(numel), [x], k, wire_dtype=wire)
+    payloads = torch.stack([payload, payload])
+    low, bitmap = payloads[1, 48 : 48 + k], payloads[1, 64:66]
     if damage == "at the end":
-        indices[-1] = numel
+        low[-1] += 1
     elif damage == "twice":
-        indices[4] = indices[5]
-    else:
-        indices[4:6] = indices[4:6].flip(0)
+        low[4] = low[5]
+    elif damage == "swapped":
+        low[4:6] = low[4:6].flip(0)
+    else:  # 11 0 111111111 0 0 1 0 becomes one that ends with a 1
+        assert bitmap.tolist() == [0b11111011, 0b01001111]
+        bitmap[1] = 0b10001111
     kernels = Kernels(running, seed=2)
     assert damaged_on_cpu(lambda: ops.merge(payloads, numel, k, wire))
     aggregate = kernels.merge(payloads, numel, k, wire)
@@ -542,6 +648,27 @@ def test_damaged_indices(running, damage):
     kernels.mask_(memory, payloads[1], k, wire)
     assert bool((memory == 1).all())
     assert bool((kernels.unpack(payloads[1], numel, k, wire)[0] == -1).all())
+
+
+@pytest.mark.parametrize("wire", [wire for wire in WIRES if wire != FLOAT4])
+def test_values_that_are_not_finite(running, wire):
+    """Codes of NaN, and of infinity where the type has one, as any of a tile's values."""
+    numel, k = 900, 5
+    payload = ops.compress_(torch.zeros(numel), [torch.randn(numel)], k, wire_dtype=wire)
+    begin = sum(-(-size // 16) * 16 for size in reference._section_sizes(numel, k, wire)[:4])
+    kernels = Kernels(running, seed=2)
+    nan, infinity = float("nan"), float("inf")
+    wrong = (nan, -nan) if wire == FLOAT8 else (nan, infinity, -infinity)
+    for value, place in itertools.product(wrong, range(k)):
+        payloads = torch.stack([payload, payload])
+        codes = payloads[1, begin : begin + k * wire.itemsize].view(wire)
+        codes[place] = value
+        assert damaged_on_cpu(lambda p=payloads: ops.merge(p, numel, k, wire))
+        assert is_damaged(kernels, kernels.merge(payloads, numel, k, wire))
+        assert bool((kernels.unpack(payloads[1], numel, k, wire)[0] == -1).all())
+        memory = torch.ones(numel)
+        kernels.restore_(memory, payloads[1], k, wire)
+        assert bool((memory == 1).all())
 
 
 def test_more_candidates_than_room(running):
@@ -598,7 +725,7 @@ def full_size():
 @pytest.mark.parametrize("values", ["gaussian", "all equal", "heavy ties"])
 def test_sizes_that_users_get(full_size, values):
     """Blocks, tiles and groups as on a GPU, with and without a guess, and a dense merge."""
-    numel, k, wire = 140_001, 9000, torch.float16
+    numel, k = 140_001, 9000
     rng = np.random.default_rng(11)
     kernels = Kernels(full_size, seed=6)
     bucket = Bucket(kernels, gaussian(numel, rng))
@@ -606,8 +733,9 @@ def test_sizes_that_users_get(full_size, values):
     aggregate = ops.sparsify(torch.where(gaussian(numel, rng) > 1.4, 1.5, 0.0))
     sizes = [70_000, 1, 70_000]
     for step in range(3):
+        wire = WIRES[step + 2]
         x = VALUES[values](numel, rng) * (1 if step < 2 else 2)
-        grads = split(x, sizes, WIRES)
+        grads = split(x, sizes, DTYPES)
         payload = bucket.compress(
             grads, k, state, momentum=0.9, aggregate=aggregate, wire_dtype=wire
         )
