@@ -47,7 +47,14 @@ class LocalUpdates(torch.optim.Optimizer):
             worker).
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {"lr": 1.0, "momentum": 0.0, "density": 0.02}
+    # What waits in memory acts late, like momentum, which therefore added nothing in trials; larger
+    # steps and forgetting the oldest did (README, Results).
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "lr": 2.0,
+        "momentum": 0.0,
+        "density": 0.02,
+        "memory_decay": 0.95,
+    }
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """What the README says is so: its Python snippets run as they are, on four workers."""
 
+import contextlib
 import datetime
 import functools
 import inspect
@@ -50,6 +51,7 @@ def run(group, code, folder):
     torch.manual_seed(1 + rank)
     names = {
         "torch": torch,
+        "contextlib": contextlib,
         "datetime": datetime,
         "functools": functools,
         "gmc_cuda": gmc_cuda,
