@@ -36,7 +36,7 @@ GMC_HD Like<T, Byte>* at(Byte* bytes, int64_t offset) {
 // ---------------------------------------------------------------------------------------------
 // Payload: what one rank sends for one bucket. Little endian, every section padded with zeros to
 // 16 bytes:
-//   Header | starts uint32 [tiles] | low bytes of the indices [k] | bitmap | codes of the values [k]
+//   Header | starts uint32 [tiles] | low bytes of indices [k] | bitmap | codes of values [k]
 // starts[t] is the number of entries in the tiles before t. The bitmap has, for each block of 256
 // elements, a 1 for every entry and then a 0, from the lowest bit of a byte up (Elias-Fano with 8
 // low bits). So entry i of block b is bit i + b, and the bits of tile t begin at starts[t] + 256 t.

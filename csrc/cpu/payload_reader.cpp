@@ -94,9 +94,8 @@ PayloadReader::PayloadReader(const Payload& payloads, int64_t rank)
       fail("its header has another format or wire dtype");
   }
   bool clear = layout_.clear_behind(payload_, shape_);
-  layout_.for_each_gap([&](int64_t begin, int64_t end) {
-    clear &= all_zero(payload_ + begin, payload_ + end);
-  });
+  layout_.for_each_gap(
+      [&](int64_t begin, int64_t end) { clear &= all_zero(payload_ + begin, payload_ + end); });
   if (!clear) fail("there are bits behind the end of a section");
   with_wire_type(shape_.wire, [&](auto format) {
     using Format = decltype(format);
