@@ -23,7 +23,7 @@ from compare_methods import arguments, digits, text
 from compare_methods.provenance import provenance
 
 TASKS = {"text": text, "digits": digits}
-SIZES = {"text": {"steps": 600, "batch": 4}, "digits": {"steps": 200, "batch": 16}}
+SIZES = {"text": {"steps": 600, "batch": 4}, "digits": {"steps": 100, "batch": 16}}
 # Momentum and learning rate. What waits in memory acts like momentum: sparse methods want less.
 DEFAULTS = {
     "text": {"dense": (0.9, 0.32), "gmc": (0.5, 1.28), "dgc": (0.9, 0.64), "memsgd": (0.5, 1.28)},
@@ -135,7 +135,7 @@ def parse() -> argparse.Namespace:
     add("--density", type=arguments.density, help="instead of --bytes-ratio")
     add("--momentum", nargs="+", type=arguments.below_one, help="a grid, for every method")
     add("--lr", nargs="+", type=arguments.positive_float, help="a grid, for every method")
-    add("--steps", type=arguments.positive_int, help="(default: text 600, digits 200)")
+    add("--steps", type=arguments.positive_int, help="(default: text 600, digits 100)")
     add("--batch", type=arguments.positive_int, help="of a worker (default: text 4, digits 16)")
     add("--workers", type=arguments.positive_int, default=4, help="(default 4)")
     add("--seeds", type=arguments.positive_int, default=3, help="0 to N-1 (default 3)")

@@ -34,7 +34,8 @@ class Dense:
         self.nbytes = 4 * self.k
 
     def take(self, rank: int) -> None:
-        torch._foreach_add_(self.sums, [param.grad for param in self.params])
+        for total, param in zip(self.sums, self.params):
+            total += param.grad
 
     def finish(self, lr: float) -> None:
         for param, total in zip(self.params, self.sums):
@@ -111,7 +112,7 @@ def train(
             if options.clip:
                 nn.utils.clip_grad_norm_(params, options.clip)
             way.take(rank)
-        if not math.isfinite(loss):
+        if not math.isfinite(loss.item()):
             break
         way.finish(lr * schedule(step, options.steps, options.warmup))
     loss, accuracy = evaluate(model, tasks)
