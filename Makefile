@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint build bench gpu wheel test-wheel clean always
+.PHONY: help demo test lint build bench convergence gpu wheel test-wheel clean always
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
@@ -35,6 +35,9 @@ results := $(or $(RESULTS),benchmarks/results)
 bench: $(VENV)/demo.installed build  ## time the ops and the whole step on this machine's GPU or CPU
 	@$(python) benchmarks/kernels.py --quick --output '$(results)' $(ARGS)
 	@$(python) benchmarks/step.py --quick --output '$(results)' $(ARGS)
+
+convergence: $(VENV)/demo.installed build  ## train at equal bytes: dense, GMC with 16-, 8- and 4-bit values
+	@$(python) benchmarks/convergence.py --output '$(results)' $(ARGS)
 
 gpu:  ## on a machine with a GPU: build, tests, sanitizers, benchmarks, NCCL; RESULTS=folder
 	@'$(PYTHON)' benchmarks/gpu.py --python '$(abspath $(python))' --results '$(results)' --build \

@@ -102,6 +102,40 @@ def test_step(tmp_path, method):
     assert (fp32["reference"]["bytes"], bf16["reference"]["bytes"]) == (600_020, 300_010)
 
 
+def test_convergence(tmp_path):
+    """At density 1 and in float32 GMC is dense momentum SGD; at 100 times fewer bytes it is not."""
+    common = ["--task", "digits", "--workers", "2", "--steps", "8"]
+    done = run("convergence.py", *common, "--seeds", "1", "--methods", "dense", "gmc:float32",
+               "memsgd:float32", "dgc:float32", "--density", "1", "--momentum", "0", "0.8",
+               "--lr", "0.1", "0.2", "--output", str(tmp_path / "dense"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("EDGE: ") == 4
+    runs = read_result(tmp_path / "dense", "convergence-digits")["results"]
+    loss = {(r["method"].split(":")[0], r["momentum"], r["lr"]): r["loss"] for r in runs}
+    assert len(loss) == len(runs) == 16
+    for lr in (0.1, 0.2):
+        assert loss["dense", 0.8, lr] != pytest.approx(loss["dense", 0, lr], rel=1e-2)
+        for rule, momentum in itertools.product(("gmc", "memsgd"), (0, 0.8)):
+            dense = loss["dense", momentum, lr]
+            assert loss[rule, momentum, lr] == pytest.approx(dense, rel=1e-3)
+        # Masking takes all momentum away where everything is sent.
+        assert loss["dgc", 0.8, lr] == pytest.approx(loss["dense", 0, lr], rel=1e-3)
+
+    done = run("convergence.py", *common, "--methods", "gmc:bfloat16", "gmc:float4", "dgc:float8",
+               "--seeds", "2", "--output", str(tmp_path / "sparse"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    content = read_result(tmp_path / "sparse", "convergence-digits")
+    assert content["planned_runs"] == len(content["results"]) == 6
+    for r in content["results"]:
+        assert 100 <= r["bytes_ratio"] < 101 and r["density"] < 0.03
+        assert r["loss"] < 2.4 and 0 < r["accuracy"] <= 1
+    bfloat16, float4, _ = content["results"][:3]
+    assert float4["k"] > 1.7 * bfloat16["k"]
+    assert float4["bytes"] == ops.payload_nbytes(
+        float4["parameters"], float4["k"], torch.float4_e2m1fn_x2
+    )
+
+
 def test_limit_leaves_out_what_it_must(tmp_path):
     printed = benchmark("step.py", tmp_path, "--numel", "1000", "--limit", "0.000001",
                         "--data", "gaussian")  # fmt: skip

@@ -14,6 +14,7 @@ report      a line for each case, the table, the JSON file
 roofline    the picture
 session     one run, from the command line to the files
 sanitizers  compute-sanitizer's four tools over the GPU tests, for benchmarks/gpu.py
+logical_workers  training with p workers in one process, for benchmarks/convergence.py
 """
 
 import sys
