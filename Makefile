@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint build bench convergence gpu wheel test-wheel clean always
+.PHONY: help demo test test-frameworks lint build bench convergence gpu wheel test-wheel clean always
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
@@ -19,6 +19,9 @@ demo: $(VENV)/demo.installed build  ## train four workers on real text: GMC besi
 
 test: $(VENV)/demo.installed $(VENV)/test.installed build  ## run the tests
 	@$(python) -m pytest $(ARGS)
+
+test-frameworks: $(VENV)/frameworks.installed $(VENV)/test.installed build  ## run the examples in Trainer, Accelerate and Lightning, and their wrong uses
+	@$(python) -m pytest tests/test_integrations.py $(ARGS)
 
 lint: $(VENV)/build.installed $(VENV)/lint.installed  ## check style and types: ruff, clang-format, mypy
 	@$(python) -m ruff check .
