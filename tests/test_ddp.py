@@ -116,13 +116,13 @@ def test_gradients_are_the_workers_own(pool, variant, switch_on):
     pool.run(2, gradients_stay_local, VARIANTS[variant], switch_on)
 
 
-def hook_beside_optimizer(group, options, accumulate, density):
+def hook_beside_optimizer(group, options, accumulate, budget):
     """One bucket: the hook with SGD outside is the optimizer, bit for bit."""
     rank = dist.get_rank(group)
     plain, wrapped = Net(), Net()
-    optimizer = gmc_cuda.GMC(plain.parameters(), LR, density=density, process_group=group)
+    optimizer = gmc_cuda.GMC(plain.parameters(), LR, process_group=group, **budget)
     state = gmc_cuda.GMCHookState(
-        group, momentum=0.9, density=density, named_parameters=wrapped.named_parameters()
+        group, momentum=0.9, named_parameters=wrapped.named_parameters(), **budget
     )
     model = DDP(wrapped, process_group=group, **options)
     model.register_comm_hook(state, gmc_cuda.gmc_hook)
@@ -140,10 +140,17 @@ def hook_beside_optimizer(group, options, accumulate, density):
         assert torch.equal(saved[name]["memory"], held[p]["memory"])
 
 
-@pytest.mark.parametrize("density,accumulate", [(0.05, True), (1.0, False)])
+@pytest.mark.parametrize(
+    "budget,accumulate",
+    [
+        ({"density": 0.05}, True),
+        ({"density": 1.0}, False),
+        ({"bytes_ratio": 10, "wire_dtype": torch.float8_e4m3fn}, False),
+    ],
+)
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "several buckets"])
-def test_hook_with_one_bucket_has_the_bits_of_the_optimizer(pool, variant, accumulate, density):
-    pool.run(2, hook_beside_optimizer, VARIANTS[variant], accumulate, density)
+def test_hook_with_one_bucket_has_the_bits_of_the_optimizer(pool, variant, accumulate, budget):
+    pool.run(2, hook_beside_optimizer, VARIANTS[variant], accumulate, budget)
 
 
 def mass(group, options, use, set_to_none, nan_at):
