@@ -217,8 +217,8 @@ struct WireSmall {
     return bits_float(float_bits(x) | (code & kSign ? ~kKeyMask : 0));
   }
 
-  // |x| is m * 2**(own - 23). Its code keeps the leading mantissa + 1 bits of m, or what lies above a
-  // step, whichever is less.
+  // |x| is m * 2**(own - 23). Its code keeps the leading mantissa + 1 bits of m, or what lies above
+  // one step, whichever is less.
   static GMC_HD uint32_t encode(float x, int scale) {
     const uint32_t key = magnitude_key(x), field = key >> 23;
     const uint32_t m = (key & 0x7fffffu) | (field ? 0x800000u : 0);
