@@ -70,7 +70,7 @@ def test_text_with_every_method(tmp_path):
         if method == "dmsgd":
             assert result["reduction"] == pytest.approx(1, rel=1e-3)
         else:
-            assert 97 < result["reduction"] < 100
+            assert 124 < result["reduction"] < 127  # 3.2 bytes for an entry
     # The same parameters at the start, whatever the method.
     assert len({r["runs"][0]["curve"][0]["loss"] for r in content["results"].values()}) == 1
 
