@@ -203,36 +203,43 @@ template <int bits, int mantissa, int step, int top, uint32_t largest>
 struct WireSmall {
   static constexpr int kBits = bits;
   static constexpr bool kScaled = true;
-  static constexpr int kMantissa = mantissa, kStep = step, kTop = top;
-  static constexpr uint32_t kLargest = largest;
-  static constexpr uint32_t kSign = 1u << (bits - 1);
+  static constexpr int kTop = top;
   static constexpr int kSmallestScale = -126 - step, kLargestScale = 127 - top;
 
   static GMC_HD float decode(uint32_t code, int scale) {
-    const uint32_t magnitude = code & (kSign - 1), field = magnitude >> mantissa;
-    const uint32_t fraction = magnitude & ((1u << mantissa) - 1);
-    const uint32_t steps = field ? (fraction | 1u << mantissa) << (field - 1) : fraction;
-    const auto unit = static_cast<uint32_t>(scale + step + 127) << 23;
-    const float x = static_cast<float>(static_cast<int32_t>(steps)) * bits_float(unit);
+    const uint32_t magnitude = code & kMagnitude;
+    const float few = static_cast<float>(static_cast<int32_t>(magnitude)) * power_of_2(step);
+    const float many = bits_float((magnitude << kDropped) + kOffset);
+    const float x = (magnitude < kFirstNormal ? few : many) * power_of_2(scale);
     return bits_float(float_bits(x) | (code & kSign ? ~kKeyMask : 0));
   }
 
-  // |x| is m * 2**(own - 23). Its code keeps the leading mantissa + 1 bits of m, or what lies above
-  // one step, whichever is less.
   static GMC_HD uint32_t encode(float x, int scale) {
-    const uint32_t key = magnitude_key(x), field = key >> 23;
-    const uint32_t m = (key & 0x7fffffu) | (field ? 0x800000u : 0);
-    const int lowest = scale + step + mantissa;
-    const int own = static_cast<int>(field ? field : 1) - 127;
-    const int exponent = own > lowest ? own : lowest;
-    const int drop = 23 - mantissa + (exponent - own);
-    if (drop > 24) return float_bits(x) & ~kKeyMask ? kSign : 0;
-    const uint32_t rounded = (m + (1u << (drop - 1)) - 1 + (m >> drop & 1u)) >> drop;
-    const uint32_t code = (static_cast<uint32_t>(exponent - lowest) << mantissa) + rounded;
-    return (code < largest ? code : largest) | (float_bits(x) & ~kKeyMask ? kSign : 0);
+    const uint32_t key = magnitude_key(x * power_of_2(-scale));
+    const uint32_t within = key < kLargestKey ? key : kLargestKey;
+    // Below the code's normal values the spacing is one step, which is float32's at 2**(step + 23).
+    const float spaced = power_of_2(step + 23);
+    const uint32_t few = float_bits(bits_float(within) + spaced) - float_bits(spaced);
+    const uint32_t odd = within >> kDropped & 1u;
+    const uint32_t many = (within - kOffset + (1u << (kDropped - 1)) - 1 + odd) >> kDropped;
+    const uint32_t magnitude = within < (kFirstNormal << kDropped) + kOffset ? few : many;
+    return magnitude | (float_bits(x) & ~kKeyMask ? kSign : 0);
   }
 
-  static GMC_HD bool sound(uint32_t code) { return (code & (kSign - 1)) <= largest; }
+  static GMC_HD bool sound(uint32_t code) { return (code & kMagnitude) <= largest; }
+
+ private:
+  static constexpr uint32_t kSign = 1u << (bits - 1), kMagnitude = kSign - 1;
+  static constexpr int kDropped = 23 - mantissa;  // bits of float32's fraction
+  static constexpr uint32_t kFirstNormal = 1u << mantissa;
+  // From a code's bits, shifted to their place in float32, to float32's: 2**(step + mantissa) has
+  // an exponent field of 1 here.
+  static constexpr uint32_t kOffset = static_cast<uint32_t>(step + mantissa - 1 + 127) << 23;
+  static constexpr uint32_t kLargestKey = (largest << kDropped) + kOffset;
+
+  static GMC_HD float power_of_2(int exponent) {
+    return bits_float(static_cast<uint32_t>(exponent + 127) << 23);
+  }
 };
 
 using WireFloat8 = WireSmall<8, 3, -9, 8, 0x7e>;
@@ -273,7 +280,7 @@ GMC_HD uint32_t load_code(const void* codes, int64_t i) {
   } else if constexpr (Format::kBits == 8) {
     return static_cast<const uint8_t*>(codes)[i];
   } else {
-    return static_cast<const uint8_t*>(codes)[i / 2] >> (4 * (i % 2)) & 0xfu;
+    return static_cast<const uint8_t*>(codes)[i >> 1] >> (4 * (i & 1)) & 0xfu;
   }
 }
 

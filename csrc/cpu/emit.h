@@ -15,11 +15,11 @@ class BitWriter {
 
   // They must not reach over a multiple of 64.
   void set(int64_t place, uint64_t bits) {
-    if (place / 64 != word_) {
+    if (place >> 6 != word_) {
       flush();
-      word_ = place / 64;
+      word_ = place >> 6;
     }
-    bits_ |= bits << (place % 64);
+    bits_ |= bits << (place & 63);
   }
 
  private:
