@@ -1,5 +1,6 @@
 """Uses a framework wrongly and prints what that met: wrong_uses.py framework how folder."""
 
+import os
 import re
 import sys
 import warnings
@@ -14,6 +15,11 @@ FRAMEWORK, HOW, FOLDER = sys.argv[1:]
 OVERLAP = HOW in ("clips", "accumulates")
 OPTIONS = {"lr": 0.1, "density": 0.1, "overlap": OVERLAP}
 CLIP, ACCUMULATE = 1.0 if HOW == "clips" else 0.0, 2 if HOW == "accumulates" else 1
+
+
+def say(what):
+    """In one piece: the workers share one output, which another's line may have left half-way."""
+    os.write(1, f"\nmet {what} end\n".encode())
 
 
 class Model(nn.Module):
@@ -64,7 +70,7 @@ def transformers():
     if HOW == "saves the best":  # which is right
         (saved, *_) = sorted(Path(FOLDER).glob("checkpoint-*/optimizer.pt"))
         assert torch.load(saved)["param_groups"][0]["saved_by"]["averaged"]
-        print("met nothing end", flush=True)
+        say("nothing")
 
 
 def accelerate():
@@ -88,6 +94,7 @@ def accelerate():
         optimizer.step()
     if HOW == "saves alone":
         accelerator.save_state(FOLDER)
+        accelerator.wait_for_everyone()
         accelerator.load_state(FOLDER)
 
 
@@ -123,10 +130,10 @@ def main():
                 FRAMEWORK
             ]()
         except (ValueError, RuntimeError) as error:
-            print(f"met {type(error).__name__}: {error} end", flush=True)
+            say(f"{type(error).__name__}: {error}")
     for warning in caught:
         if re.search("the checkpoint of step|this optimizer is rank", str(warning.message)):
-            print(f"met {warning.category.__name__}: {warning.message} end", flush=True)
+            say(f"{warning.category.__name__}: {warning.message}")
 
 
 if __name__ == "__main__":
