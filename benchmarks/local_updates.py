@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.nn.functional import cross_entropy
 
 import gmc_cuda
 from bench import report
@@ -29,7 +28,7 @@ from compare_methods import text
 from compare_methods.arguments import positive_float, positive_int
 from compare_methods.provenance import provenance
 from compare_methods.task import Task
-from compare_methods.training import evaluate
+from compare_methods.training import evaluate, loss_of
 
 DENSE = [
     {"name": "dense Nesterov", "lr": lr, "momentum": momentum, "density": 1.0, "nesterov": True}
@@ -127,7 +126,7 @@ def run(task: Task, rank: int, options: argparse.Namespace, setting: dict) -> di
     for _ in range(steps):
         inputs, targets = task.batch(options.batch, generator)
         optimizer.zero_grad()
-        cross_entropy(model(inputs).flatten(0, -2), targets.flatten()).backward()
+        loss_of(model(inputs), targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         warmup.step()

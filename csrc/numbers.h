@@ -196,8 +196,8 @@ struct WireFloat16 {
   static GMC_HD bool sound(uint32_t code) { return (code & 0x7fffu) < 0x7c00u; }
 };
 
-// A sign, an exponent and kMantissa bits. Every value is a whole number of steps of
-// 2**(scale + kStep); kTop is the exponent of the largest, kLargest its code. The scale is bounded
+// A sign, an exponent and `mantissa` bits. Every value is a whole number of steps of
+// 2**(scale + step); `top` is the exponent of the largest, `largest` its code. The scale is bounded
 // so that steps and values are normal numbers of float32.
 template <int bits, int mantissa, int step, int top, uint32_t largest>
 struct WireSmall {

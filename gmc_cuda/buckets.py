@@ -120,11 +120,13 @@ class Bucket:
         return self.aggregate
 
 
-def traffic(buckets: Sequence[Bucket]) -> dict[str, Any]:
-    """What the last step sent, and repairs so far; see ``GMC.stats``."""
+def figures(buckets: Sequence[Bucket], steps: int, skipped: Tensor | None) -> dict[str, Any]:
+    """What ``GMC.stats`` returns; reads the device."""
     sent = sum(bucket.sent_nbytes for bucket in buckets)
     numel = sum(bucket.numel for bucket in buckets)
     return {
+        "steps": steps,
+        "skipped_steps": 0 if skipped is None else int(skipped),
         "bytes_per_step": sent,
         "dense_bytes_per_step": 4 * numel,
         "bytes_ratio": 4 * numel / sent if sent else 0.0,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gmc_cuda import agreement, ddp, hyperparameters, shards, transfers, wire
 from gmc_cuda import state_dict as states
-from gmc_cuda.buckets import MAX_NUMEL, Bucket, in_storage_order, make_buckets, traffic
+from gmc_cuda.buckets import MAX_NUMEL, Bucket, figures, in_storage_order, make_buckets
 from gmc_cuda.exchange import Exchange, FlatGroup, GroupLost
 from gmc_cuda.integrity import DamageWatch, DuplicateWatch, check_replicas
 from gmc_cuda.rules import Rule
@@ -542,11 +542,7 @@ class CompressedSGD(torch.optim.Optimizer):
             sent (both 0 before the first step); repairs, selections that had to read all of memory
             again.
         """
-        return {
-            "steps": self._steps,
-            "skipped_steps": 0 if self._skipped is None else int(self._skipped),
-            **traffic(self._buckets),
-        }
+        return figures(self._buckets, self._steps, self._skipped)
 
 
 def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gmc_cuda import agreement, hyperparameters, transfers, wire
 from gmc_cuda import state_dict as states
-from gmc_cuda.buckets import MAX_NUMEL, Bucket, make_buckets, traffic
+from gmc_cuda.buckets import MAX_NUMEL, Bucket, figures, make_buckets
 from gmc_cuda.exchange import FlatGroup
 from gmc_cuda.rules import GlobalMomentum
 
@@ -317,11 +317,7 @@ class GMCHookState:
 
     def stats(self) -> dict[str, Any]:
         """As :meth:`gmc_cuda.GMC.stats`."""
-        return {
-            "steps": self._steps,
-            "skipped_steps": 0 if self._skipped is None else int(self._skipped),
-            **traffic(self._buckets()),
-        }
+        return figures(self._buckets(), self._steps, self._skipped)
 
     def _buckets(self) -> list[Bucket]:
         return list(dict.fromkeys(self._bucket_of.values()))

@@ -78,11 +78,15 @@ def test_each_bit_that_no_section_owns(wire):
     assert begin == payload.numel()
 
 
+def bitmap_begin(n, k, wire):
+    return sum(map(reference._pad16, reference._section_sizes(n, k, wire)[:3]))
+
+
 @pytest.mark.parametrize("wire", WIRES)
 def test_bits_of_one_block_moved_to_another(wire):
     """As many ones and zeros as before, but entries of other blocks: in range or rejected."""
     payload = sound_payload(wire)
-    begin = sum(reference._pad16(size) for size in reference._section_sizes(N, K, wire)[:3])
+    begin = bitmap_begin(N, K, wire)
     bitmap = reference._unpacked(payload[begin : begin + 40], 1)
     for i in range(319):
         if bitmap[i] != bitmap[i + 1]:
@@ -99,8 +103,7 @@ def test_an_entry_behind_the_last_block_is_rejected():
         gradient = torch.zeros(n)
         gradient[n - 1] = 1.0
         payload = ops.compress_(torch.zeros(n), [gradient], 1, wire_dtype=WIRE)
-        sections = reference._sections(payload, n, 1, WIRE)
-        begin = sum(reference._pad16(section.numel()) for section in sections[:3])
+        begin = bitmap_begin(n, 1, WIRE)
         last = -(-n // 256)  # bit of the closing zero; the entry's is before it
         for bit in (last - 1, last):
             payload[begin + bit // 8] ^= 1 << bit % 8

@@ -10,10 +10,10 @@ import time
 from argparse import Namespace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compare_methods.task import Task
+from compare_methods.training import loss_of
 from gmc_cuda import ops, wire
 
 DTYPES = {str(dtype).removeprefix("torch.").split("_")[0]: dtype for dtype in wire.DTYPES}
@@ -107,7 +107,7 @@ def train(
         for rank, task in enumerate(tasks):
             inputs, targets = task.batch(options.batch, generators[rank])
             model.zero_grad()
-            loss = F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+            loss = loss_of(model(inputs), targets)
             loss.backward()
             if options.clip:
                 nn.utils.clip_grad_norm_(params, options.clip)
@@ -137,6 +137,6 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 def evaluate(model: nn.Module, tasks: list[Task]) -> tuple[float, float]:
     """(loss in nats, accuracy from 0 to 1) on everything held out."""
     inputs, targets = (torch.cat(parts) for parts in zip(*(task.test for task in tasks)))
-    logits = model(inputs).flatten(0, -2)
-    right = (logits.argmax(-1) == targets.flatten()).float().mean()
-    return F.cross_entropy(logits, targets.flatten()).item(), right.item()
+    logits = model(inputs)
+    right = (logits.argmax(-1) == targets).float().mean()
+    return loss_of(logits, targets).item(), right.item()

@@ -3,6 +3,36 @@
 #include <algorithm>
 
 namespace gmc::cpu {
+namespace {
+
+// Sets bits at ascending places of an array of zeros. Another part may share the words at its ends.
+class BitWriter {
+ public:
+  explicit BitWriter(uint8_t* array) : words_(reinterpret_cast<uint64_t*>(array)) {}
+  BitWriter(const BitWriter&) = delete;
+  ~BitWriter() { flush(); }
+
+  // They must not reach over a multiple of 64.
+  void set(int64_t place, uint64_t bits) {
+    if (place >> 6 != word_) {
+      flush();
+      word_ = place >> 6;
+    }
+    bits_ |= bits << (place & 63);
+  }
+
+ private:
+  void flush() {
+    if (bits_ != 0) __atomic_fetch_or(words_ + word_, bits_, __ATOMIC_RELAXED);
+    bits_ = 0;
+  }
+
+  uint64_t* const words_;
+  int64_t word_ = 0;
+  uint64_t bits_ = 0;
+};
+
+}  // namespace
 
 Emitter::Emitter(const PayloadShape& shape, int scale, uint8_t* payload, const Collector& collector,
                  const Selection& selection, int64_t part, int64_t first_tile)

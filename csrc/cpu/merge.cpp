@@ -67,6 +67,7 @@ void merge(const Payload& payloads, int64_t ranks, bool skip, uint8_t* aggregate
   for (int64_t rank = 0; rank < ranks; ++rank) readers.emplace_back(payloads, rank);
   const float factor = mean_factor(ranks);
   const int64_t parts = part_count(numel);
+  // Not for_each_tile_with: sums behind a pointer cost a tenth of the time.
   for_each_part(parts, [&](int64_t part) {
     TileSum sum;
     TileIndices indices;

@@ -54,13 +54,22 @@ void for_each_part(int64_t parts, const Function& function) {
   if (context.error) std::rethrow_exception(context.error);
 }
 
-template <class Function>
-void for_each_tile(int64_t numel, const Function& function) {
+// Calls function(tile, scratch) for every tile, with one Scratch for all tiles of a part.
+template <class Scratch, class Function>
+void for_each_tile_with(int64_t numel, const Function& function) {
   const int64_t parts = part_count(numel);
   for_each_part(parts, [&](int64_t part) {
+    Scratch scratch;
     const int64_t end = first_tile(part + 1, parts, numel);
-    for (int64_t tile = first_tile(part, parts, numel); tile < end; ++tile) function(tile);
+    for (int64_t tile = first_tile(part, parts, numel); tile < end; ++tile)
+      function(tile, &scratch);
   });
+}
+
+template <class Function>
+void for_each_tile(int64_t numel, const Function& function) {
+  struct None {};
+  for_each_tile_with<None>(numel, [&](int64_t tile, None*) { function(tile); });
 }
 
 }  // namespace gmc::cpu

@@ -11,9 +11,8 @@ namespace {
 template <class Function>
 void for_each_entry(const Payload& payload, const Function& function) {
   const PayloadReader reader(payload, 0);
-  for_each_tile(payload.shape.numel, [&](int64_t tile) {
-    TileIndices indices;
-    const PayloadEntries entries = reader.tile(tile, &indices);
+  for_each_tile_with<TileIndices>(payload.shape.numel, [&](int64_t tile, TileIndices* indices) {
+    const PayloadEntries entries = reader.tile(tile, indices);
     with_wire_type(payload.shape.wire, [&](auto format) {
       for (int64_t i = 0; i < entries.count; ++i)
         function(entries.start + i, tile * kTile + entries.indices[i],

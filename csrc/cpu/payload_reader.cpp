@@ -27,8 +27,8 @@ constexpr std::array<BitmapByte, 256> make_bytes() {
 }
 constexpr std::array<BitmapByte, 256> kBytes = make_bytes();
 
-// Writes the block of each of a tile's entries, and up to 8 places more. False
-// unless they hold as many ones as entries and a zero last, and so as many zeros as blocks.
+// Writes the block of each of a tile's entries, and up to 8 places more. False unless the tile's
+// bits hold as many ones as entries and a zero last, and so as many zeros as blocks.
 bool read_blocks(const uint8_t* bitmap, const TileRange& range, uint8_t* block) {
   constexpr int64_t kStep = 56;  // bits of an unaligned word that are there wherever it begins
   int64_t entry = 0, zeros = 0;

@@ -73,7 +73,7 @@ def train(
     for step in range(1, options.steps + 1):
         inputs, targets = (tensor.to(device) for tensor in task.batch(options.batch, generator))
         optimizer.zero_grad()
-        _loss(model(inputs), targets).backward()
+        loss_of(model(inputs), targets).backward()
         optimizer.step()
         for every, scheduler in schedulers:
             if step % every == 0:
@@ -104,7 +104,7 @@ def evaluate(model: nn.Module, task: Task, world: int) -> tuple[float, float]:
     inputs, targets = task.test
     logits = model(inputs)
     sums = torch.stack([
-        _loss(logits, targets, reduction="sum").double(),
+        loss_of(logits, targets, reduction="sum").double(),
         (logits.argmax(-1) == targets).sum().double(),
         torch.tensor(targets.numel(), dtype=torch.float64, device=logits.device),
     ])  # fmt: skip
@@ -113,7 +113,7 @@ def evaluate(model: nn.Module, task: Task, world: int) -> tuple[float, float]:
     return loss / count, correct / count
 
 
-def _loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+def loss_of(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
 
 

@@ -35,25 +35,20 @@ def settle(optimizer: Any) -> None:
         found.average_memory_()
 
 
-def sends_during_backward(optimizer: Any) -> bool:
-    """Whether its gradients are gone after a backward pass."""
-    found = unwrap(optimizer)
-    return isinstance(found, CompressedSGD) and found.overlap
-
-
 def refuse_with_overlap(optimizer: Any, options: dict[str, tuple[Any, bool]]) -> None:
     """Raises ValueError if a framework would clip or accumulate gradients that are sent already.
 
     Args:
         options: the framework's options by name: their value, and whether it does so.
     """
-    if not sends_during_backward(optimizer):
+    found = unwrap(optimizer)
+    if not (isinstance(found, CompressedSGD) and found.overlap):
         return
     for name, (value, wrong) in options.items():
         if wrong:
             raise ValueError(
                 f"{name}: got {value} with overlap=True, which sends gradients during each "
                 "backward pass, so that they can be neither clipped nor accumulated. Write\n"
-                f"    gmc_cuda.{type(unwrap(optimizer)).__name__}(..., overlap=False)\n"
+                f"    gmc_cuda.{type(found).__name__}(..., overlap=False)\n"
                 f"or leave {name} out"
             )
