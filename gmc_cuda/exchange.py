@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -81,6 +84,8 @@ class _Pending:
 
     def __init__(self, collective: Callable[..., Any], *arguments: Any, group: Any) -> None:
         self._error: RuntimeError | None = None
+        if arguments[0].is_cpu:
+            _let_threads_finish_at_exit()
         try:
             self._work = collective(*arguments, group=group, async_op=True)
         except RuntimeError as error:
@@ -93,6 +98,15 @@ class _Pending:
             self._work.wait()
         except RuntimeError as error:
             raise GroupLost(str(error)) from error
+
+
+@cache
+def _let_threads_finish_at_exit() -> None:
+    """A thread of gloo lets go of a collective's tensors behind the back of wait(), and needs the
+    interpreter for it. If that ends before, the thread aborts the whole process, as late as after
+    the last line of a script; so the end of the interpreter leaves it some time.
+    """
+    atexit.register(time.sleep, 0.1)
 
 
 class FlatGroup:

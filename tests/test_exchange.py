@@ -44,6 +44,35 @@ def test_a_group_that_appears_after_construction(tmp_path):
     assert "WORLD_SIZE is 2, but torch.distributed is not initialised" in done.stderr
 
 
+ENDS_AT_ONCE = """
+import os, sys
+import torch, torch.distributed as dist
+from gmc_cuda.exchange import FlatGroup
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+sys.setswitchinterval(5)
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+exchange = FlatGroup(None)
+for _ in range(20):
+    gathered, work = exchange.all_gather(torch.zeros(100, dtype=torch.uint8))
+    work.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux's sched_setaffinity")
+def test_a_script_may_end_right_after_a_step(tmp_path):
+    """gloo's threads let go of tensors later, and abort when the interpreter has ended by then."""
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-c", ENDS_AT_ONCE]
+    workers = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")],
+                         env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    told = [worker.communicate(timeout=100)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], told
+
+
 def test_a_worker_alone_under_torchrun_is_told(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.warns(UserWarning, match="WORLD_SIZE is 4, but torch.distributed is not init"):
