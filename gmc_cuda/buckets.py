@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from gmc_cuda import ops
 from gmc_cuda.shards import local, local_gradient
 
 MAX_NUMEL = 2**31 - 1
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters and gradients
+# Of parameters and gradients.
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+_grad_of, _dtype_of = attrgetter("grad"), attrgetter("dtype")
 
 
 class Bucket:
@@ -72,15 +76,16 @@ class Bucket:
 
         refuse(param) is called where a gradient is no dense tensor of a known dtype, and raises.
         """
-        grads: list[Tensor | None] = []
-        for param in self.params:  # hundreds at every step: no calls for the common case
-            grad = param.grad
+        # Hundreds at every step: the common case is told without a line of Python for each.
+        grads: list[Tensor | None] = list(map(_grad_of, self.params))
+        given = [grad for grad in grads if grad is not None]
+        if self._plain and DTYPES.issuperset(map(_dtype_of, given)) and _all_contiguous(given):
+            return grads
+        for i, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
             if grad is not None:
                 if grad.layout is not torch.strided or grad.dtype not in DTYPES:
                     refuse(param)
-                if not (self._plain and grad.is_contiguous()):
-                    grad = _flat_grad(param, grad)
-            grads.append(grad)
+                grads[i] = _flat_grad(param, grad)
         return grads
 
     def flat_values(self, values: Mapping[Tensor, Tensor]) -> list[Tensor]:
@@ -178,6 +183,13 @@ def is_dense_layout(tensor: Tensor) -> bool:
 def in_storage_order(tensor: Tensor) -> Tensor:
     """A tensor of dense layout as one-dimensional contiguous, sharing its storage."""
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def _all_contiguous(tensors: Iterable[Tensor]) -> bool:
+    try:
+        return all(map(Tensor.is_contiguous, tensors))
+    except RuntimeError:  # some sparse layouts cannot be asked
+        return False
 
 
 def _flat_grad(param: Tensor, grad: Tensor) -> Tensor:

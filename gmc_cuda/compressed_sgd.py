@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from gmc_cuda.exchange import Exchange, FlatGroup, GroupLost
 from gmc_cuda.integrity import DamageWatch, DuplicateWatch, check_replicas
 from gmc_cuda.rules import Rule
 from gmc_cuda.shards import local
+
+_params_of, _requires_grad = itemgetter("params"), attrgetter("requires_grad")
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,8 @@ class CompressedSGD(torch.optim.Optimizer):
         self._exchange.broadcast([in_storage_order(p) for p in params])
 
     def _current_layout(self) -> list[bool]:
-        return [p.requires_grad for group in self.param_groups for p in group["params"]]
+        params = chain.from_iterable(map(_params_of, self.param_groups))
+        return list(map(_requires_grad, params))
 
     def _build(self, saved: states.Held) -> None:
         """Packs the parameters that require a gradient into buckets that hold what was saved."""

@@ -455,6 +455,6 @@ def _changed(params: list[Tensor]) -> None:
 def _number(value: float | Tensor, name: str) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name}: got {type(value).__name__}, must be a number or a tensor")
     return torch.tensor(float(value), dtype=torch.float64)
