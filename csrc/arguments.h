@@ -20,6 +20,13 @@ struct RuleTensors {
   bool maximize, nesterov;
 };
 
+// How parameters move.
+struct MoveTensors {
+  std::vector<Segment> params;
+  Tensor lr;
+  OptionalTensor skip, skipped_steps;
+};
+
 // One rank's payload, or those of several ranks.
 struct PayloadTensor {
   Tensor bytes;

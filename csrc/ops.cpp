@@ -69,6 +69,22 @@ int64_t total_numel(const std::vector<Segment>& segments) {
 
 bool skipped(const OptionalTensor& skip) { return skip && *data<int32_t>(*skip) != 0; }
 
+// The arguments of the ops that move parameters, checked but for their numel.
+MoveTensors move_tensors(const TensorList& params, const Tensor& lr, const OptionalTensor& skip,
+                         const OptionalTensor& skipped_steps, Device device) {
+  check_number(lr, "lr", device);
+  check_skip(skip, device);
+  if (skipped_steps) check_vector(*skipped_steps, "skipped_steps", device, ScalarType::Long, 1);
+  return {segments(params, "params", device, nullptr), lr, skip, skipped_steps};
+}
+
+// Whether parameters stay as they are, which is counted (CPU).
+bool skipped(const MoveTensors& move) {
+  if (!skipped(move.skip)) return false;
+  if (move.skipped_steps) ++*mutable_data<int64_t>(*move.skipped_steps);
+  return true;
+}
+
 int64_t payload_nbytes(int64_t numel, int64_t k, ScalarType wire_dtype) {
   check_numel(numel, "numel");
   check_k(k, numel);
@@ -224,7 +240,8 @@ Tensor accumulate(const Tensor& memory, const TensorOrNoneList& grads, int64_t r
 }
 
 void apply_dense(const TensorList& params, const Tensor& memory, const Tensor& total,
-                 const Tensor& lr, const OptionalTensor& skip) {
+                 const Tensor& lr, const OptionalTensor& skip,
+                 const OptionalTensor& skipped_steps) {
   const Device device(memory);
   const int64_t numel = memory.numel();
   check_numel(numel, "memory");
@@ -232,25 +249,24 @@ void apply_dense(const TensorList& params, const Tensor& memory, const Tensor& t
   check_tensor(total, "total", device, ScalarType::Float);
   GMC_CHECK_VALUE(total.dim() == 1 && total.numel() > numel, "total: got shape ", sizes_of(total),
                   ", must be [numel + ranks], numel = ", numel, " like memory");
-  std::vector<Segment> param_segments = segments(params, "params", device, nullptr);
-  const int64_t got = total_numel(param_segments);
+  MoveTensors move = move_tensors(params, lr, skip, skipped_steps, device);
+  const int64_t got = total_numel(move.params);
   GMC_CHECK_VALUE(got == numel, "params: got ", got, " elements in all, must be ", numel,
                   " like memory");
-  check_number(lr, "lr", device);
-  check_skip(skip, device);
   const int64_t ranks = total.numel() - numel;
   if (on_gpu(memory, "apply_dense_")) {
-    if constexpr (kWithCuda) cuda::apply_dense(param_segments, memory, total, ranks, lr, skip);
+    if constexpr (kWithCuda) cuda::apply_dense(move, memory, total, ranks);
     return;
   }
+  const bool skips = skipped(move);
   cpu::apply_dense({
-      .params = std::move(param_segments),
+      .params = std::move(move.params),
       .memory = mutable_data<float>(memory),
       .total = mutable_data<float>(total),
       .numel = numel,
       .ranks = ranks,
       .lr = number(lr),
-      .skip = skipped(skip),
+      .skip = skips,
   });
 }
 
@@ -305,20 +321,27 @@ void check_gathered(const Tensor& payloads, Name name, Device device) {
                   ", must be [world size, payload_nbytes]");
 }
 
-Tensor verdict(const TensorList& payloads) {
-  GMC_CHECK_VALUE(!payloads.empty(), "payloads: got an empty list, must hold one tensor a bucket");
-  const Device device(payloads[0]);
+Tensor verdict(const TensorList& payloads, const TensorList& counts) {
+  GMC_CHECK_VALUE(!payloads.empty() || !counts.empty(),
+                  "payloads: got an empty list, must hold one tensor a bucket");
+  const Tensor& any = payloads.empty() ? counts[0] : payloads[0];
+  const Device device(any);
   for (size_t i = 0; i < payloads.size(); ++i)
     check_gathered(payloads[i], Name("payloads", i), device);
-  const bool gpu = on_gpu(payloads[0], "verdict");
+  for (size_t i = 0; i < counts.size(); ++i)
+    check_tensor(counts[i], Name("counts", i), device, ScalarType::Float);
+  const bool gpu = on_gpu(any, "verdict");
   const Tensor verdict = empty({1}, ScalarType::Int, device);
   if (gpu) {
-    if constexpr (kWithCuda) cuda::verdict(payloads, verdict);
+    if constexpr (kWithCuda) cuda::verdict(payloads, counts, verdict);
     return verdict;
   }
   uint32_t flags = 0;
   for (const Tensor& payload : payloads)
     flags |= cpu::verdict(data<uint8_t>(payload), payload.size(0), payload.size(1));
+  for (const Tensor& count : counts)
+    for (int64_t rank = 0; rank < count.numel(); ++rank)
+      flags |= count_flags(data<float>(count)[rank]);
   *mutable_data<int32_t>(verdict) = static_cast<int32_t>(flags);
   return verdict;
 }
@@ -399,19 +422,16 @@ Tensor merge(const Tensor& payloads, int64_t numel, int64_t k, ScalarType wire_d
 }
 
 void apply(const TensorList& params, const Tensor& aggregate, const Tensor& lr,
-           const OptionalTensor& skip) {
+           const OptionalTensor& skip, const OptionalTensor& skipped_steps) {
   const Device device(aggregate);
-  const auto param_segments = segments(params, "params", device, nullptr);
-  const int64_t numel = total_numel(param_segments);
+  const MoveTensors move = move_tensors(params, lr, skip, skipped_steps, device);
+  const int64_t numel = total_numel(move.params);
   check_numel(numel, "params");
   check_aggregate(aggregate, device, numel);
-  check_number(lr, "lr", device);
-  check_skip(skip, device);
   if (on_gpu(aggregate, "apply_")) {
-    if constexpr (kWithCuda) cuda::apply(param_segments, aggregate, numel, lr, skip);
-  } else {
-    if (skipped(skip)) return;
-    cpu::apply(param_segments, data<uint8_t>(aggregate), numel, number(lr));
+    if constexpr (kWithCuda) cuda::apply(move, aggregate, numel);
+  } else if (!skipped(move)) {
+    cpu::apply(move.params, data<uint8_t>(aggregate), numel, number(lr));
   }
 }
 
@@ -489,18 +509,20 @@ STABLE_TORCH_LIBRARY(gmc_cuda, m) {
       "Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor");
   m.def(
       "apply_dense_(Tensor(a!)[] params, Tensor(b!) memory, Tensor(c!) total, Tensor lr, *, "
-      "Tensor? skip=None) -> ()");
+      "Tensor? skip=None, Tensor(d!)? skipped_steps=None) -> ()");
   m.def(
       "unpack(Tensor payload, int numel, int k, ScalarType wire_dtype) -> "
       "(Tensor indices, Tensor values, Tensor nonfinite)");
-  m.def("verdict(Tensor[] payloads) -> Tensor");
+  m.def("verdict(Tensor[] payloads, Tensor[] counts) -> Tensor");
   m.def("payload_nonfinite(Tensor payloads) -> Tensor");
   m.def("aggregate_flags(Tensor[] aggregates) -> Tensor");
   m.def("fingerprint(Tensor[] params) -> Tensor");
   m.def(
       "merge(Tensor payloads, int numel, int k, ScalarType wire_dtype, *, Tensor? skip=None) "
       "-> Tensor");
-  m.def("apply_(Tensor(a!)[] params, Tensor aggregate, Tensor lr, *, Tensor? skip=None) -> ()");
+  m.def(
+      "apply_(Tensor(a!)[] params, Tensor aggregate, Tensor lr, *, Tensor? skip=None, "
+      "Tensor(b!)? skipped_steps=None) -> ()");
   m.def(
       "restore_(Tensor(a!) memory, Tensor payload, int k, ScalarType wire_dtype, *, "
       "Tensor? skip=None) -> ()");

@@ -197,6 +197,9 @@ GMC_HD uint32_t verdict_flags(const PayloadHeader& header, int64_t nbytes) {
          (header.nonfinite != 0 ? kNonfinite : 0);
 }
 
+// The same of the count that stands for a header where a bucket is sent whole.
+GMC_HD uint32_t count_flags(float nonfinite) { return nonfinite != 0.0f ? kNonfinite : 0; }
+
 struct AggregateHeader {
   uint32_t tag;
   uint32_t flags;

@@ -267,9 +267,8 @@ class CompressedSGD(torch.optim.Optimizer):
             except GroupLost as error:
                 raise self._told(error, "the step was applied here") from error
 
-    @torch.no_grad()
     def _begin(self) -> None:
-        """Starts to send what was not started yet; step() waits for it."""
+        """Starts to send what was not started yet; step() waits for it. Under no_grad."""
         self._verdict = None
         self._exchange.check()
         if self._steps == 0:
@@ -376,11 +375,12 @@ class CompressedSGD(torch.optim.Optimizer):
     def _apply(self, skip: Tensor | None) -> None:
         if skip is None:
             return
+        count = self._skipped
         for transfer in self._started:
             bucket = transfer.bucket
-            transfer.finish(bucket.flat_params(), self.param_groups[bucket.group]["lr"], skip)
-        assert self._skipped is not None
-        self._skipped += skip != 0
+            lr = self.param_groups[bucket.group]["lr"]
+            transfer.finish(bucket.flat_params(), lr, skip, count)
+            count = None  # once for all buckets
         aggregates = [t.aggregate for t in self._started if t.payloads is not None]
         if aggregates and aggregates[0].is_cuda:
             self._damage.submit(aggregates)

@@ -218,12 +218,13 @@ class GMCHookState:
                 transfer.merge(skip)
             for _, buffer in self._waiting:
                 buffer.zero_()
-            for transfer in self._started:  # 0 - (-1) a_t is a_t, bit for bit
-                transfer.finish(transfer.bucket.flat_values(self._grads), -1.0, skip)
-            self._write_grads()
             if self._skipped is None:
                 self._skipped = torch.zeros(1, dtype=torch.int64, device=skip.device)
-            self._skipped += skip != 0
+            count: Tensor | None = self._skipped
+            for transfer in self._started:  # 0 - (-1) a_t is a_t, bit for bit
+                transfer.finish(transfer.bucket.flat_values(self._grads), -1.0, skip, count)
+                count = None  # once for all buckets
+            self._write_grads()
         waiting = self._waiting
         self._started, self._waiting, self._grads = [], [], {}
         self._steps += 1

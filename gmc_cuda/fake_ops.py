@@ -37,8 +37,8 @@ def unpack(
     )
 
 
-def verdict(payloads: list[Tensor]) -> Tensor:
-    return payloads[0].new_empty(1, dtype=torch.int32)
+def verdict(payloads: list[Tensor], counts: list[Tensor]) -> Tensor:
+    return (payloads or counts)[0].new_empty(1, dtype=torch.int32)
 
 
 def payload_nonfinite(payloads: Tensor) -> Tensor:

@@ -246,6 +246,7 @@ def apply_dense_(
     lr: float | Tensor,
     *,
     skip: Tensor | None = None,
+    skipped_steps: Tensor | None = None,
 ) -> None:
     """w -= eta * a for a dense bucket, a = total / p, and memory is empty: all of it was sent.
 
@@ -259,9 +260,18 @@ def apply_dense_(
             place.
         lr: eta, a number or a tensor holding one.
         skip: int32 [1]; non-zero leaves params and memory as they are, and a is zero.
+        skipped_steps: int64 [1]; one is added where ``skip`` is not zero.
     """
     params = list(params)
-    _call(_ops.apply_dense_, params, memory, total, _number(lr, "lr"), skip=skip)
+    _call(
+        _ops.apply_dense_,
+        params,
+        memory,
+        total,
+        _number(lr, "lr"),
+        skip=skip,
+        skipped_steps=skipped_steps,
+    )
     _changed(params)
 
 
@@ -281,19 +291,21 @@ def unpack(
     return result
 
 
-def verdict(payloads: Sequence[Tensor]) -> Tensor:
+def verdict(payloads: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Tensor:
     """Whether this step must be skipped: the same answer on every rank, without a collective.
 
     Args:
-        payloads: for each bucket the gathered payloads, uint8 [p, payload_nbytes].
+        payloads: for each sparse bucket the gathered payloads, uint8 [p, payload_nbytes].
+        counts: for each dense bucket every rank's count of non-finite values, float32 [p], the end
+            of what :func:`accumulate_` gave, summed over all ranks.
 
     Returns:
         int32 [1], to be handed on as ``skip``. Zero: go on. Bit 0: some rank met a non-finite
         value. Bit 1: a header is damaged.
     """
-    if not payloads:
+    if not payloads and not counts:
         raise ValueError("payloads: got an empty list, must hold one tensor for each bucket")
-    return _tensor(_ops.verdict, list(payloads))
+    return _tensor(_ops.verdict, list(payloads), list(counts))
 
 
 def payload_nonfinite(payloads: Tensor) -> Tensor:
@@ -338,6 +350,7 @@ def apply_(
     lr: float | Tensor,
     *,
     skip: Tensor | None = None,
+    skipped_steps: Tensor | None = None,
 ) -> None:
     """w -= eta * a in float32, rounded to each parameter's dtype; touches a's entries only.
 
@@ -345,10 +358,11 @@ def apply_(
         params: contiguous float32, bfloat16 or float16 tensors, updated in place.
         aggregate: from :func:`merge` or :func:`sparsify`, for the sum of their numels.
         lr: eta, a number or a tensor holding one.
-        skip: int32 [1]; non-zero does nothing.
+        skip: int32 [1]; non-zero leaves params as they are.
+        skipped_steps: int64 [1]; one is added where ``skip`` is not zero.
     """
     params = list(params)
-    _call(_ops.apply_, params, aggregate, _number(lr, "lr"), skip=skip)
+    _call(_ops.apply_, params, aggregate, _number(lr, "lr"), skip=skip, skipped_steps=skipped_steps)
     _changed(params)
 
 

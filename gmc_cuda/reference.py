@@ -238,10 +238,11 @@ def apply_dense_(
     lr: float | Tensor,
     *,
     skip: Tensor | None = None,
+    skipped_steps: Tensor | None = None,
 ) -> None:
     """a = total / p, w_{t+1} = w_t - eta_t * a, and u = 0. See ``ops.apply_dense_``."""
     mean = total[: memory.numel()]
-    if skip is not None and skip.item():
+    if _skips(skip, skipped_steps):
         mean.zero_()
         return
     mean.mul_(torch.tensor(1 / (total.numel() - memory.numel()), dtype=torch.float32))
@@ -302,13 +303,13 @@ def _sections(payload: Tensor, numel: int, k: int, wire_dtype: torch.dtype) -> l
     return [part[:size].clone() for part, size in zip(parts, sizes, strict=True)]
 
 
-def verdict(payloads: Sequence[Tensor]) -> Tensor:
+def verdict(payloads: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Tensor:
     """int32 [1]: bit 0 when any header counts a non-finite value, bit 1 for a damaged header."""
-    flags = 0
+    flags = NONFINITE * any(bool(count.any()) for count in counts)
     for gathered in payloads:
         flags |= NONFINITE * bool(payload_nonfinite(gathered).any())
         flags |= DAMAGED * any(_described(payload) is None for payload in gathered)
-    return torch.tensor([flags], dtype=torch.int32, device=payloads[0].device)
+    return torch.tensor([flags], dtype=torch.int32, device=[*payloads, *counts][0].device)
 
 
 def payload_nonfinite(payloads: Tensor) -> Tensor:
@@ -357,9 +358,10 @@ def apply_(
     lr: float | Tensor,
     *,
     skip: Tensor | None = None,
+    skipped_steps: Tensor | None = None,
 ) -> None:
     """w_{t+1} = w_t - eta_t * a_t, in float32, rounded to each parameter's dtype."""
-    if skip is not None and skip.item():
+    if _skips(skip, skipped_steps):
         return
     step = torch.as_tensor(lr, dtype=torch.float32, device=aggregate.device) * densify(
         aggregate, sum(p.numel() for p in params)
@@ -368,6 +370,13 @@ def apply_(
         delta = delta.view(param.shape)
         moved = (param.detach().float() - delta).to(param.dtype)
         param.detach().copy_(torch.where(delta != 0, moved, param.detach()))
+
+
+def _skips(skip: Tensor | None, skipped_steps: Tensor | None) -> bool:
+    skips = skip is not None and bool(skip.item())
+    if skips and skipped_steps is not None:
+        skipped_steps += 1
+    return skips
 
 
 def restore_(

@@ -22,6 +22,7 @@ class Transfer(Protocol):
         bucket: what it is about.
         nbytes: bytes that this worker put into the collective.
         payloads: every rank's payload, uint8 [p, n], for the verdict; None where v itself is sent.
+        counts: every rank's count of non-finite values, float32 [p], where v itself is sent.
         aggregate: a_t, once merge() was called; empty for a skipped step.
     """
 
@@ -35,6 +36,9 @@ class Transfer(Protocol):
     def wait(self) -> None:
         """Waits for the collective (on CUDA: makes the current stream wait)."""
 
+    @property
+    def counts(self) -> Tensor | None: ...
+
     def nonfinite(self) -> Tensor:
         """Every rank's count of non-finite values, int64 [p]."""
 
@@ -44,11 +48,18 @@ class Transfer(Protocol):
     def give_back(self) -> None:
         """Instead of finish(): what was taken from memory returns there, and a_t is zero."""
 
-    def finish(self, params: Sequence[Tensor], lr: float | Tensor, skip: Tensor) -> None:
+    def finish(
+        self,
+        params: Sequence[Tensor],
+        lr: float | Tensor,
+        skip: Tensor,
+        skipped_steps: Tensor | None,
+    ) -> None:
         """Does params -= lr * a_t and settles memory and momentum, or, if skipped, gives back.
 
         Args:
             params: what the update goes to: contiguous tensors in the bucket's order.
+            skipped_steps: int64 [1], counted up in a skipped step; for one of its buckets.
         """
 
 
@@ -116,6 +127,8 @@ class SparseTransfer:
         self._work.wait()
         _use_on_this_stream(self.payload, self.payloads)
 
+    counts = None
+
     def nonfinite(self) -> Tensor:
         return ops.payload_nonfinite(self.payloads)
 
@@ -131,10 +144,17 @@ class SparseTransfer:
     def _restore(self, skip: Tensor | None) -> None:
         ops.restore_(self.bucket.memory, self.payload, self.k, self.wire_dtype, skip=skip)
 
-    def finish(self, params: Sequence[Tensor], lr: float | Tensor, skip: Tensor) -> None:
+    def finish(
+        self,
+        params: Sequence[Tensor],
+        lr: float | Tensor,
+        skip: Tensor,
+        skipped_steps: Tensor | None,
+    ) -> None:
         bucket = self.bucket
         _look_ahead(params, bucket.sparse_aggregate, self._ahead, lr, skip)
-        ops.apply_(params, self.aggregate, _ahead_lr(self._ahead, lr), skip=skip)
+        lr = _ahead_lr(self._ahead, lr)
+        ops.apply_(params, self.aggregate, lr, skip=skip, skipped_steps=skipped_steps)
         self._restore(skip)
         if bucket.momentum_buffer is None:
             bucket.keep_aggregate(self.aggregate)
@@ -197,8 +217,12 @@ class DenseTransfer:
         self._work.wait()
         _use_on_this_stream(self._total)
 
+    @property
+    def counts(self) -> Tensor:
+        return self._sent[self.bucket.numel :]
+
     def nonfinite(self) -> Tensor:
-        return self._sent[self.bucket.numel :].to(torch.int64)
+        return self.counts.to(torch.int64)
 
     def merge(self, skip: Tensor) -> None:
         self.aggregate = self._total[: self.bucket.numel]
@@ -206,12 +230,25 @@ class DenseTransfer:
     def give_back(self) -> None:
         self.bucket.aggregate = None  # memory holds all of v until finish()
 
-    def finish(self, params: Sequence[Tensor], lr: float | Tensor, skip: Tensor) -> None:
+    def finish(
+        self,
+        params: Sequence[Tensor],
+        lr: float | Tensor,
+        skip: Tensor,
+        skipped_steps: Tensor | None,
+    ) -> None:
         bucket = self.bucket
         alone = [self._present[i] == 0 for i in self._absent]
         self._leave_alone(self.aggregate, alone, None)
         _look_ahead(params, lambda: self._known_before(alone), self._ahead, lr, skip)
-        ops.apply_dense_(params, bucket.memory, self._sent, _ahead_lr(self._ahead, lr), skip=skip)
+        ops.apply_dense_(
+            params,
+            bucket.memory,
+            self._sent,
+            _ahead_lr(self._ahead, lr),
+            skip=skip,
+            skipped_steps=skipped_steps,
+        )
         for name, flat in bucket.vectors().items():
             self._leave_alone(flat, alone, self._had.get(name))
         if bucket.momentum_buffer is None:
@@ -255,7 +292,7 @@ def start(
     arguments = {name: value for name, value in arguments.items() if name != "memory_decay"}
     if decay != 1:
         _decay(bucket, grads, decay)
-    nbytes = ops.payload_nbytes(bucket.numel, k, wire_dtype)
+    nbytes = wire.payload_nbytes(bucket.numel, k, wire_dtype)
     transfer: Transfer
     if wire.dense_is_cheaper(bucket.numel, k, nbytes, exchange.size):
         k = bucket.numel
@@ -270,15 +307,10 @@ def start(
 
 def agree(transfers: list[Transfer]) -> Tensor:
     """The verdict over all buckets, int32 [1], as of ``ops.verdict``."""
-    payloads = [t.payloads for t in transfers if t.payloads is not None]
-    flags = [ops.verdict(payloads)] if payloads else []
-    for transfer in transfers:
-        if transfer.payloads is None:
-            flags.append(transfer.nonfinite().any().to(torch.int32).view(1))
-    skip = flags[0]
-    for flag in flags[1:]:
-        skip = skip | flag
-    return skip
+    return ops.verdict(
+        [t.payloads for t in transfers if t.payloads is not None],
+        [t.counts for t in transfers if t.counts is not None],
+    )
 
 
 def raise_on(transfers: list[Transfer], skip: Tensor, rank: int, nonfinite: str) -> None:

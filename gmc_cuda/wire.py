@@ -33,13 +33,19 @@ def entries_at(density: float, numel: int) -> int:
 
 
 @lru_cache(maxsize=4096)
+def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype) -> int:
+    """``ops.payload_nbytes``, asked for once."""
+    return ops.payload_nbytes(numel, k, wire_dtype)
+
+
+@lru_cache(maxsize=4096)
 def entries_within(bytes_ratio: float, numel: int, wire_dtype: torch.dtype) -> int:
     """The largest K whose payload has at most 1 / bytes_ratio of a float32 gradient's bytes.
 
     A bucket too small for its framing sends what the smallest payload holds. K = N, which goes
     dense in float32, only where that is within the bytes.
     """
-    budget = max(4 * numel / bytes_ratio, ops.payload_nbytes(numel, 1, wire_dtype))
+    budget = max(4 * numel / bytes_ratio, payload_nbytes(numel, 1, wire_dtype))
     if 4 * numel <= budget:
         return numel
     fitting = bisect_right(

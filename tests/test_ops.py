@@ -369,6 +369,19 @@ def test_skip():
         assert not torch.equal(vector, torch.ones(n))
 
 
+@pytest.mark.parametrize("backend", [ops, reference])
+def test_skipped_steps_are_counted(backend):
+    counted, total, memory = torch.zeros(1, dtype=torch.int64), torch.ones(9), torch.ones(8)
+    aggregate = backend.sparsify(torch.ones(8))
+    for skip in (0, 1, 2):
+        w = torch.ones(8)
+        words = {"skip": torch.tensor([skip], dtype=torch.int32), "skipped_steps": counted}
+        backend.apply_([w], aggregate, 0.5, **words)
+        backend.apply_dense_([w], memory, total.clone(), 0.5, **words)
+        assert torch.equal(w, torch.ones(8) if skip else torch.zeros(8))
+        assert counted.item() == 2 * skip
+
+
 def test_verdict():
     healthy = payloads_of(2, 1000, 10, torch.bfloat16)
     assert ops.verdict([healthy]).tolist() == [0]
@@ -382,6 +395,10 @@ def test_verdict():
     assert ops.verdict([gathered, healthy]).item() & 2
     for backend in (ops, reference):
         assert backend.payload_nonfinite(gathered).tolist() == [0, 1]
+        none, one = torch.zeros(3), torch.tensor([0.0, 0.0, 1.0])
+        assert backend.verdict([], [none]).tolist() == [0]
+        assert backend.verdict([], [none, one]).tolist() == [1]
+        assert backend.verdict([gathered[:1]], [one]).tolist() == [1]
     gathered[0, 4:8] = 255
     assert ops.payload_nonfinite(gathered).tolist() == [2**32 - 1, 1]
 
@@ -451,11 +468,11 @@ def test_opcheck(name):
                         {"rank": 0, "ranks": 2, "momentum": beta, "aggregate": torch.randn(n),
                          "params": [dense[:200], dense[:100]]}),
         "apply_dense_": (([torch.zeros(n)], torch.zeros(n), torch.randn(n + 2), lr),
-                         {"skip": skip}),
+                         {"skip": skip, "skipped_steps": torch.zeros(1, dtype=torch.int64)}),
         "payload_nonfinite": ((gathered,), {}),
         "aggregate_flags": (([aggregate, aggregate.clone()],), {}),
         "unpack": ((payload, n, k, wire), {}),
-        "verdict": (([gathered],), {}),
+        "verdict": (([gathered], [torch.zeros(2)]), {}),
         "merge": ((gathered, n, k, wire), {"skip": skip}),
         "apply_": (([torch.zeros(n)], aggregate, lr), {"skip": skip}),
         "restore_": ((torch.zeros(n), payload, k, wire), {"skip": skip}),

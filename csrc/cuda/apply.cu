@@ -10,7 +10,10 @@ constexpr int kBatch = 4;  // entries of a thread whose parameters are on their 
 
 // A block owns one wire tile.
 __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__ ApplyArgs args) {
-  if (args.move.skipped()) return;
+  if (args.move.skipped()) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) args.move.count();
+    return;
+  }
   const int64_t begin = blockIdx.x * kTile;
   const AggregateEntries entries = aggregate_entries(args.aggregate, args.numel, blockIdx.x);
   if (entries.count == 0) return;

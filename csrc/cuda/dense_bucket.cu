@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(kThreads)
   float a[kPerThread], w[kPerThread];
   const MoveArgs& move = args.move;
   if (move.skipped()) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) move.count();
     zero(a);
     store_floats(args.total, tile, a);
     return;

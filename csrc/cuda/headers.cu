@@ -26,7 +26,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int b = 0; b < buckets.count; ++b) {
     const Gathered& bucket = buckets.bucket[b];
     for (int64_t rank = threadIdx.x; rank < bucket.ranks; rank += kThreads)
-      own |= verdict_flags(read_header(bucket.data + rank * bucket.nbytes), bucket.nbytes);
+      own |= bucket.nbytes == 0
+                 ? count_flags(at<float>(bucket.data, 0)[rank])
+                 : verdict_flags(read_header(bucket.data + rank * bucket.nbytes), bucket.nbytes);
   }
   const uint32_t nonfinite = __syncthreads_or(own & kNonfinite) ? kNonfinite : 0;
   const uint32_t damaged = __syncthreads_or(own & kDamaged) ? kDamaged : 0;

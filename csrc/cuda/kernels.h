@@ -14,7 +14,8 @@ struct Gathered {
   int64_t ranks, nbytes;  // of one payload
 };
 
-// flags = the verdict over all headers.
+// flags = the verdict over all headers; of buckets sent whole (nbytes is 0) data is a float for
+// each rank, its count of non-finite values.
 cudaError_t verdict_launch(const Gathered* buckets, int count, uint32_t* flags,
                            cudaStream_t stream);
 // nonfinite[rank] = the count in each header.
@@ -36,11 +37,16 @@ cudaError_t merge_launch(const Payload& payloads, int64_t ranks, const int32_t* 
 // How the parameters move.
 struct MoveArgs {
   Scalar lr;
-  const int32_t* skip;  // nullptr, or a number that is not zero for a step that is skipped
+  const int32_t* skip;     // nullptr, or a number that is not zero for a step that is skipped
+  int64_t* skipped_steps;  // nullptr, or their count
   SegmentList params;
   SegmentPiece own;  // segments that are not stored
 
   GMC_HD bool skipped() const { return skip && *skip != 0; }
+  // For one thread of all to call in a skipped step.
+  GMC_HD void count() const {
+    if (skipped_steps) ++*skipped_steps;
+  }
 };
 
 struct ApplyArgs {

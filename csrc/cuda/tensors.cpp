@@ -114,12 +114,12 @@ void fill_rule(const RuleTensors& rule, Temporaries* temporaries, RuleArgs* args
   args->nesterov = rule.nesterov;
 }
 
-void fill_move(const std::vector<Segment>& params, const Tensor& lr, const OptionalTensor& skip,
-               Temporaries* temporaries, MoveArgs* args) {
-  args->lr = scalar_of(lr, "lr");
-  args->skip = skip_of(skip);
+void fill_move(const MoveTensors& move, Temporaries* temporaries, MoveArgs* args) {
+  args->lr = scalar_of(move.lr, "lr");
+  args->skip = skip_of(move.skip);
+  args->skipped_steps = move.skipped_steps ? mutable_data<int64_t>(*move.skipped_steps) : nullptr;
   int used = 0;
-  args->params = place_table(params, &args->own, &used, temporaries);
+  args->params = place_table(move.params, &args->own, &used, temporaries);
 }
 
 }  // namespace
@@ -170,8 +170,8 @@ void accumulate(const RuleTensors& rule, const OptionalTensor& aggregate, int64_
   check_cuda(accumulate_launch(args, place.stream));
 }
 
-void apply_dense(const std::vector<Segment>& params, const Tensor& memory, const Tensor& total,
-                 int64_t ranks, const Tensor& lr, const OptionalTensor& skip) {
+void apply_dense(const MoveTensors& move, const Tensor& memory, const Tensor& total,
+                 int64_t ranks) {
   const Place place(memory);
   Temporaries temporaries{place, {}};
   ApplyDenseArgs args = {};
@@ -179,7 +179,7 @@ void apply_dense(const std::vector<Segment>& params, const Tensor& memory, const
   args.total = mutable_data<float>(total);
   args.numel = memory.numel();
   args.factor = mean_factor(ranks);
-  fill_move(params, lr, skip, &temporaries, &args.move);
+  fill_move(move, &temporaries, &args.move);
   check_cuda(apply_dense_launch(args, place.stream));
 }
 
@@ -195,10 +195,12 @@ void unpack(const PayloadTensor& payload, const Tensor& indices, const Tensor& v
                            place.stream));
 }
 
-void verdict(const TensorList& payloads, const Tensor& flags) {
+void verdict(const TensorList& payloads, const TensorList& counts, const Tensor& flags) {
   const Place place(flags);
   std::vector<Gathered> buckets;
   for (const Tensor& payload : payloads) buckets.push_back(gathered_of(payload));
+  for (const Tensor& count : counts)
+    buckets.push_back({reinterpret_cast<const uint8_t*>(data<float>(count)), count.numel(), 0});
   check_cuda(verdict_launch(buckets.data(), static_cast<int>(buckets.size()),
                             reinterpret_cast<uint32_t*>(mutable_data<int32_t>(flags)),
                             place.stream));
@@ -232,14 +234,13 @@ void merge(const PayloadTensor& payloads, int64_t ranks, const OptionalTensor& s
                           bytes_of(aggregate, "aggregate"), place.stream));
 }
 
-void apply(const std::vector<Segment>& params, const Tensor& aggregate, int64_t numel,
-           const Tensor& lr, const OptionalTensor& skip) {
+void apply(const MoveTensors& move, const Tensor& aggregate, int64_t numel) {
   const Place place(aggregate);
   Temporaries temporaries{place, {}};
   ApplyArgs args = {};
   args.aggregate = aggregate_of(aggregate);
   args.numel = numel;
-  fill_move(params, lr, skip, &temporaries, &args.move);
+  fill_move(move, &temporaries, &args.move);
   check_cuda(apply_launch(args, place.stream));
 }
 

@@ -15,19 +15,18 @@ void compress(const RuleTensors& rule, const OptionalTensor& aggregate, int64_t 
 int64_t repairs(const Tensor& state);  // waits for the device
 void accumulate(const RuleTensors& rule, const OptionalTensor& aggregate, int64_t rank,
                 int64_t ranks, const Tensor& total);
-void apply_dense(const std::vector<Segment>& params, const Tensor& memory, const Tensor& total,
-                 int64_t ranks, const Tensor& lr, const OptionalTensor& skip);
+void apply_dense(const MoveTensors& move, const Tensor& memory, const Tensor& total,
+                 int64_t ranks);
 
 void unpack(const PayloadTensor& payload, const Tensor& indices, const Tensor& values,
             const Tensor& nonfinite);
-void verdict(const TensorList& payloads, const Tensor& flags);
+void verdict(const TensorList& payloads, const TensorList& counts, const Tensor& flags);
 void payload_nonfinite(const Tensor& payloads, const Tensor& nonfinite);
 void aggregate_flags(const TensorList& aggregates, const Tensor& flags);
 void fingerprint(const std::vector<Segment>& params, const Tensor& prints);
 void merge(const PayloadTensor& payloads, int64_t ranks, const OptionalTensor& skip,
            const Tensor& aggregate);
-void apply(const std::vector<Segment>& params, const Tensor& aggregate, int64_t numel,
-           const Tensor& lr, const OptionalTensor& skip);
+void apply(const MoveTensors& move, const Tensor& aggregate, int64_t numel);
 void restore(const Tensor& memory, const PayloadTensor& payload, const OptionalTensor& skip);
 void mask(const Tensor& momentum_buffer, const PayloadTensor& payload, const OptionalTensor& skip);
 void sparsify(const Tensor& dense, const Tensor& aggregate);

@@ -84,6 +84,7 @@ void fill_rule(Case& in, RuleArgs* args) {
 void fill_move(Case& in, MoveArgs* args) {
   args->lr = number(in, "lr", 0.0f);
   args->skip = skip(in);
+  if (in.has("skipped_steps")) args->skipped_steps = in.array<int64_t>("skipped_steps");
   int used = 0;
   args->params = place(segments(in, "param"), &args->own, &used);
 }
@@ -141,6 +142,11 @@ CUDA_CASE(verdict) {
     const std::string name = "payloads" + std::to_string(b);
     const int64_t ranks = in.array<int64_t>("ranks")[b];
     buckets.push_back({in.array<uint8_t>(name.c_str()), ranks, in.count(name.c_str()) / ranks});
+  }
+  for (int64_t b = 0; b < in.integer("dense"); ++b) {
+    const std::string name = "counts" + std::to_string(b);
+    const auto* counts = in.array<float>(name.c_str());
+    buckets.push_back({reinterpret_cast<const uint8_t*>(counts), in.count(name.c_str()), 0});
   }
   require(verdict_launch(buckets.data(), static_cast<int>(buckets.size()),
                          in.output<uint32_t>("flags", 1), nullptr));

@@ -160,19 +160,28 @@ class Kernels:
                 tensor.copy_(torch.from_numpy(out[name]))
         return out
 
-    def apply_dense_(self, params, memory, total, lr, *, skip=None):
-        arrays = self._segments("param", params, [p.numel() for p in params]) | number("lr", lr)
-        if skip is not None:
-            arrays["skip"] = to_numpy(skip)
-        out = self._call(
+    def apply_dense_(self, params, memory, total, lr, **skipping):
+        out = self._move(
             "apply_dense",
+            params,
+            lr,
+            skipping,
             memory=At(to_numpy(memory), 4 * self.offset),
             total=At(to_numpy(total), 4 * self.offset),
-            **arrays,
         )
         for name, tensor in (("memory", memory), ("total", total)):
             tensor.copy_(torch.from_numpy(out[name]))
+
+    def _move(self, case, params, lr, skipping, **arguments):
+        """What apply_ and apply_dense_ share; updates params and skipped_steps."""
+        arrays = self._segments("param", params, [p.numel() for p in params]) | number("lr", lr)
+        given = {name: tensor for name, tensor in skipping.items() if tensor is not None}
+        arrays |= {name: to_numpy(tensor) for name, tensor in given.items()}
+        out = self._call(case, **arguments, **arrays)
         copy_params(params, out)
+        if "skipped_steps" in given:
+            given["skipped_steps"].copy_(torch.from_numpy(out["skipped_steps"]))
+        return out
 
     def _payload(self, name, payload, numel, k, wire_dtype, skip=None):
         arrays = {name: to_numpy(payload), "numel": numel, "k": k}
@@ -180,10 +189,11 @@ class Kernels:
             arrays["skip"] = to_numpy(skip)
         return arrays | {"wire": WIRES.index(wire_dtype)}
 
-    def verdict(self, payloads):
+    def verdict(self, payloads, counts=()):
         arrays = {f"payloads{i}": to_numpy(p) for i, p in enumerate(payloads)}
+        arrays |= {f"counts{i}": to_numpy(c) for i, c in enumerate(counts)}
         ranks = np.array([p.size(0) for p in payloads], np.int64)
-        out = self._call("verdict", buckets=len(payloads), ranks=ranks, **arrays)
+        out = self._call("verdict", buckets=len(payloads), dense=len(counts), ranks=ranks, **arrays)
         return torch.from_numpy(out["flags"].view(np.int32))
 
     def payload_nonfinite(self, payloads):
@@ -209,13 +219,9 @@ class Kernels:
         out = self._call("merge", ranks=payloads.size(0), **arrays)
         return torch.from_numpy(out["aggregate"])
 
-    def apply_(self, params, aggregate, lr, *, skip=None):
-        arrays = self._segments("param", params, [p.numel() for p in params]) | number("lr", lr)
-        if skip is not None:
-            arrays["skip"] = to_numpy(skip)
+    def apply_(self, params, aggregate, lr, **skipping):
         numel = sum(p.numel() for p in params)
-        out = self._call("apply", numel=numel, aggregate=to_numpy(aggregate), **arrays)
-        copy_params(params, out)
+        self._move("apply", params, lr, skipping, numel=numel, aggregate=to_numpy(aggregate))
 
     def restore_(self, memory, payload, k, wire_dtype=torch.bfloat16, *, skip=None):
         arrays = self._payload("payload", payload, memory.numel(), k, wire_dtype, skip)

@@ -207,8 +207,9 @@ def test_apply_dense(running, ranks, skip):
             for backend in (Kernels(running, seed, offset=seed % 3), ops):
                 args = [p.clone() for p in params], gaussian(numel, rng), total.clone()
                 args[1].fill_(3.0)
-                backend.apply_dense_(*args, lr, skip=flag)
-                outcomes.append([*args[0], *args[1:]])
+                counted = torch.zeros(1, dtype=torch.int64)
+                backend.apply_dense_(*args, lr, skip=flag, skipped_steps=counted)
+                outcomes.append([*args[0], *args[1:], counted])
             for mine, theirs in zip(*outcomes, strict=True):
                 assert_same_bytes(mine, theirs, "params, memory or total")
 
@@ -243,9 +244,12 @@ def test_skip(running, skip):
         assert_same_bytes(mine, theirs, name)
     param = gaussian(numel, rng)
     moved = param.clone()
-    kernels.apply_([moved], ops.merge(payloads, numel, k, wire), 0.1, skip=skip)
-    ops.apply_([param], ops.merge(payloads, numel, k, wire), 0.1, skip=skip)
+    counts = torch.zeros(2, 1, dtype=torch.int64)
+    aggregate = ops.merge(payloads, numel, k, wire)
+    kernels.apply_([moved], aggregate, 0.1, skip=skip, skipped_steps=counts[0])
+    ops.apply_([param], aggregate, 0.1, skip=skip, skipped_steps=counts[1])
     assert_same_bytes(moved, param, "params")
+    assert counts.flatten().tolist() == [skip is not None and skip.item() != 0] * 2
 
 
 @pytest.mark.parametrize(
@@ -503,6 +507,12 @@ def test_verdict(running):
     assert kernels.verdict([overflowed] + [small] * 140).item() == 1
     assert kernels.verdict([small] * 140 + [overflowed]).item() == 1
     assert kernels.payload_nonfinite(overflowed).tolist() == [0, 7]
+    for place, expected in ((None, 0), (0, 1), (139, 1)):
+        counts = [torch.zeros(3) for _ in range(140)]
+        if place is not None:
+            counts[place][2] = 1.0
+        assert kernels.verdict([], counts).item() == expected
+        assert kernels.verdict([small], counts).item() == expected
     odd = torch.full((70, 37), 1, dtype=torch.uint8)  # no payload at all
     assert_same_bytes(kernels.payload_nonfinite(odd), ops.payload_nonfinite(odd), "counts")
     assert kernels.verdict([small, odd]).item() == ops.verdict([small, odd]).item() == 3
