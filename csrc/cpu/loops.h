@@ -24,26 +24,24 @@ GMC_TARGET static void load_gradient(float* out, const void* grads, DType dtype,
   });
 }
 
-// value = (value + g') + 0, in place; keeps the old values in `before`.
+// value = (value + factor * grad) + 0, in place; keeps the old values in `before`. Not finite where
+// the gradient is not.
 template <class Format>
 GMC_TARGET static uint32_t add_gradient_as(float* __restrict value, float* __restrict before,
-                                           const void* grads, float factor, int64_t n,
-                                           uint32_t* nonfinite) {
-  uint32_t largest = 0, bad = 0;
+                                           const void* grads, float factor, int64_t n) {
+  uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const float grad = scaled_gradient(load_as<Format>(grads, i), factor, &bad);
     before[i] = value[i];
-    value[i] = settle(add(value[i], grad));
+    value[i] = settle(add_scaled(value[i], factor, load_as<Format>(grads, i)));
     keep_largest(&largest, value[i]);
   }
-  *nonfinite += bad;
   return largest;
 }
 
 GMC_TARGET static uint32_t add_gradient(float* value, float* before, const void* grads, DType dtype,
-                                        float factor, int64_t n, uint32_t* nonfinite) {
+                                        float factor, int64_t n) {
   return with_dtype(dtype, [=](auto format) {
-    return add_gradient_as<decltype(format)>(value, before, grads, factor, n, nonfinite);
+    return add_gradient_as<decltype(format)>(value, before, grads, factor, n);
   });
 }
 
@@ -83,15 +81,19 @@ GMC_TARGET static uint32_t local_momentum(float* __restrict value, float* __rest
   return largest;
 }
 
-// Adds momentum * the aggregate's entries; their indices count from value - origin.
-GMC_TARGET static uint32_t add_entries(float* value, int64_t origin, const uint16_t* indices,
-                                       const float* entries, int64_t count, float momentum) {
+// Adds momentum * the aggregate's entries from *entry on, of count, whose indices are below origin
+// + n, and moves *entry behind them. value[0] has index origin.
+GMC_TARGET static uint32_t add_entries(float* value, int64_t origin, int64_t n,
+                                       const uint16_t* indices, const float* entries, int64_t count,
+                                       float momentum, int64_t* entry) {
   uint32_t largest = 0;
-  for (int64_t entry = 0; entry < count; ++entry) {
-    float& sum = value[indices[entry] - origin];
-    sum = settle(add_scaled(sum, momentum, entries[entry]));
+  int64_t e = *entry;
+  for (; e < count && indices[e] < origin + n; ++e) {
+    float& sum = value[indices[e] - origin];
+    sum = settle(add_scaled(sum, momentum, entries[e]));
     keep_largest(&largest, sum);
   }
+  *entry = e;
   return largest;
 }
 

@@ -11,13 +11,13 @@ struct Loops {
   void (*load_gradient)(float* out, const void* grads, DType dtype, float factor, int64_t n,
                         uint32_t* nonfinite);
   uint32_t (*add_gradient)(float* value, float* before, const void* grads, DType dtype,
-                           float factor, int64_t n, uint32_t* nonfinite);
+                           float factor, int64_t n);
   uint32_t (*add_multiple)(float* value, const void* other, DType dtype, float factor, float zero,
                            int64_t n);
   uint32_t (*local_momentum)(float* value, float* before, float* buffer, float* buffer_before,
                              const float* grad, float momentum, bool nesterov, int64_t n);
-  uint32_t (*add_entries)(float* value, int64_t origin, const uint16_t* indices,
-                          const float* entries, int64_t count, float momentum);
+  uint32_t (*add_entries)(float* value, int64_t origin, int64_t n, const uint16_t* indices,
+                          const float* entries, int64_t count, float momentum, int64_t* entry);
   void (*apply_dense)(float* total, float* memory, void* params, DType dtype, float factor,
                       float lr, int64_t n);
   int64_t (*collect)(const float* value, int64_t n, uint32_t first_index, uint32_t threshold,

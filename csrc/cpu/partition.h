@@ -14,7 +14,9 @@
 
 namespace gmc::cpu {
 
-constexpr int64_t kChunk = 2048;  // elements worked on at a time: a few buffers of them fit in L1
+// Elements worked on at a time: a few buffers of them, and what is fetched ahead, fit in half of
+// L1.
+constexpr int64_t kChunk = 1024;
 
 inline int64_t part_count(int64_t numel) {
   uint32_t threads = 1;

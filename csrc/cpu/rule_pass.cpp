@@ -15,37 +15,51 @@ RulePass::RulePass(const RuleArgs& args, LastAggregate aggregate, int64_t begin)
     : args_(args),
       aggregate_(aggregate),
       loops_(loops()),
-      grad_segment_(find_segment(args.grads, begin)),
-      param_segment_(find_segment(args.params, begin)) {}
+      next_{find_segment(args.grads, begin), find_segment(args.params, begin), 0} {}
 
 void RulePass::chunk(int64_t begin, int64_t n) {
   float* value = args_.memory + begin;
   uint32_t largest = 0, nonfinite = 0;
   const auto keep_largest = [&](uint32_t key) { largest = std::max(largest, key); };
   if (args_.momentum_buffer) {
-    for_each_gradient(begin, n,
-                      [&](const void* data, DType dtype, float factor, int64_t at, int64_t length) {
-                        loops_.load_gradient(grad_ + at, data, dtype, factor, length, &nonfinite);
-                      });
+    load_gradients(begin, n, &nonfinite);
     add_decay(grad_, begin, n, -0.0f);
     keep_largest(loops_.local_momentum(value, before_, args_.momentum_buffer + begin,
                                        buffer_before_, grad_, args_.momentum, args_.nesterov, n));
   } else {
-    for_each_gradient(begin, n,
-                      [&](const void* data, DType dtype, float factor, int64_t at, int64_t length) {
-                        keep_largest(loops_.add_gradient(value + at, before_ + at, data, dtype,
-                                                         factor, length, &nonfinite));
-                      });
-    keep_largest(add_decay(value, begin, n, 0.0f));
-    keep_largest(add_global_momentum(value, begin, n));
+    const Places start = next_;
+    const auto add_others = [&] {
+      keep_largest(add_decay(value, begin, n, 0.0f));
+      keep_largest(add_global_momentum(value, begin, n));
+    };
+    for_each_gradient(
+        begin, n, [&](const void* data, DType dtype, float factor, int64_t at, int64_t length) {
+          keep_largest(loops_.add_gradient(value + at, before_ + at, data, dtype, factor, length));
+        });
+    add_others();
+    // Only now, and only if something is not finite, is each gradient looked at.
+    if (largest >= kInfKey) {
+      std::copy_n(before_, n, value);
+      next_ = start;
+      load_gradients(begin, n, &nonfinite);
+      loops_.add_gradient(value, before_, grad_, DType::kFloat32, 1.0f, n);
+      add_others();
+    }
   }
   nonfinite_ += nonfinite;
   if (largest >= kInfKey) keep_finite(value, begin, n);
 }
 
+void RulePass::load_gradients(int64_t begin, int64_t n, uint32_t* nonfinite) {
+  for_each_gradient(begin, n,
+                    [&](const void* data, DType dtype, float factor, int64_t at, int64_t length) {
+                      loops_.load_gradient(grad_ + at, data, dtype, factor, length, nonfinite);
+                    });
+}
+
 template <class Function>
 void RulePass::for_each_gradient(int64_t begin, int64_t n, const Function& function) {
-  for_each_piece(args_.grads, &grad_segment_, begin, begin + n,
+  for_each_piece(args_.grads, &next_.grad, begin, begin + n,
                  [&](const Segment& grad, int64_t i, int64_t at, int64_t length) {
                    if (args_.found_inf) {
                      function(kZeros, DType::kFloat32, 1.0f, at, length);
@@ -53,16 +67,16 @@ void RulePass::for_each_gradient(int64_t begin, int64_t n, const Function& funct
                      function(kZeros, DType::kFloat32, args_.grad_factor, at, length);
                    } else {
                      function(element(grad, i), grad.dtype, args_.grad_factor, at, length);
-                     next_ = {element(grad, i + length), element_size(grad.dtype)};
+                     behind_ = {element(grad, i + length), element_size(grad.dtype)};
                      return;
                    }
-                   next_ = {};
+                   behind_ = {};
                  });
 }
 
 uint32_t RulePass::add_decay(float* value, int64_t begin, int64_t n, float zero) {
   uint32_t largest = 0;
-  for_each_piece(args_.params, &param_segment_, begin, begin + n,
+  for_each_piece(args_.params, &next_.param, begin, begin + n,
                  [&](const Segment& param, int64_t i, int64_t at, int64_t length) {
                    largest = std::max(
                        largest, loops_.add_multiple(value + at, element(param, i), param.dtype,
@@ -78,16 +92,10 @@ uint32_t RulePass::add_global_momentum(float* value, int64_t begin, int64_t n) {
   if (!aggregate_.sparse) return 0;
   if (begin % kTile == 0) {
     entries_ = aggregate_entries(aggregate_.sparse, args_.numel, begin / kTile);
-    next_entry_ = 0;
+    next_.entry = 0;
   }
-  const int64_t origin = begin % kTile;
-  const uint16_t* next = entries_.indices + next_entry_;
-  const uint16_t* last = entries_.indices + entries_.count;
-  const int64_t count = std::lower_bound(next, last, origin + n) - next;
-  const uint32_t largest =
-      loops_.add_entries(value, origin, next, entries_.values + next_entry_, count, args_.momentum);
-  next_entry_ += count;
-  return largest;
+  return loops_.add_entries(value, begin % kTile, n, entries_.indices, entries_.values,
+                            entries_.count, args_.momentum, &next_.entry);
 }
 
 // An overflow of float32 (or a non-finite parameter) leaves the element as it was.

@@ -30,9 +30,10 @@ class RulePass {
   void chunk(int64_t begin, int64_t n);
 
   uint64_t nonfinite() const { return nonfinite_; }
-  const NextGradients& next_gradients() const { return next_; }
+  const NextGradients& next_gradients() const { return behind_; }
 
  private:
+  void load_gradients(int64_t begin, int64_t n, uint32_t* nonfinite);  // to grad_
   // function(data, dtype, factor, offset in the chunk, length) for each piece of the gradient.
   template <class Function>
   void for_each_gradient(int64_t begin, int64_t n, const Function& function);
@@ -43,11 +44,14 @@ class RulePass {
   const RuleArgs& args_;
   const LastAggregate aggregate_;
   const Loops& loops_;
-  size_t grad_segment_, param_segment_;  // where the next chunk begins
-  AggregateEntries entries_{};           // of the tile
-  int64_t next_entry_ = 0;
+  // Where the next chunk begins: segments, and an entry of the tile's.
+  struct Places {
+    size_t grad, param;
+    int64_t entry;
+  } next_;
+  AggregateEntries entries_{};
   uint64_t nonfinite_ = 0;
-  NextGradients next_;
+  NextGradients behind_;
   alignas(64) float before_[kChunk];
   alignas(64) float buffer_before_[kChunk];
   alignas(64) float grad_[kChunk];
