@@ -42,9 +42,9 @@ bench: $(VENV)/demo.installed build  ## time the ops and the whole step on this 
 convergence: $(VENV)/demo.installed build  ## train at equal bytes: dense, GMC with 16-, 8- and 4-bit values
 	@$(python) benchmarks/convergence.py --output '$(results)' $(ARGS)
 
-gpu:  ## on a machine with a GPU: build, tests, sanitizers, benchmarks, NCCL; RESULTS=folder
-	@'$(PYTHON)' benchmarks/gpu.py --python '$(abspath $(python))' --results '$(results)' --build \
-	    '$(MAKE) --no-print-directory $(VENV)/demo.installed $(VENV)/test.installed build'
+gpu:  ## on a machine with a GPU: build, tests, benchmarks, sanitizers; RESULTS=folder, ARGS=--quick
+	@'$(PYTHON)' benchmarks/gpu.py --python '$(abspath $(python))' --results '$(results)' $(ARGS) \
+	    --build '$(MAKE) --no-print-directory $(VENV)/demo.installed $(VENV)/test.installed build'
 
 # The wheel serves one version of Python and every torch from 2.11 on. Its tests install it into
 # new environments. WITH='torch==2.12.0 installed' says with which torch (installed: this

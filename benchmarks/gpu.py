@@ -1,26 +1,46 @@
 #!/usr/bin/env python3
-"""Everything that needs a GPU, in one command of less than 8 minutes: `make gpu RESULTS=folder`.
+"""Everything that needs a GPU, in one command: `make gpu RESULTS=folder`, in less than 9 minutes.
 
-Builds for this machine's GPU, runs the GPU tests, compute-sanitizer's four tools, the kernel and
-step benchmarks, and a short training run over NCCL. Each part has its share of the time, and a part
-that fails does not stop the others. Needs nothing but Python's standard library itself.
+Builds for this machine's GPU, then what matters most comes first: a look at whether the kernels are
+right, the times of the ops and of the step at the middle size, all GPU tests, all sizes beside
+peers, compute-sanitizer's four tools, hardware counters, a training run. Each part has its share of
+the time; one that fails or hangs does not stop the others. What they printed and how they ended is
+written as they go, so a run that is cut off leaves all there was. --quick stops after the step: 3
+minutes. Needs nothing but Python's standard library itself.
 """
 
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
 from bench import sanitizers
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = {"build": 130, "tests": 80, "sanitizers": 90, "kernels": 110, "step": 30, "training": 35}
-FEW = ["--device", "cuda", "--quick", "--seconds", "1"]
+CUDA = ["--device", "cuda", "--quick", "--seconds", "1"]
+MIDDLE = ["--numel", "124e6", "--no-peers"]
+OURS = "regex:^(look|pass|coarse|recompact|refine|count|emit|merge|apply)_kernel$"
+
+
+@dataclass
+class Part:
+    """A part of the run: its command, or None for the sanitizers; and how it ended."""
+
+    name: str
+    seconds: float  # its share
+    command: list[str] | None
+    outcome: str = "not begun"
+    took: float = 0.0
+
+    def ends(self, outcome: str, began: float) -> None:
+        self.outcome, self.took = outcome, time.monotonic() - began
 
 
 def main() -> int:
@@ -28,6 +48,11 @@ def main() -> int:
     parser.add_argument("--python", default=sys.executable, help="Python of the environment")
     parser.add_argument("--build", default="", metavar="COMMAND", help="what builds the extension")
     parser.add_argument("--results", default="benchmarks/results", metavar="FOLDER")
+    parser.add_argument("--quick", action="store_true", help="what matters most, in 3 minutes")
+    parser.add_argument(
+        "--share", type=share, action="append", default=[], metavar="PART=SECONDS",
+        help="another share of the time for a part",
+    )  # fmt: skip
     options = parser.parse_args()
 
     gpu = find_gpu()
@@ -37,14 +62,22 @@ def main() -> int:
     name, capability = gpu
     folder = Path(options.results).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"{name}, compute capability {capability}", flush=True)
-    started = time.monotonic()
-    path = folder / f"gpu-{date.today().isoformat()}.log"
-    with path.open("w") as log:
-        parts = run_parts(options, folder, capability, log)
-    print_summary(parts, name, time.monotonic() - started)
-    print(f"everything they printed: {path.name} in {options.results}")
-    return 1 if any(outcome != "passed" for _, outcome, _ in parts) else 0
+    parts = plan(options, folder)
+    unknown = {name for name, _ in options.share} - {part.name for part in parts}
+    if unknown:
+        parser.error(f"--share: got {', '.join(sorted(unknown))}, must be a part of this run")
+    title = f"{name}, compute capability {capability}"
+    print(f"{title}\n" + ", ".join(f"{p.name} {p.seconds:g} s" for p in parts), flush=True)
+    stem = folder / f"gpu-{date.today().isoformat()}"
+    with stem.with_suffix(".log").open("w") as log:
+        run_parts(parts, options.python, capability, log, lambda: summarise(parts, title, stem))
+    print(f"\n{summarise(parts, title, stem)}\neverything they printed: {stem.name}.log")
+    return 1 if any(part.outcome != "passed" for part in parts) else 0
+
+
+def share(text: str) -> tuple[str, float]:
+    name, _, seconds = text.partition("=")
+    return name, float(seconds)
 
 
 def find_gpu() -> tuple[str, str] | str:
@@ -64,9 +97,35 @@ def find_gpu() -> tuple[str, str] | str:
     return name.strip(), capability.strip()
 
 
-def run_parts(options, folder: Path, capability: str, log) -> list[tuple[str, str, float]]:
-    """Name, outcome and seconds of each part; an outcome other than "passed" says what happened."""
-    python = options.python
+def plan(options: argparse.Namespace, folder: Path) -> list[Part]:
+    """The parts in order. Limits within a command leave it room for its last case."""
+    python, output = options.python, ["--output", str(folder)]
+    pytest = [python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    kernels, step = "benchmarks/kernels.py", "benchmarks/step.py"
+    counters = ["ncu", "--clock-control", "none", "--kernel-name", OURS, "--launch-skip", "60",
+                "--launch-count", "12", "--kill", "yes", "--section", "SpeedOfLight",
+                "--section", "MemoryWorkloadAnalysis", "--section", "Occupancy",
+                "--log-file", str(folder / f"ncu-{date.today().isoformat()}.txt"), "-f"]  # fmt: skip
+    parts = [
+        Part("build", 80, shlex.split(options.build)),
+        Part("smoke", 25, [*pytest, "-x", "tests/test_cuda.py", "-k", "equals_cpu and not at_size"]),
+        Part("kernels", 40, [python, kernels, *CUDA, *MIDDLE, "--limit", "25", *output]),
+        Part("step", 25, [python, step, *CUDA, *MIDDLE, "--limit", "15", *output]),
+        Part("tests", 80, pytest),
+        Part("sizes", 110, [python, kernels, *CUDA, "--limit", "85", *output]),
+        Part("sanitizers", 80, None),
+        Part("counters", 40, [*counters, python, step, *CUDA, *MIDDLE, *output]),
+        Part("training", 40, [python, "examples/compare_methods", "--device", "cuda",
+                              "--workers", "1", "--steps", "60", *output]),
+    ]  # fmt: skip
+    shares = dict(options.share)
+    if options.quick:
+        parts = parts[:4]
+    return [replace(part, seconds=shares.get(part.name, part.seconds)) for part in parts]
+
+
+def run_parts(parts: list[Part], python: str, capability: str, log, report) -> None:
+    """Runs one after the other; report() after each."""
     environment = {
         **os.environ,
         "FORCE_CUDA": "1",
@@ -74,41 +133,43 @@ def run_parts(options, folder: Path, capability: str, log) -> list[tuple[str, st
         "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST") or capability,
         "PYTHONUNBUFFERED": "1",
     }
-    commands = {
-        "build": shlex.split(options.build),
-        "tests": [python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"],
-        "sanitizers": None,
-        # The limits leave room for the last case, so that there is a file in any event.
-        "kernels": [python, "benchmarks/kernels.py", *FEW, "--limit", "85",
-                    "--output", str(folder)],
-        "step": [python, "benchmarks/step.py", *FEW, "--limit", "18", "--output", str(folder)],
-        "training": [python, "examples/compare_methods", "--device", "cuda", "--workers", "1",
-                     "--steps", "60", "--output", str(folder)],
-    }  # fmt: skip
-    parts = []
-    for name, seconds in SECONDS.items():
+    for number, part in enumerate(parts):
         began = time.monotonic()
-        print(f"\n== {name}", flush=True)
-        if name == "sanitizers":
-            for tool, outcome in sanitizers.run(python, ROOT, log, seconds).items():
-                print(f"{tool}: {outcome}", flush=True)
-                parts.append((f"sanitizer {tool}", outcome, time.monotonic() - began))
-            continue
-        if not commands[name]:
-            print("no --build was given: using what is there", flush=True)
-            continue
-        status, last = run(commands[name], environment, log, seconds)
-        outcome = "passed" if status == 0 else f"failed: {last}"
-        if name == "tests" and status == 0 and " passed" not in last:
-            outcome = f"failed: none ran: {last}"
-        if status is None:
-            outcome = f"not finished in {seconds} s"
-        parts.append((name, outcome, time.monotonic() - began))
-        if name == "build" and outcome != "passed":
+        print(f"\n== {part.name}", flush=True)
+        part.ends(run_part(part, python, environment, log), began)
+        if part.name == "build" and part.outcome != "passed":
             # Whatever was built before is not what would be measured.
-            others = [other for other in SECONDS if other != "build"]
-            return parts + [(other, "not run: the build did not pass", 0.0) for other in others]
-    return parts
+            for other in parts[number + 1 :]:
+                other.outcome = "not run: the build did not pass"
+        report()
+        if parts[-1].outcome.startswith("not run: the build"):
+            return
+        if part.name == "build":  # a peer's extension, while the tests run
+            prebuild = [python, "-m", "bench.cub_topk", capability]
+            where = {**environment, "PYTHONPATH": str(ROOT / "benchmarks")}
+            threading.Thread(target=run, args=(prebuild, where, log, 120), daemon=True).start()
+
+
+def run_part(part: Part, python: str, environment: dict, log) -> str:
+    if part.command is None:
+        outcomes = sanitizers.run(python, ROOT, log, part.seconds)
+        for tool, outcome in outcomes.items():
+            print(f"{tool}: {outcome}", flush=True)
+        bad = [f"{tool} {outcome}" for tool, outcome in outcomes.items() if outcome != "passed"]
+        return "; ".join(bad) or "passed"
+    if not part.command:
+        print("no --build was given: using what is there", flush=True)
+        return "passed"
+    if shutil.which(part.command[0]) is None:
+        return f"not run: no {part.command[0]} on PATH"
+    status, last = run(part.command, environment, log, part.seconds)
+    if status is None:
+        return f"not finished in {part.seconds:g} s"
+    if status != 0:
+        return f"failed: {last}"
+    if "pytest" in part.command and " passed" not in last:
+        return f"failed: none ran: {last}"
+    return "passed"
 
 
 def run(command: list[str], environment: dict, log, seconds: float) -> tuple[int | None, str]:
@@ -119,31 +180,41 @@ def run(command: list[str], environment: dict, log, seconds: float) -> tuple[int
         command, cwd=ROOT, env=environment, text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
-    last, late = "", False
+    last = ""
 
-    def stop() -> None:
-        nonlocal late
-        late = True
-        os.killpg(process.pid, 9)
+    def read() -> None:
+        nonlocal last
+        for line in process.stdout:
+            log.write(line)
+            log.flush()
+            print(line, end="", flush=True)
+            last = line.strip() or last
 
-    timer = threading.Timer(seconds, stop)
-    timer.start()
-    for line in process.stdout:
-        log.write(line)
-        print(line, end="", flush=True)
-        last = line.strip() or last
-    status = process.wait()
-    timer.cancel()
-    return (None if late else status), last[:200]
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        status: int | None = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        status = None
+    try:
+        os.killpg(process.pid, 9)  # also what it left behind, which would hold the pipe open
+    except ProcessLookupError:
+        pass
+    process.wait()
+    reader.join(5)
+    return status, last[:200]
 
 
-def print_summary(parts: list[tuple[str, str, float]], gpu: str, took: float) -> None:
-    print(f"\n{gpu}: {took:.0f} s in all")
-    width = max(len(name) for name, _, _ in parts)
-    for name, outcome, seconds in parts:
-        print(f"  {name:<{width}}  {seconds:4.0f} s  {outcome}")
-    failed = [name for name, outcome, _ in parts if outcome != "passed"]
-    print(f"not passed: {', '.join(failed)}" if failed else "all parts passed")
+def summarise(parts: list[Part], title: str, stem: Path) -> str:
+    """Writes how the parts ended so far, and returns it."""
+    width = max(len(part.name) for part in parts)
+    lines = [f"{title}: {sum(part.took for part in parts):.0f} s"]
+    lines += [f"  {p.name:<{width}}  {p.took:4.0f} of {p.seconds:3.0f} s  {p.outcome}" for p in parts]
+    failed = [part.name for part in parts if part.outcome != "passed"]
+    lines.append(f"not passed: {', '.join(failed)}" if failed else "all parts passed")
+    text = "\n".join(lines)
+    stem.with_suffix(".txt").write_text(text + "\n")
+    return text
 
 
 if __name__ == "__main__":

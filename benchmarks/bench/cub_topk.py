@@ -1,5 +1,7 @@
 """The peer made of cub::DeviceTopK: cub_topk.cu, built at first use as a plain shared library.
 
+`python -m bench.cub_topk 9.0` builds it beforehand for that compute capability.
+
 It needs nvcc and the headers of CCCL 3.2 or later: those of pip's nvidia-cuda-cccl, or the
 toolkit's own where it is new enough.
 """
@@ -18,6 +20,7 @@ from build_toolkit import find_toolkits
 
 NAME = "cub::DeviceTopK"
 SOURCE = Path(__file__).with_name("cub_topk.cu")
+BUILDS = Path(__file__).resolve().parents[2] / "build"
 HEADER = Path("cub", "device", "device_topk.cuh")
 BUILD_SECONDS = 120
 
@@ -69,12 +72,21 @@ def build(target: Path, archs: list[str]) -> None:
         raise OSError(f"could not be compiled: {first}")
 
 
+def built(arch: str) -> Path:
+    """The library for GPUs of this kind ("90"), built if it is not there. Raises OSError."""
+    target = BUILDS / f"libcub_topk-sm_{arch}.so"
+    if not target.exists() or target.stat().st_mtime < SOURCE.stat().st_mtime:
+        target.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder, target.name)
+            build(made, [arch])
+            made.rename(target)  # whole, or not at all
+    return target
+
+
 @functools.cache
 def _library(major: int, minor: int) -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory(prefix="gmc-bench-") as folder:
-        target = Path(folder, "libcub_topk.so")
-        build(target, [f"{major}{minor}"])
-        library = ctypes.CDLL(str(target))
+    library = ctypes.CDLL(str(built(f"{major}{minor}")))
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.cub_topk_workspace.argtypes = [number, number, ctypes.POINTER(ctypes.c_size_t)]
     library.cub_topk_compress.argtypes = [
@@ -121,3 +133,10 @@ class Selection:
 def _check(status: int) -> None:
     if status:
         raise RuntimeError(f"cub::DeviceTopK: CUDA error {status}")
+
+
+if __name__ == "__main__":
+    try:
+        print(built(sys.argv[1].replace(".", "")))
+    except OSError as error:
+        sys.exit(str(error))

@@ -73,12 +73,15 @@ class Session:
             for record in made:
                 print(report.case_line(record), flush=True)
             records += made
+            rows = find_goals(records, self.device.type)
+            self._write(records, rows, time.monotonic() - started)  # should the next be its last
         if not records:
             report.print_left_out(self.left_out)
             print(f"{self.what}: no case could be measured", file=sys.stderr)
             return 1
-        rows = find_goals(records, self.device.type)
-        self._write(records, rows, time.monotonic() - started)
+        path = self._write(records, rows, time.monotonic() - started)
+        print(f"\nnumbers: {path}")
+        self._draw(path, records)
         report.print_left_out(self.left_out)
         report.print_goals(rows)
         cores = hardware["cores"]
@@ -174,7 +177,7 @@ class Session:
             torch.cuda.empty_cache()
         return budget.free_memory(self.device)
 
-    def _write(self, records: list[dict], rows: list[dict], took: float) -> None:
+    def _write(self, records: list[dict], rows: list[dict], took: float) -> Path:
         options = {n: v for n, v in vars(self.options).items() if n != "output"}
         content = {
             "benchmark": self.what,
@@ -198,7 +201,9 @@ class Session:
         stem = Path(self.options.output, report.file_stem(self.what, self.facts))
         path = stem.with_name(stem.name + ".json")
         report.write_json(path, content)
-        print(f"\nnumbers: {path}")
+        return path
+
+    def _draw(self, path: Path, records: list[dict]) -> None:
         try:
             from bench import roofline
         except ModuleNotFoundError as error:

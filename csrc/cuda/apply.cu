@@ -8,6 +8,33 @@ namespace {
 
 constexpr int kBatch = 4;  // entries of a thread whose parameters are on their way at once
 
+// A tile that lies in one tensor; words: those of its elements. All loads of a batch are made
+// without a branch between them, and none may sink below __syncwarp, to the branch that needs it.
+template <class Format>
+__device__ __forceinline__ void move_words(typename Format::Word* words, uint32_t size,
+                                           const AggregateEntries& entries, float lr) {
+  for (uint32_t first = 0; first < entries.count; first += kBatch * kThreads) {
+    uint32_t place[kBatch];
+    float value[kBatch], weight[kBatch];
+    bool present[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const uint32_t entry = first + threadIdx.x + j * kThreads;
+      const uint32_t at = min(entry, entries.count - 1);
+      place[j] = entries.indices[at];
+      value[j] = entries.values[at];
+      present[j] = entry < entries.count && place[j] < size;
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j)
+      weight[j] = present[j] ? load_as<Format>(words, place[j]) : 0.0f;
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j)
+      if (present[j]) store_as<Format>(words, place[j], moved(weight[j], lr, value[j]));
+  }
+}
+
 // A block owns one wire tile.
 __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__ ApplyArgs args) {
   if (args.move.skipped()) {
@@ -21,31 +48,27 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
   const TableSegment* segments = args.move.params.begin(args.move.own);
   const int total = args.move.params.count;
   // The tensors that this tile meets.
-  const int64_t last = (begin + kTile < args.numel ? begin + kTile : args.numel) - 1;
+  const auto size = static_cast<uint32_t>(tile_size(args.numel, blockIdx.x));
+  const int64_t last = begin + size - 1;
   const int first = find_segment(segments, total, static_cast<uint32_t>(begin));
   const int count = find_segment(segments, total, static_cast<uint32_t>(last)) - first + 1;
-
-  for (uint32_t at = threadIdx.x; at < entries.count; at += kBatch * kThreads) {
-    float weight[kBatch], value[kBatch];
-    TableSegment segment[kBatch];
-    int64_t place[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const uint32_t entry = at + j * kThreads;
-      segment[j].data = nullptr;
-      if (entry >= entries.count) continue;
-      const int64_t i = begin + entries.indices[entry];
-      if (i > last) continue;
-      segment[j] =
-          segments[first + find_segment(segments + first, count, static_cast<uint32_t>(i))];
-      place[j] = i - segment[j].begin;
-      value[j] = entries.values[entry];
-      weight[j] = load_value(segment[j].data, segment[j].dtype, place[j]);
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j)
-      if (segment[j].data)
-        store_value(segment[j].data, segment[j].dtype, place[j], moved(weight[j], lr, value[j]));
+  if (count == 1) {
+    const TableSegment& only = segments[first];
+    with_dtype(only.dtype, [&](auto format) {
+      using Format = decltype(format);
+      auto* const words = static_cast<typename Format::Word*>(only.data) + (begin - only.begin);
+      move_words<Format>(words, size, entries, lr);
+    });
+    return;
+  }
+  for (uint32_t entry = threadIdx.x; entry < entries.count; entry += kThreads) {
+    const int64_t i = begin + entries.indices[entry];
+    if (i > last) continue;
+    const TableSegment segment =
+        segments[first + find_segment(segments + first, count, static_cast<uint32_t>(i))];
+    const int64_t place = i - segment.begin;
+    const float weight = load_value(segment.data, segment.dtype, place);
+    store_value(segment.data, segment.dtype, place, moved(weight, lr, entries.values[entry]));
   }
 }
 

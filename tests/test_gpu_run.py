@@ -1,0 +1,162 @@
+"""A rehearsal of `make gpu` without a GPU: every way in which a part can end.
+
+The tools and the Python that it starts are scripts in a folder of their own, which does as it is
+told: pass, fail, hang, leave a process behind.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ["build", "smoke", "kernels", "step", "tests", "sizes", "sanitizers", "counters", "training"]
+
+SMI = """#!/bin/sh
+case "$SMI" in
+  "") echo "NVIDIA Imagined, 9.0";;
+  none) echo "No devices were found"; exit 6;;
+  broken) echo "Failed to initialize NVML"; exit 9;;
+esac
+"""
+# Finds out which part it is, and does what REHEARSE says of it: "part=what part=what".
+PROGRAM = """#!/bin/sh
+case "$0 $*" in
+  *sanitizer*memcheck*) part=memcheck;;
+  *sanitizer*racecheck*) part=racecheck;;
+  *sanitizer*initcheck*) part=initcheck;;
+  *sanitizer*) part=synccheck;;
+  *ncu*) part=counters;;
+  *cub_topk*) part=prebuild;;
+  *build) part=build;;
+  *"-m pytest"*-k*) part=smoke;;
+  *"-m pytest"*) part=tests;;
+  *kernels.py*numel*) part=kernels;;
+  *kernels.py*) part=sizes;;
+  *step.py*) part=step;;
+  *) part=training;;
+esac
+echo "$part: $*" >> "$CALLS"
+echo "$part arch $TORCH_CUDA_ARCH_LIST cuda $FORCE_CUDA"
+for told in $REHEARSE; do
+  case "$told" in
+    $part=fail) echo "it broke"; exit 3;;
+    $part=hang) echo "working"; sleep 60;;
+    $part=leaves) (sleep 60) & echo "1 passed"; exit 0;;
+    $part=skips) echo "3 skipped"; exit 0;;
+    $part=finds) echo "2 passed"; echo "ERROR SUMMARY: 4 errors"; exit 86;;
+  esac
+done
+echo "========= ERROR SUMMARY: 0 errors"
+echo "5 passed in 1s"
+"""
+
+
+@pytest.fixture
+def rehearse(tmp_path):
+    """Runs gpu.py among the imagined tools; returns what subprocess.run does, and the results."""
+    tools, results, calls = tmp_path / "bin", tmp_path / "results", tmp_path / "calls"
+    tools.mkdir()
+    for name, text in (("nvidia-smi", SMI), ("python", PROGRAM), ("ncu", PROGRAM),
+                       ("compute-sanitizer", PROGRAM)):  # fmt: skip
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+
+    def run(*arguments, told="", without=(), smi=""):
+        for name in without:
+            (tools / name).unlink()
+        calls.write_text("")
+        python = tools / "python"
+        command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--python", python,
+                   "--build", f"{python} build", "--results", results, *arguments]  # fmt: skip
+        environment = {"PATH": f"{tools}:/usr/bin:/bin", "REHEARSE": told, "SMI": smi,
+                       "CALLS": str(calls), "HOME": os.environ.get("HOME", "")}  # fmt: skip
+        done = subprocess.run(
+            [*map(str, command)], env=environment, capture_output=True, text=True, timeout=60
+        )
+        written = {path.suffix: path.read_text() for path in results.glob("gpu-*")}
+        return done, written, calls.read_text()
+
+    return run
+
+
+def outcomes(written):
+    """Part -> how it ended, from the summary."""
+    lines = [line.split(None, 5) for line in written[".txt"].splitlines()[1:-1]]
+    return {line[0]: line[5] for line in lines}
+
+
+def test_all_parts_pass(rehearse):
+    done, written, calls = rehearse()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert outcomes(written) == dict.fromkeys(PARTS, "passed")
+    assert "all parts passed" in done.stdout
+    assert done.stdout.startswith("NVIDIA Imagined, compute capability 9.0\nbuild 80 s, smoke 25 s")
+    assert "build arch 9.0 cuda 1" in written[".log"]  # one architecture, and no build without CUDA
+    said = [line.split(":")[0] for line in calls.splitlines()]
+    assert [part for part in said if part in PARTS] == [p for p in PARTS if p != "sanitizers"]
+    assert {"memcheck", "racecheck", "initcheck", "synccheck", "prebuild"} <= set(said)
+    assert calls.count("--kernel-name kns=gmc") == 4  # torch's own kernels are left alone
+    shares = [float(word.split()[1]) for word in done.stdout.splitlines()[1].split(", ")]
+    assert sum(shares) <= 540
+
+
+def test_quick(rehearse):
+    done, written, _ = rehearse("--quick")
+    assert done.returncode == 0
+    assert list(outcomes(written)) == ["build", "smoke", "kernels", "step"]
+    shares = [float(word.split()[1]) for word in done.stdout.splitlines()[1].split(", ")]
+    assert sum(shares) <= 180
+
+
+def test_parts_that_fail_hang_or_leave_something_behind_stop_no_other(rehearse):
+    told = "smoke=fail kernels=hang step=leaves tests=skips memcheck=finds racecheck=hang training=fail"
+    shares = ["--share", "kernels=1", "--share", "sanitizers=1"]
+    done, written, _ = rehearse(*shares, told=told, without=["ncu"])
+    assert done.returncode == 1
+    assert outcomes(written) == {
+        "build": "passed",
+        "smoke": "failed: it broke",
+        "kernels": "not finished in 1 s",
+        "step": "passed",
+        "tests": "failed: none ran: 3 skipped",
+        "sizes": "passed",
+        "sanitizers": "memcheck 4 errors (see the log); racecheck not finished in 1 s",
+        "counters": "not run: no ncu on PATH",
+        "training": "failed: it broke",
+    }
+    assert "working" in written[".log"]  # what it printed before it was stopped
+    assert "not passed: smoke, kernels, tests, sanitizers, counters, training" in done.stdout
+
+
+def test_without_a_build_nothing_is_measured(rehearse):
+    done, written, calls = rehearse(told="build=fail")
+    assert done.returncode == 1
+    ended = outcomes(written)
+    assert ended.pop("build") == "failed: it broke"
+    assert set(ended.values()) == {"not run: the build did not pass"} and len(ended) == 8
+    assert calls.count("\n") == 1
+
+
+def test_no_compute_sanitizer(rehearse):
+    done, written, _ = rehearse(without=["compute-sanitizer"])
+    assert done.returncode == 1
+    assert "memcheck not run: no compute-sanitizer on PATH" in outcomes(written)["sanitizers"]
+
+
+@pytest.mark.parametrize(
+    ("smi", "words"),
+    [("none", "there is no GPU on this machine (No devices"), ("broken", "(Failed to initialize")],
+)
+def test_no_gpu(rehearse, smi, words):
+    done, written, calls = rehearse(smi=smi)
+    assert done.returncode == 1 and words in done.stderr
+    assert not written and not calls
+
+
+def test_unknown_share(rehearse):
+    done, _, calls = rehearse("--share", "kernles=3")
+    assert done.returncode == 2 and "--share: got kernles, must be a part" in done.stderr
+    assert not calls
