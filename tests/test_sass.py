@@ -130,3 +130,26 @@ def test_all_loads_before_the_first_use(machine_code):
     arithmetic = [line for line in between if re.search(r"\bF(ADD|MUL|FMA)\b", line)]
     used = {int(r) for line in arithmetic for r in re.findall(r"\bR(\d+)\b", line)}
     assert not used & loaded, "memory is waited for before the gradient is asked for"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_apply_has_four_parameters_on_their_way(arch, tmp_path):
+    """Indices, values and parameters of four entries are asked for before the first branch."""
+    if nvcc() is None:
+        pytest.skip("no nvcc: the compiler's report cannot be read")
+    cubin = tmp_path / "apply.cubin"
+    command = [nvcc(), "-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v"]
+    command += [f"-arch={arch}", "-cubin", "-o", cubin, PASS.with_name("apply.cu")]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "0 bytes stack frame, 0 bytes spill stores" in done.stdout + done.stderr
+    if disassembler() is None:
+        pytest.skip("no cuobjdump (a toolkit's or triton's): PTX does not show the order")
+    listing = subprocess.run(
+        [disassembler(), "--dump-sass", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    # One letter for each load, and one for each branch or store.
+    order = "".join(
+        "L" if load else "B" for load in re.findall(r"\b(?:(LDG?\.E)|BRA|STG?\.E)\b", listing)
+    )
+    assert len(re.findall("L{12,}", order)) == 3  # one loop for each dtype
