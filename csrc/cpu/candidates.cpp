@@ -66,8 +66,7 @@ void Collector::take_out(const uint32_t* index, const uint32_t* bits, int64_t co
   with_wire_type(wire_, [=, this](auto format) {
     using Format = decltype(format);
     for (int64_t i = 0; i < count; ++i) {
-      const float value = bits_float(bits[i]);
-      memory_[index[i]] = subtract(value, Format::decode(Format::encode(value, scale), scale));
+      memory_[index[i]] = left_behind<Format>(bits_float(bits[i]), scale);
     }
   });
 }

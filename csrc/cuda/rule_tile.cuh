@@ -2,6 +2,7 @@
 #pragma once
 
 #include "aggregate.cuh"
+#include "launch.h"
 #include "rule.h"
 #include "rule_args.h"
 #include "segment_tile.cuh"
@@ -156,6 +157,7 @@ struct LocalMomentum {
       keep_old(tile, args.momentum_buffer, overflowed, m);
       keep_old(tile, args.memory, overflowed, v);
     }
+    wait_for_previous();  // who may still read it
     store_floats(args.momentum_buffer, tile, m);
   }
 };
