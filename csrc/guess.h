@@ -32,11 +32,11 @@ struct Guess {
   uint32_t k;        // of the last call
   uint32_t trusted;  // whether the carried guess was, or would have been, a good one
   // Of this call.
-  uint32_t key;      // the guess; 1 lets everything through that is not zero
-  float carried;     // the carried guess, a magnitude; 0: there was none
-  float in_sample;   // how many of the sample reach the guess, of k times this expected:
-  float rate;        // size of the sample over numel
-  float gradient;    // sum of the sample's |g'| over rate
+  uint32_t key;     // the guess; 1 lets everything through that is not zero
+  float carried;    // the carried guess, a magnitude; 0: there was none
+  float in_sample;  // how many of the sample reach the guess, of k times this expected:
+  float rate;       // size of the sample over numel
+  float gradient;   // sum of the sample's |g'| over rate
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ struct Guess {
 constexpr int64_t kRun = 16;  // one line of a cache
 constexpr int64_t kSmallestSample = GMC_SMALLEST_SAMPLE;
 constexpr int64_t kLargestSample = 32768;
-constexpr int64_t kSampleTop = 64;  // of these, as many should be among the k largest
+constexpr int64_t kSampleTop = 64;    // of these, as many should be among the k largest
 constexpr int64_t kSampleCost = 256;  // but no more than one element in so many is looked at
 
 struct Sample {
@@ -125,7 +125,8 @@ GMC_HD Guess choose_guess(Guess guess, int64_t k, const Sample& sample, const Sa
   const float change = fabsf(guess.gradient - before);
   const bool steady = change <= kSteady * fmaxf(guess.gradient, before);
   const bool whole = sample.size == sample.numel;  // then it knows better
-  if (steady && !whole && guess.trusted && guess.carried > 0.0f && guess.carried < bits_float(kInfKey)) {
+  if (steady && !whole && guess.trusted && guess.carried > 0.0f &&
+      guess.carried < bits_float(kInfKey)) {
     guess.key = float_bits(guess.carried);
     guess.in_sample = sampled.reaching(guess.key);
     // Too few candidates cost more than too many.

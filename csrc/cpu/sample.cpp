@@ -38,10 +38,9 @@ SampledValues::SampledValues(const RuleArgs& args, const Sample& sample) : keys_
     gradient_ += std::fabs(g);
     const float w = decays ? params.at(i) : 0.0f, u = args.memory[i];
     const float decay = decays ? args.weight_decay : 0.0f;
-    const float v = args.momentum_buffer
-                        ? sampled_value(u, g, decay, w, args.momentum_buffer[i], args.momentum,
-                                        args.nesterov)
-                        : sampled_value(u, g, decay, w);
+    const float v = args.momentum_buffer ? sampled_value(u, g, decay, w, args.momentum_buffer[i],
+                                                         args.momentum, args.nesterov)
+                                         : sampled_value(u, g, decay, w);
     keys_[n] = magnitude_key(finite_or_zero(v));
   }
 }

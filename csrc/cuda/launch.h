@@ -27,8 +27,8 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, c
   return launch_with(nullptr, kernel, blocks, threads, stream, arguments...);
 }
 
-// Whether the current device and the code that runs there can start kernels early, once it is known:
-// asking costs as much as a launch. The code of all kernels is of one kind.
+// Whether the current device and the code that runs there can start kernels early, once it is
+// known: asking costs as much as a launch. The code of all kernels is of one kind.
 enum class Early : uint8_t { kUnknown, kNo, kYes };
 constexpr int kKnownDevices = 64;
 inline std::atomic<Early> early_on_device[kKnownDevices];

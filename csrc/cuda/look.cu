@@ -40,10 +40,9 @@ class BinnedSample {
       const float g =
           overflowed ? 0.0f : scaled_gradient(element(args.grads, args, i), factor, &ignored);
       const float w = decays ? element(args.params, args, i) : 0.0f;
-      const float v = args.momentum_buffer
-                          ? sampled_value(u, g, decay, w, args.momentum_buffer[i], momentum,
-                                          args.nesterov)
-                          : sampled_value(u, g, decay, w);
+      const float v = args.momentum_buffer ? sampled_value(u, g, decay, w, args.momentum_buffer[i],
+                                                           momentum, args.nesterov)
+                                           : sampled_value(u, g, decay, w);
       gradient += fabsf(g);
       atomicAdd(&shared->bins[magnitude_key(finite_or_zero(v)) >> kCoarseShift], 1u);
     }
@@ -67,8 +66,8 @@ class BinnedSample {
     const uint32_t wanted = static_cast<uint32_t>(count) + 1;
     const FoundBin found = find_bin<kCoarseBins>(shared_->bins, wanted, &shared_->find);
     if (found.bin == 0) return 0;  // or there are not as many
-    const float share = static_cast<float>(wanted - found.above) /
-                        static_cast<float>(shared_->bins[found.bin]);
+    const float share =
+        static_cast<float>(wanted - found.above) / static_cast<float>(shared_->bins[found.bin]);
     return (found.bin << kCoarseShift) +
            static_cast<uint32_t>((1.0f - share) * static_cast<float>(kWidth - 1));
   }

@@ -20,12 +20,13 @@ __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
   const RuleTile tile(args.rule, shared.stage);
   const Workspace& workspace = args.workspace;
   start_next();
-  uint32_t nonfinite = 0;
-  float v[kPerThread];
-  Rule::make(tile, args.aggregate, v, &nonfinite);
-  wait_for_previous();
   Control* const control = workspace.control;
-  const uint32_t guess = control->guess.key;
+  uint32_t guess, nonfinite = 0;
+  float v[kPerThread];
+  Rule::make(tile, args.aggregate, v, &nonfinite, [&] {
+    wait_for_previous();
+    guess = control->guess.key;
+  });
   add_to_counter(&control->nonfinite, nonfinite);
   const uint32_t mask = reaching(tile, v, guess);
   const Compaction compaction = reserve(tile, mask, &control->found, workspace, &shared.compact);

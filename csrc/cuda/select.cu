@@ -80,9 +80,8 @@ __global__ void __launch_bounds__(kThreads) refine_kernel(const __grid_constant_
   const Outcome outcome = control->outcome;
   if (outcome == kFewValues) return;
   const bool from_memory = control->from_memory;
-  const FoundBin found =
-      find_bin<kBins>(outcome == kUseful ? workspace.pass_bins : workspace.repair_bins,
-                      args.shape.k, &shared.find);
+  const FoundBin found = find_bin<kBins>(
+      outcome == kUseful ? workspace.pass_bins : workspace.repair_bins, args.shape.k, &shared.find);
   const uint32_t bin_key = control->base + (found.bin << kBinBits);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     control->bin_key = bin_key;

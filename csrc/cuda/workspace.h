@@ -35,7 +35,7 @@ struct Control {
   uint32_t refound;    // candidates of the repair
   uint32_t nonfinite;  // values counted as zero
   // Written in each call before they are read.
-  int32_t scale;         // the one for which the pass takes candidates out of memory
+  int32_t scale;  // the one for which the pass takes candidates out of memory
   Outcome outcome;
   uint32_t from_memory;  // whether the selection's entries are all of memory, not the candidates
   uint32_t base;         // the key from which the bins count

@@ -105,8 +105,7 @@ CUDA_CASE(compress) {
   args.k = in.integer("k");
   args.aggregate = aggregate(in);
   args.wire = static_cast<WireType>(in.integer("wire"));
-  args.workspace =
-      make_workspace(in.array<uint8_t>("state"), in.count("state"), args.rule.numel);
+  args.workspace = make_workspace(in.array<uint8_t>("state"), in.count("state"), args.rule.numel);
   args.fresh = in.integer("fresh") != 0;
   const PayloadLayout layout({args.rule.numel, args.k, args.wire});
   args.payload = in.output<uint8_t>("payload", layout.nbytes);
