@@ -9,6 +9,8 @@ namespace gmc::cuda {
 namespace {
 
 struct PassShared {
+  uint32_t guess;  // here, because no thread has registers to spare for them
+  int scale;
   CompactShared compact;
   alignas(16) float stage[kWorkTile];
 };
@@ -21,18 +23,23 @@ __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
   const Workspace& workspace = args.workspace;
   start_next();
   Control* const control = workspace.control;
-  uint32_t guess, nonfinite = 0;
+  uint32_t nonfinite = 0;
   float v[kPerThread];
   Rule::make(tile, args.aggregate, v, &nonfinite, [&] {
     wait_for_previous();
-    guess = control->guess.key;
+    if (threadIdx.x == 0) {
+      shared.guess = control->guess.key;
+      shared.scale = control->scale;
+    }
   });
+  __syncthreads();
+  const uint32_t guess = shared.guess;
   add_to_counter(&control->nonfinite, nonfinite);
   const uint32_t mask = reaching(tile, v, guess);
   const Compaction compaction = reserve(tile, mask, &control->found, workspace, &shared.compact);
   if (compaction.stored) {
     store_candidates(tile, mask, v, guess, compaction, workspace, workspace.pass_bins);
-    take_out(tile, mask, args.wire, control->scale, tile.stage, v);
+    take_out(tile, mask, args.wire, shared.scale, tile.stage, v);
   }
   store_floats(args.rule.memory, tile, v);
 }

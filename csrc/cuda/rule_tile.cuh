@@ -34,8 +34,7 @@ __device__ __forceinline__ void load_gradient(const RuleTile& tile, float (&g)[k
     tile.load(args.grads, g);
   }
   loaded();
-  if (overflowed) return;
-  const float factor = gradient_factor(args.grad_scale.load(), args.maximize);
+  const float factor = overflowed ? 0.0f : gradient_factor(args.grad_scale.load(), args.maximize);
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) g[e] = scaled_gradient(g[e], factor, nonfinite);
 }
