@@ -61,16 +61,19 @@ struct Sample {
     size = size > kSmallestSample ? size : kSmallestSample;
     runs = size / kRun;
     size = runs * kRun;
-    if (size >= numel) size = numel;  // all of it
+    if (size >= numel) {  // all of it
+      size = numel;
+      runs = (numel + kRun - 1) / kRun;
+    }
   }
 
-  // Place of its i-th element.
-  GMC_HD int64_t place(int64_t i) const {
-    if (size == numel) return i;
-    const int64_t run = i / kRun, begin = numel * run / runs;
+  // Where a run begins.
+  GMC_HD int64_t place(int64_t run) const {
+    if (size == numel) return run * kRun;
+    const int64_t begin = numel * run / runs;
     const int64_t room = numel * (run + 1) / runs - begin - kRun;
     const uint32_t scattered = static_cast<uint32_t>(run) * 2654435761u >> 8;
-    return begin + (room > 0 ? scattered % room : 0) + i % kRun;
+    return begin + (room > 0 ? scattered % static_cast<uint32_t>(room) : 0);
   }
 };
 

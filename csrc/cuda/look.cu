@@ -35,7 +35,7 @@ class BinnedSample {
     uint32_t ignored = 0;
 #pragma unroll 4
     for (uint32_t n = threadIdx.x; n < sample.size; n += kLookThreads) {
-      const auto i = static_cast<uint32_t>(sample.place(n));
+      const auto i = static_cast<uint32_t>(sample.place(n / kRun) + n % kRun);
       const float u = args.memory[i];
       const float g =
           overflowed ? 0.0f : scaled_gradient(element(args.grads, args, i), factor, &ignored);
