@@ -779,6 +779,21 @@ def full_size():
     started.close()
 
 
+def test_scales_that_jump_and_a_k_that_changes(full_size):
+    """The policy of the guess, with the kernels' own sample: hardly a repair."""
+    numel, steps = 100_000, 40
+    rng = np.random.default_rng(5)
+    kernels = Kernels(full_size, seed=2)
+    state, memory, scale = kernels.select_state(numel, 4000), torch.zeros(numel), 1.0
+    for step in range(steps):
+        factor = float(np.exp(rng.uniform(np.log(2), np.log(10))))
+        if step % 4 == 3:
+            scale *= factor if scale < 1 else 1 / factor
+        grad = scale * gaussian(numel, rng)
+        kernels.compress_(memory, [grad], 4000 if step % 20 < 10 else 1000, state=state)
+    assert kernels.repairs <= 1
+
+
 @pytest.mark.parametrize("values", ["gaussian", "all equal", "heavy ties"])
 def test_sizes_that_users_get(full_size, values):
     """Blocks, tiles and groups as on a GPU, with and without a guess, and a dense merge."""
