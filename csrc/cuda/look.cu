@@ -46,8 +46,8 @@ class BinnedSample {
       gradient += fabsf(g);
       atomicAdd(&shared->bins[magnitude_key(finite_or_zero(v)) >> kCoarseShift], 1u);
     }
+    // Behind its barrier all of the sample is in its bins.
     block_exclusive_sum<kLookThreads>(gradient, &gradient_, shared->gradient_sums);
-    __syncthreads();
   }
 
   __device__ float gradient() const { return gradient_; }
@@ -94,7 +94,6 @@ __global__ void __launch_bounds__(kLookThreads)
   const Sample sample(args.rule.numel, args.k);
   const BinnedSample binned(args.rule, sample, &shared);
   guess = choose_guess(guess, args.k, sample, binned);
-  __syncthreads();
   if (threadIdx.x != 0) return;
   control->guess = guess;
   control->scale = guess.scale;
