@@ -188,8 +188,12 @@ Tensor compress(const Tensor& memory, const TensorOrNoneList& grads, int64_t k,
   RuleTensors rule = rule_tensors(memory, grads, momentum, aggregate.has_value(), momentum_buffer,
                                   nesterov, weight_decay, params, maximize, grad_scale, found_inf);
   if (aggregate) check_aggregate(*aggregate, device, numel);
-  if (state)
-    check_vector(*state, "state", device, ScalarType::Byte, state_size(numel, k, !device.is_cpu()));
+  if (state) {  // one for a larger k will do
+    const int64_t needed = state_size(numel, k, !device.is_cpu());
+    check_tensor(*state, "state", device, ScalarType::Byte);
+    GMC_CHECK_VALUE(state->dim() == 1 && state->numel() >= needed, "state: got shape ",
+                    sizes_of(*state), ", must be [", needed, "] or longer");
+  }
   const bool gpu = on_gpu(memory, "compress_");
 
   Tensor payload = empty({PayloadLayout({numel, k, wire}).nbytes}, ScalarType::Byte, device);
@@ -277,7 +281,9 @@ int64_t repairs(const Tensor& state) {
                     sizes_of(state), ", must come from select_state");
     if constexpr (kWithCuda) return cuda::repairs(state);
   }
-  check_vector(state, "state", Device(state), ScalarType::Byte, cpu::kStateBytes);
+  check_tensor(state, "state", Device(state), ScalarType::Byte);
+  GMC_CHECK_VALUE(state.dim() == 1 && state.numel() >= cpu::kStateBytes, "state: got shape ",
+                  sizes_of(state), ", must come from select_state");
   return cpu::state_repairs(data<uint8_t>(state));
 }
 

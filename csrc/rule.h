@@ -70,6 +70,12 @@ GMC_HD float local_momentum_value(float u, float g, float m, float momentum, boo
 // Turns -0 into +0, so that an aggregate's missing entries equal entries of zero.
 GMC_HD float settle(float v) { return add(v, 0.0f); }
 
+// What stays in memory of a value that is sent.
+template <class Format>
+GMC_HD float left_behind(float value, int scale) {
+  return subtract(value, Format::decode(Format::encode(value, scale), scale));
+}
+
 // What a sum over ranks is multiplied by.
 GMC_HD float mean_factor(int64_t ranks) {
   return static_cast<float>(1.0 / static_cast<double>(ranks));

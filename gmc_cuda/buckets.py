@@ -32,7 +32,6 @@ class Bucket:
         aggregate: a_{t-1} for global momentum: opaque uint8 after a sparse step, float32 [N] after
             a dense one, None before the first step and with local momentum.
         sent_nbytes, sent_entries: put into the collective at the last step.
-        repairs: selections that read all of memory, in states that were replaced.
     """
 
     def __init__(self, params: Sequence[Tensor], group: int, local_momentum: bool) -> None:
@@ -46,7 +45,6 @@ class Bucket:
         self.momentum_buffer = torch.zeros_like(self.memory) if local_momentum else None
         self.aggregate: Tensor | None = None
         self.sent_nbytes = self.sent_entries = 0
-        self.repairs = 0
         self._state: Tensor | None = None
         self._state_k = 0
 
@@ -93,15 +91,20 @@ class Bucket:
         return [_flat_grad(p, values[p]) for p in self.params]
 
     def select_state(self, k: int) -> Tensor:
-        """The selection's state for this k."""
-        if self._state is None or self._state_k != k:
-            self.repairs = self.count_repairs()
-            self._state = ops.select_state(self.numel, k, self.device)
+        """The selection's state, with room for this k; what it has learnt outlives a change of k.
+
+        Raises:
+            RuntimeError: while a graph is captured and k is larger than ever before.
+        """
+        if self._state is None or k > self._state_k:
+            if self.memory.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("make a step of the largest density before capturing any")
+            self._state = ops.select_state(self.numel, k, self.device, self._state)
             self._state_k = k
         return self._state
 
     def count_repairs(self) -> int:
-        return self.repairs + (0 if self._state is None else ops.repairs(self._state))
+        return 0 if self._state is None else ops.repairs(self._state)
 
     def keep_aggregate(self, aggregate: Tensor) -> None:
         """Makes this a_{t-1} of the next step."""

@@ -96,15 +96,28 @@ def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype = torch.bfloat16)
     return _integer(_ops.payload_nbytes, numel, k, wire_dtype)
 
 
-def select_state(numel: int, k: int, device: torch.device | str) -> Tensor:
-    """What :func:`compress_` carries from step to step: threshold guess, margin, repair count.
+def select_state(
+    numel: int, k: int, device: torch.device | str, state: Tensor | None = None
+) -> Tensor:
+    """What :func:`compress_` carries from step to step: what guesses are made from, repair count.
 
-    Returns an opaque uint8 tensor on ``device``. It decides how fast a selection is, never what is
-    selected; use one for each bucket.
+    It decides how fast a selection is, never what is selected; use one for each bucket. It serves
+    every call with this k or a smaller one.
+
+    Args:
+        state: one for fewer elements to send, whose knowledge the new one takes over.
+
+    Returns:
+        An opaque uint8 tensor on ``device``, which is ``state`` where that is large enough.
     """
     device = torch.device(device)
     nbytes = _integer(_ops.state_nbytes, numel, k, device)
-    return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    if state is not None and state.numel() >= nbytes:
+        return state
+    larger = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    if state is not None:
+        larger[: state.numel()] = state
+    return larger
 
 
 def repairs(state: Tensor) -> int:
@@ -163,7 +176,8 @@ def compress_(
         found_inf: a tensor holding one number; non-zero counts the whole gradient as zero and adds
             one to the count of non-finite values.
         wire_dtype: dtype of the values sent.
-        state: from :func:`select_state`; without it every call starts from nothing.
+        state: from :func:`select_state` for this k or a larger one; without it every call starts
+            from nothing.
 
     Returns:
         The payload, uint8 [payload_nbytes(numel, k, wire_dtype)].

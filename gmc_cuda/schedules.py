@@ -21,8 +21,8 @@ class DensityWarmup:
         warmup_steps: calls of :meth:`step` until the targets are reached, at least 1.
         initial_density: 0 < initial_density <= 1.
 
-    A new density means new buffers for the selection, so step it once an epoch or every few hundred
-    iterations rather than every iteration. With several workers all of them must step alike.
+    It may be stepped at every iteration: the selection keeps its buffers and what it has learnt.
+    With several workers all of them must step alike.
 
     Source: Lin et al., "Deep Gradient Compression", section 3.3.
     """

@@ -110,6 +110,36 @@ def test_wide_loads_and_stores(name, compiled, machine_code):
     assert len(re.findall(patterns[1], code)) >= stores
 
 
+@pytest.mark.parametrize("source", ["look", "repair", "select"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_no_spills_in_the_rest_of_compress(arch, source, tmp_path):
+    if nvcc() is None:
+        pytest.skip("no nvcc: the compiler's report cannot be read")
+    command = [nvcc(), "-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v"]
+    command += [f"-arch={arch}", "-cubin", "-o", tmp_path / "cubin"]
+    done = subprocess.run(
+        [*map(str, command), str(PASS.with_name(f"{source}.cu"))], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    reports = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", done.stdout + done.stderr)
+    assert len(reports) == {"look": 1, "repair": 2, "select": 7}[source]
+    assert set(reports) == {("0", "0")}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_pass_waits_behind_its_loads(name, machine_code):
+    """It lets the next kernel start at once, and waits for the guess with its loads under way."""
+    if machine_code is None:
+        pytest.skip("no cuobjdump (a toolkit's or triton's): PTX does not show the order")
+    code = machine_code[name]
+    loads = [match.start() for match in re.finditer(r"\bLDG\.E[.\w]*\.128", code)]
+    (start,), (wait,) = (
+        [match.start() for match in re.finditer(word, code)] for word in ("PREEXIT", "ACQBULK")
+    )
+    of_memory_and_gradient = loads[: KERNELS[name][0] - 4 * ("ILb1" in name)]
+    assert start < loads[0] and of_memory_and_gradient[-1] < wait < code.index("ATOMG")
+
+
 def test_all_loads_before_the_first_use(machine_code):
     """Memory's and the gradient's four loads each are issued back to back."""
     if machine_code is None:

@@ -36,14 +36,37 @@ void Collector::collect_all(int64_t begin, int64_t end, uint32_t threshold, Cand
     collect(i, std::min(i + kChunk, end), threshold, out);
 }
 
+int64_t Collector::add_zeros(int64_t begin, int64_t end, int64_t wanted, Candidates* out) const {
+  Candidates all;
+  all.reserve(out->count + std::min(wanted, end - begin));
+  int64_t next = 0, added = 0;
+  const auto append = [&](uint32_t index, uint32_t bits) {
+    all.index[all.count] = index;
+    all.bits[all.count++] = bits;
+  };
+  for (int64_t i = begin; i < end && added < wanted; ++i) {
+    if (next < out->count && out->index[next] == i) {
+      append(out->index[next], out->bits[next]);
+      ++next;
+    } else {
+      const uint32_t zero = float_bits(memory_[i]);
+      append(static_cast<uint32_t>(i), zero);
+      take_out(&all.index[all.count - 1], &zero, 1, scale_);
+      ++added;
+    }
+  }
+  for (; next < out->count; ++next) append(out->index[next], out->bits[next]);
+  *out = std::move(all);
+  return added;
+}
+
 // Leaves in memory what the wire type loses of each value.
 void Collector::take_out(const uint32_t* index, const uint32_t* bits, int64_t count,
                          int scale) const {
   with_wire_type(wire_, [=, this](auto format) {
     using Format = decltype(format);
     for (int64_t i = 0; i < count; ++i) {
-      const float value = bits_float(bits[i]);
-      memory_[index[i]] = subtract(value, Format::decode(Format::encode(value, scale), scale));
+      memory_[index[i]] = left_behind<Format>(bits_float(bits[i]), scale);
     }
   });
 }

@@ -36,6 +36,10 @@ class Collector {
   // The same in chunks.
   void collect_all(int64_t begin, int64_t end, uint32_t threshold, Candidates* out) const;
 
+  // Where candidates are all that is not zero: adds the first zeros of [begin, end), `wanted` at
+  // most, and returns how many.
+  int64_t add_zeros(int64_t begin, int64_t end, int64_t wanted, Candidates* out) const;
+
   void put_back(const Candidates& taken) const;
   // Of candidates that were taken out: does it again if the scale came out another.
   void settle(const Candidates& taken, int scale) const;

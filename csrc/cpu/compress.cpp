@@ -5,9 +5,9 @@
 
 #include "candidates.h"
 #include "emit.h"
-#include "guess.h"
 #include "partition.h"
 #include "rule_pass.h"
+#include "sample.h"
 #include "select.h"
 
 namespace gmc::cpu {
@@ -32,6 +32,8 @@ void compress(const CompressArgs& args) {
   const PayloadShape shape{rule.numel, args.k, args.wire};
   Guess fresh{};
   Guess* guess = args.state ? at<Guess>(args.state, 0) : &fresh;
+  const Sample sample(rule.numel, args.k);
+  *guess = choose_guess(*guess, args.k, sample, SampledValues(rule, sample));
   const Collector collector(rule.memory, args.k, args.wire, guess->scale);
   const int64_t parts = part_count(rule.numel);
   const auto begin = [&](int64_t part) { return first_element(part, parts, rule.numel); };
@@ -44,16 +46,20 @@ void compress(const CompressArgs& args) {
     for (int64_t i = begin(part); i < end; i += kChunk) {
       const int64_t n = std::min(kChunk, end - i);
       pass.chunk(i, n);
-      if (guess->known)
-        collector.collect(i, i + n, guess->key, &found[part], pass.next_gradients());
+      collector.collect(i, i + n, guess->key, &found[part], pass.next_gradients());
     }
     nonfinite[part] = pass.nonfinite();
   });
-  const Outcome outcome{guess->known != 0, overflowed(found), total(found)};
+  const int64_t reached = total(found);
+  int64_t missing = args.k - reached;
+  const bool only_zeros_missing = guess->key == 1 && missing > 0;
+  for (int64_t part = 0; part < parts && only_zeros_missing; ++part)
+    missing -= collector.add_zeros(begin(part), begin(part + 1), missing, &found[part]);
+  const bool repair = overflowed(found) || missing > 0;
 
   std::vector<KeySpan> memory(parts), keys(parts);
-  bool from_candidates = outcome.enough(args.k);
-  if (!from_candidates) {
+  bool from_candidates = !repair;
+  if (repair) {
     for (int64_t part = 0; part < parts; ++part)
       memory[part] = {rule.memory + begin(part), begin(part + 1) - begin(part)};
     for_each_part(parts, [&](int64_t part) { collector.put_back(found[part]); });
@@ -92,7 +98,7 @@ void compress(const CompressArgs& args) {
   });
 
   guess->scale = scale;
-  update_guess(guess, outcome, selection.threshold, args.k);
+  learn(guess, selection.threshold, args.k, reached, repair);
 }
 
 int64_t state_repairs(const uint8_t* state) {

@@ -14,6 +14,7 @@ struct CompressArgs {
   WireType wire;
   uint8_t* payload;
   Workspace workspace;
+  bool fresh;  // the workspace holds anything, not yet zeros
 };
 static_assert(sizeof(CompressArgs) <= 4096, "the limit for kernel parameters on older drivers");
 
@@ -38,10 +39,11 @@ struct SelectArgs {
         workspace(args.workspace) {}
 };
 
-// All of compress. The workspace must be zero or as the last call left it.
+// All of compress. The workspace must be zero or as the last call left it, unless it is fresh.
 cudaError_t compress_launch(const CompressArgs& args, cudaStream_t stream);
 
 // Its parts, in order.
+cudaError_t look_launch(const CompressArgs& args, cudaStream_t stream);
 cudaError_t pass_launch(const CompressArgs& args, cudaStream_t stream);
 cudaError_t repair_launch(const SelectArgs& args, cudaStream_t stream);
 cudaError_t select_launch(const SelectArgs& args, cudaStream_t stream);

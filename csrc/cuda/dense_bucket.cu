@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
   const RuleTile tile(args.rule, shared.stage);
   uint32_t nonfinite = 0;
   float v[kPerThread];
-  Rule::make(tile, args.aggregate, v, &nonfinite);
+  Rule::make(tile, args.aggregate, v, &nonfinite, [] {});
   store_floats(args.rule.memory, tile, v);
   store_floats(args.total, tile, v);
   nonfinite = __reduce_add_sync(kAllLanes, nonfinite);

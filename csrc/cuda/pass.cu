@@ -1,5 +1,6 @@
 // The pass: v of a whole bucket, once. It reads memory, the gradient and what else the rule needs,
-// writes memory, counts what is not finite and puts candidates aside.
+// writes memory, counts what is not finite and puts candidates aside, of which memory keeps only
+// what will stay there once they are sent.
 #include "compress.h"
 #include "launch.h"
 #include "rule_tile.cuh"
@@ -8,6 +9,8 @@ namespace gmc::cuda {
 namespace {
 
 struct PassShared {
+  uint32_t guess;  // here, because no thread has registers to spare for them
+  int scale;
   CompactShared compact;
   alignas(16) float stage[kWorkTile];
 };
@@ -18,25 +21,35 @@ __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
   static __shared__ PassShared shared;
   const RuleTile tile(args.rule, shared.stage);
   const Workspace& workspace = args.workspace;
-  const uint32_t guess = workspace.control->guess;
+  start_next();
+  Control* const control = workspace.control;
   uint32_t nonfinite = 0;
   float v[kPerThread];
-  Rule::make(tile, args.aggregate, v, &nonfinite);
-  store_floats(args.rule.memory, tile, v);
-  add_to_counter(&workspace.control->nonfinite, nonfinite);
-  if (guess == 0) return;  // nothing is known: the repair finds candidates
+  Rule::make(tile, args.aggregate, v, &nonfinite, [&] {
+    wait_for_previous();
+    if (threadIdx.x == 0) {
+      shared.guess = control->guess.key;
+      shared.scale = control->scale;
+    }
+  });
+  __syncthreads();
+  const uint32_t guess = shared.guess;
+  add_to_counter(&control->nonfinite, nonfinite);
   const uint32_t mask = reaching(tile, v, guess);
-  const Compaction compaction =
-      reserve(tile, mask, &workspace.control->found, workspace, &shared.compact);
-  store_candidates(tile, mask, v, guess, compaction, workspace, workspace.pass_bins);
+  const Compaction compaction = reserve(tile, mask, &control->found, workspace, &shared.compact);
+  if (compaction.stored) {
+    store_candidates(tile, mask, v, guess, compaction, workspace, workspace.pass_bins);
+    take_out(tile, mask, args.wire, shared.scale, tile.stage, v);
+  }
+  store_floats(args.rule.memory, tile, v);
 }
 
 }  // namespace
 
 cudaError_t pass_launch(const CompressArgs& args, cudaStream_t stream) {
   return with_rule(args.rule, [&](auto rule) {
-    return launch(pass_kernel<decltype(rule)>, work_tile_count(args.rule.numel), kThreads, stream,
-                  args);
+    return launch_early(pass_kernel<decltype(rule)>, work_tile_count(args.rule.numel), kThreads,
+                        stream, args);
   });
 }
 

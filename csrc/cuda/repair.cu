@@ -1,6 +1,7 @@
-// The repair: when the guess gave too few candidates, too many, or none near the k-th largest, a
-// better one comes from a coarse histogram of all of memory, and memory is compacted again. Both
-// kernels end at once when the pass did well.
+// The repair: when the guess gave too few candidates or too many, they are given back, a better one
+// comes from a coarse histogram of all of memory, and memory is compacted again. When they are as
+// they should be but few lie near the k-th largest, the same is done with the candidates alone.
+// Both kernels end at once when the pass did well.
 #include "bins.cuh"
 #include "compress.h"
 #include "launch.h"
@@ -9,26 +10,56 @@
 namespace gmc::cuda {
 namespace {
 
-__device__ __forceinline__ bool guess_failed(const SelectArgs& args) {
+__device__ __forceinline__ Outcome outcome_of_guess(const SelectArgs& args) {
   const Control& control = *args.workspace.control;
-  return control.guess == 0 || control.found < args.shape.k ||
-         control.found > args.workspace.capacity ||
-         args.workspace.pass_bins[kBins - 1] >= args.shape.k;  // the last bin has no upper end
+  if (control.found < args.shape.k) return control.guess.key == 1 ? kFewValues : kUseless;
+  if (control.found > args.workspace.capacity) return kUseless;
+  const bool beyond = args.workspace.pass_bins[kBins - 1] >= args.shape.k;  // it has no upper end
+  return beyond ? kUnbinned : kUseful;
+}
+
+// Calls function(candidate) for every candidate of the pass, in a thread each.
+template <class Function>
+__device__ __forceinline__ void for_each_candidate(const SelectArgs& args,
+                                                   const Function& function) {
+  const uint32_t count = args.workspace.control->found;
+  for (uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads)
+    function(args.workspace.candidates[i]);
+}
+
+// Memory becomes v again where the pass took candidates of this tile out.
+__device__ __forceinline__ void give_back(const SelectArgs& args, const WorkTile& tile) {
+  const uint2 place = args.workspace.tiles[tile.number];
+  if (place.x + place.y > args.workspace.capacity) return;  // they found no room and stayed
+  for (uint32_t i = threadIdx.x; i < place.y; i += kThreads) {
+    const uint2 candidate = args.workspace.candidates[place.x + i];
+    args.memory[candidate.x] = bits_float(candidate.y);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) coarse_kernel(const __grid_constant__ SelectArgs args) {
   static __shared__ uint32_t bins[kCoarseBins];
-  const bool repair = guess_failed(args);
+  start_next();
+  wait_for_previous();
+  const Outcome outcome = outcome_of_guess(args);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    args.workspace.control->repair = repair;
-    args.workspace.control->source = kFromPass;
+    Control* const control = args.workspace.control;
+    control->outcome = outcome;
+    control->from_memory = false;
+    control->base = control->guess.key;
   }
-  if (!repair) return;
+  if (outcome == kUseful || outcome == kFewValues) return;
   clear_bins<kCoarseBins>(bins);
   __syncthreads();
-  for (uint32_t number = blockIdx.x; number < work_tile_count(args.shape.numel);
-       number += gridDim.x) {
+  if (outcome == kUnbinned)
+    for_each_candidate(args, [&](uint2 candidate) {
+      atomicAdd(&bins[(candidate.y & kKeyMask) >> kCoarseShift], 1u);
+    });
+  for (uint32_t number = blockIdx.x;
+       outcome == kUseless && number < work_tile_count(args.shape.numel); number += gridDim.x) {
     const WorkTile tile(number, args.shape.numel);
+    give_back(args, tile);
+    __syncthreads();
     float x[kPerThread];
     load_floats(args.memory, tile, x);
 #pragma unroll
@@ -40,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) coarse_kernel(const __grid_constant_
 }
 
 struct RepairShared {
-  FindShared find;
+  FindShared<> find;
   CompactShared compact;
   uint32_t bins[kBins];
 };
@@ -49,18 +80,26 @@ __global__ void __launch_bounds__(kThreads)
     recompact_kernel(const __grid_constant__ SelectArgs args) {
   static __shared__ RepairShared shared;
   const Workspace& workspace = args.workspace;
-  if (!workspace.control->repair) return;
+  start_next();
+  wait_for_previous();
+  const Outcome outcome = workspace.control->outcome;
+  if (outcome == kUseful || outcome == kFewValues) return;
   clear_bins<kBins>(shared.bins);
   const FoundBin coarse = find_bin<kCoarseBins>(workspace.coarse_bins, args.shape.k, &shared.find);
   const uint32_t guess = coarse.bin << kCoarseShift;
   // With heavy ties there may be more candidates than room: the selection then reads memory itself.
   const bool fits = coarse.above + workspace.coarse_bins[coarse.bin] <= workspace.capacity;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    workspace.control->repair_key = guess;
-    workspace.control->source = fits ? kFromRepair : kFromMemory;
+    workspace.control->base = guess;
+    workspace.control->from_memory = outcome == kUseless && !fits;
   }
-  for (uint32_t number = blockIdx.x; number < work_tile_count(args.shape.numel);
-       number += gridDim.x) {
+  if (outcome == kUnbinned)
+    for_each_candidate(args, [&](uint2 candidate) {
+      const uint32_t key = candidate.y & kKeyMask;
+      if (key >= guess) atomicAdd(&shared.bins[bin_of(key, guess)], 1u);
+    });
+  for (uint32_t number = blockIdx.x;
+       outcome == kUseless && number < work_tile_count(args.shape.numel); number += gridDim.x) {
     const WorkTile tile(number, args.shape.numel);
     float x[kPerThread];
     load_floats(args.memory, tile, x);
@@ -84,9 +123,9 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t repair_launch(const SelectArgs& args, cudaStream_t stream) {
   const int64_t tiles = work_tile_count(args.shape.numel);
   const int64_t blocks = tiles < kRepairBlocks ? tiles : kRepairBlocks;
-  const cudaError_t status = launch(coarse_kernel, blocks, kThreads, stream, args);
+  const cudaError_t status = launch_early(coarse_kernel, blocks, kThreads, stream, args);
   if (status != cudaSuccess) return status;
-  return launch(recompact_kernel, blocks, kThreads, stream, args);
+  return launch_early(recompact_kernel, blocks, kThreads, stream, args);
 }
 
 }  // namespace gmc::cuda

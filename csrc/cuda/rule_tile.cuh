@@ -21,13 +21,20 @@ struct RuleTile : WorkTile {
   }
 };
 
-// g' of a tile: zero everywhere after an overflow.
+// g' of a tile: zero everywhere after an overflow. loaded: what may be done while loads are on
+// their way.
+template <class Function>
 __device__ __forceinline__ void load_gradient(const RuleTile& tile, float (&g)[kPerThread],
-                                              uint32_t* nonfinite) {
+                                              uint32_t* nonfinite, const Function& loaded) {
   const RuleArgs& args = tile.args;
-  if (args.found_inf.load() != 0.0f) return zero(g);
-  tile.load(args.grads, g);
-  const float factor = gradient_factor(args.grad_scale.load(), args.maximize);
+  const bool overflowed = args.found_inf.load() != 0.0f;
+  if (overflowed) {
+    zero(g);
+  } else {
+    tile.load(args.grads, g);
+  }
+  loaded();
+  const float factor = overflowed ? 0.0f : gradient_factor(args.grad_scale.load(), args.maximize);
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) g[e] = scaled_gradient(g[e], factor, nonfinite);
 }
@@ -103,7 +110,8 @@ __device__ __forceinline__ void keep_old(const RuleTile& tile, const float* old,
 }
 
 // The rules. make() leaves v in registers and the momentum buffer up to date; memory still holds u.
-// aggregate: sparse or dense, as an overload of add_momentum takes it.
+// aggregate: sparse or dense, as an overload of add_momentum takes it. loaded() is called once, by
+// all threads, while the loads of memory and gradient are on their way.
 //
 // kBlocks: how many blocks must fit on a multiprocessor, which caps the registers. With 40
 // registers the compiler still has all loads of a tile in flight before the first use; each further
@@ -112,13 +120,14 @@ template <bool kDecay>
 struct GlobalMomentum {
   static constexpr int kBlocks = kDecay ? 4 : 5;
 
-  template <class AnyAggregate>
+  template <class AnyAggregate, class Function>
   static __device__ __forceinline__ void make(const RuleTile& tile, const AnyAggregate& aggregate,
-                                              float (&v)[kPerThread], uint32_t* nonfinite) {
+                                              float (&v)[kPerThread], uint32_t* nonfinite,
+                                              const Function& loaded) {
     const RuleArgs& args = tile.args;
     float u[kPerThread];
     load_floats(args.memory, tile, u);
-    load_gradient(tile, v, nonfinite);
+    load_gradient(tile, v, nonfinite, loaded);
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) v[e] = add(u[e], v[e]);
     if (kDecay) add_decay(tile, v);
@@ -135,14 +144,15 @@ template <bool kDecay>
 struct LocalMomentum {
   static constexpr int kBlocks = 3;
 
-  template <class AnyAggregate>
+  template <class AnyAggregate, class Function>
   static __device__ __forceinline__ void make(const RuleTile& tile, const AnyAggregate&,
-                                              float (&v)[kPerThread], uint32_t* nonfinite) {
+                                              float (&v)[kPerThread], uint32_t* nonfinite,
+                                              const Function& loaded) {
     const RuleArgs& args = tile.args;
     float u[kPerThread], m[kPerThread];
     load_floats(args.memory, tile, u);
     load_floats(args.momentum_buffer, tile, m);
-    load_gradient(tile, v, nonfinite);
+    load_gradient(tile, v, nonfinite, loaded);
     if (kDecay) add_decay(tile, v);
     const float momentum = args.momentum.load();
 #pragma unroll

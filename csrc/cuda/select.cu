@@ -6,7 +6,9 @@
 //           for 8- and 4-bit values a histogram of the exponents above it
 //   emit    the payload in index order; residual to memory; guess and workspace for the next call
 //
-// Entries are the candidates of the pass, those of the repair, or all of memory: a flag says which.
+// Entries are the candidates of the pass, those of the repair, or all of memory: flags say which.
+// Where fewer than k values are not zero, the k-th key is zero: the pass's candidates lie above it,
+// and zeros, which are no candidates, are the ties.
 #include "bins.cuh"
 #include "compress.h"
 #include "launch.h"
@@ -22,8 +24,8 @@ struct Entries {
   const float* memory;
   uint32_t begin, count;
 
-  __device__ Entries(const SelectArgs& args, bool from_memory, uint32_t number) {
-    const WorkTile tile(number, args.shape.numel);
+  __device__ Entries(const SelectArgs& args, bool from_memory, const WorkTile& tile) {
+    const uint32_t number = tile.number;
     const uint2 found = from_memory ? make_uint2(0, tile.size) : args.workspace.tiles[number];
     candidates = from_memory ? nullptr : args.workspace.candidates + found.x;
     memory = args.memory;
@@ -58,7 +60,7 @@ __device__ __forceinline__ void clear_bytes(uint8_t* payload, int64_t begin, int
 }
 
 struct RefineShared {
-  FindShared find;
+  FindShared<> find;
   uint32_t bins[kBins];
 };
 
@@ -66,8 +68,7 @@ __global__ void __launch_bounds__(kThreads) refine_kernel(const __grid_constant_
   static __shared__ RefineShared shared;
   const Workspace& workspace = args.workspace;
   Control* control = workspace.control;
-  const Source source = control->source;
-  const uint32_t base = source == kFromPass ? control->guess : control->repair_key;
+  start_next();
   const PayloadLayout& layout = args.layout;
   const auto clear = [&](int64_t begin, int64_t end) { clear_bytes(args.payload, begin, end); };
   layout.for_each_gap(clear);
@@ -75,17 +76,20 @@ __global__ void __launch_bounds__(kThreads) refine_kernel(const __grid_constant_
   if (args.shape.wire == WireType::kFloat4) clear(layout.values, layout.values_end);
   if (blockIdx.x == 0) clear_bins<kFields>(workspace.field_bins);
   clear_bins<kBins>(shared.bins);
-  const FoundBin found =
-      find_bin<kBins>(source == kFromPass ? workspace.pass_bins : workspace.repair_bins,
-                      args.shape.k, &shared.find);
-  const uint32_t bin_key = base + (found.bin << kBinBits);
+  wait_for_previous();
+  const Outcome outcome = control->outcome;
+  if (outcome == kFewValues) return;
+  const bool from_memory = control->from_memory;
+  const FoundBin found = find_bin<kBins>(
+      outcome == kUseful ? workspace.pass_bins : workspace.repair_bins, args.shape.k, &shared.find);
+  const uint32_t bin_key = control->base + (found.bin << kBinBits);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     control->bin_key = bin_key;
     control->above_bin = found.above;
   }
   const uint32_t end = first_tile(args, blockIdx.x + 1);
   for (uint32_t t = first_tile(args, blockIdx.x) + warp_id(); t < end; t += kWarps) {
-    const Entries entries(args, source == kFromMemory, t);
+    const Entries entries(args, from_memory, WorkTile(t, args.shape.numel));
     for (uint32_t i = lane_id(); i < entries.count; i += 32) {
       const uint32_t low = key_of(entries.at(i)) - bin_key;
       if (low < kBins) atomicAdd(&shared.bins[low], 1u);
@@ -96,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) refine_kernel(const __grid_constant_
 }
 
 struct CountShared {
-  FindShared find;
+  FindShared<> find;
   unsigned long long warp_sums[kWarps];
   uint32_t fields[kFields];
 };
@@ -106,20 +110,25 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
   const Workspace& workspace = args.workspace;
   Control* control = workspace.control;
   const bool scaled = is_scaled(args.shape.wire);
+  start_next();
   clear_bins<kFields>(shared.fields);
-  const uint32_t wanted = static_cast<uint32_t>(args.shape.k) - control->above_bin;
+  wait_for_previous();
+  const bool few = control->outcome == kFewValues;
+  const uint32_t wanted =
+      static_cast<uint32_t>(args.shape.k) - (few ? control->found : control->above_bin);
   const FoundBin found = find_bin<kBins>(workspace.low_bins, wanted, &shared.find);
-  const uint32_t threshold = control->bin_key + found.bin;
+  const uint32_t threshold = few ? 0 : control->bin_key + found.bin;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     control->threshold = threshold;
-    control->ties = wanted - found.above;
+    control->ties = few ? wanted : wanted - found.above;
   }
-  const bool from_memory = control->source == kFromMemory;
+  const bool from_memory = control->from_memory;
   const uint32_t end = first_tile(args, blockIdx.x + 1);
   unsigned long long sum = 0;  // entries above << 32 | ties, in lane 0
   for (uint32_t t = first_tile(args, blockIdx.x) + warp_id(); t < end; t += kWarps) {
-    const Entries entries(args, from_memory, t);
-    uint32_t above = 0, ties = 0;
+    const WorkTile tile(t, args.shape.numel);
+    const Entries entries(args, from_memory, tile);
+    uint32_t above = 0, ties = few && lane_id() == 0 ? tile.size - entries.count : 0;
     for (uint32_t i = lane_id(); i < entries.count; i += 32) {
       const uint32_t key = key_of(entries.at(i));
       above += key > threshold;
@@ -161,7 +170,19 @@ __device__ __forceinline__ void emit_tile(const SelectArgs& args, int scale, uin
   const PayloadView<uint8_t>& out = args.out;
   const Control& control = *args.workspace.control;
   const uint32_t threshold = control.threshold, ties = control.ties;
-  const Entries entries(args, control.source == kFromMemory, number);
+  const WorkTile tile(number, args.shape.numel);
+  bool from_memory = control.from_memory, taken_out = control.outcome != kUseless;
+  if (control.outcome == kFewValues && static_cast<uint32_t>(met) < ties) {
+    // Zeros of this tile are taken, so what else it has joins them in memory.
+    const Entries values(args, false, tile);
+    for (uint32_t i = lane_id(); i < values.count; i += 32)
+      args.memory[values.at(i).x] = bits_float(values.at(i).y);
+    __syncwarp();
+    from_memory = true;
+    taken_out = false;
+  }
+  const bool as_expected = taken_out && scale == control.scale;
+  const Entries entries(args, from_memory, tile);
   for (uint32_t first = 0; first < entries.count; first += 32) {
     const bool present = first + lane_id() < entries.count;
     const uint2 entry = present ? entries.at(first + lane_id()) : make_uint2(0, 0);
@@ -179,9 +200,11 @@ __device__ __forceinline__ void emit_tile(const SelectArgs& args, int scale, uin
     if (selected) {
       const float value = bits_float(entry.y);
       code = Format::encode(value, scale);
-      args.memory[entry.x] = subtract(value, Format::decode(code, scale));
+      if (!as_expected) args.memory[entry.x] = subtract(value, Format::decode(code, scale));
       out.low[position] = static_cast<uint8_t>(entry.x % kBlock);
       if constexpr (Format::kBits >= 8) store_code<Format>(out.values, position, code);
+    } else if (present && taken_out) {
+      args.memory[entry.x] = bits_float(entry.y);
     }
     set_bits(out.bitmap, selected ? bit / 32 : ~0u, selected ? 1u << bit % 32 : 0);
     if constexpr (Format::kBits < 8) {
@@ -193,27 +216,8 @@ __device__ __forceinline__ void emit_tile(const SelectArgs& args, int scale, uin
   }
 }
 
-// Aims at 1.25 k to 2 k candidates for the next call.
-__device__ void update_guess(Control* control, int64_t k) {
-  float slack = control->slack == 0.0f ? 0.08f : control->slack;
-  if (control->guess != 0) {
-    const int64_t found = control->found;
-    if (control->repair) {
-      ++control->repairs;
-      slack *= found < k ? 1.5f : 0.5f;
-    } else if (found > 2 * k) {
-      slack *= 0.8f;
-    } else if (found < k + k / 4) {
-      slack *= 1.25f;
-    }
-  }
-  slack = fminf(fmaxf(slack, 0.001f), 0.25f);  // the bins reach to a k-th 1.4 times the guess
-  control->slack = slack;
-  control->guess = float_bits(bits_float(control->threshold) * (1.0f - slack));
-}
-
 struct EmitShared {
-  FindShared largest, fitting;
+  FindShared<> largest, fitting;
   unsigned long long warp_sums[kWarps];
   unsigned long long next_warp_sums[kWarps];
   unsigned long long met[kScanTiles];
@@ -225,12 +229,14 @@ __global__ void __launch_bounds__(kThreads, 6)
   static __shared__ EmitShared shared;
   const Workspace& workspace = args.workspace;
   const PayloadView<uint8_t>& out = args.out;
+  start_next();
+  wait_for_previous();
   const uint32_t ties = workspace.control->ties;
   int scale = 0;
   if constexpr (Format::kScaled) {
     // What is selected besides the entries above the threshold equals it.
     const uint32_t lowest = exponent_field(workspace.control->threshold);
-    const auto exceeded = [&](int64_t by, FindShared* find) {
+    const auto exceeded = [&](int64_t by, FindShared<>* find) {
       const auto next = static_cast<uint32_t>(by + 1);
       return max(lowest, find_bin<kFields>(workspace.field_bins, next, find).bin);
     };
@@ -261,7 +267,8 @@ __global__ void __launch_bounds__(kThreads, 6)
     }
     __syncthreads();
     for (uint32_t t = warp_id(); t < kScanTiles && first + t < end; t += kWarps)
-      if (workspace.selected[first + t]) emit_tile<Format>(args, scale, first + t, shared.met[t]);
+      if (!workspace.control->from_memory || workspace.selected[first + t] != 0)
+        emit_tile<Format>(args, scale, first + t, shared.met[t]);
     met += total;  // the next round writes shared.met behind the barrier in its sum
   }
 
@@ -277,7 +284,9 @@ __global__ void __launch_bounds__(kThreads, 6)
   const bool overflowed = args.found_inf.load() != 0.0f;
   *out.header = make_header(args.shape, control->nonfinite + overflowed, scale);  // 2 N + 1
   if (!complete) out.header->tag = 0;
-  update_guess(control, args.shape.k);
+  control->guess.scale = scale;
+  learn(&control->guess, control->threshold, args.shape.k, control->found,
+        control->outcome == kUseless);
   control->found = 0;
   control->refound = 0;
   control->nonfinite = 0;
@@ -286,12 +295,15 @@ __global__ void __launch_bounds__(kThreads, 6)
 }  // namespace
 
 cudaError_t select_launch(const SelectArgs& args, cudaStream_t stream) {
-  const int64_t blocks = group_count(args.shape.numel);
-  cudaError_t status = launch(refine_kernel, blocks, kThreads, stream, args);
-  if (status == cudaSuccess) status = launch(count_kernel, blocks, kThreads, stream, args);
+  int processors;
+  cudaError_t status = multiprocessors(&processors);
+  if (status != cudaSuccess) return status;
+  const int64_t blocks = group_count(args.shape.numel, processors);
+  status = launch_early(refine_kernel, blocks, kThreads, stream, args);
+  if (status == cudaSuccess) status = launch_early(count_kernel, blocks, kThreads, stream, args);
   if (status != cudaSuccess) return status;
   return with_wire_type(args.shape.wire, [&](auto format) {
-    return launch(emit_kernel<decltype(format)>, blocks, kThreads, stream, args);
+    return launch_early(emit_kernel<decltype(format)>, blocks, kThreads, stream, args);
   });
 }
 

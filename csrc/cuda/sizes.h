@@ -7,6 +7,9 @@
 #ifndef GMC_THREADS
 #define GMC_THREADS 256
 #endif
+#ifndef GMC_LOOK_THREADS
+#define GMC_LOOK_THREADS 1024
+#endif
 #ifndef GMC_GROUPS
 #define GMC_GROUPS 1024
 #endif
@@ -34,6 +37,8 @@ namespace gmc::cuda {
 constexpr int kThreads = GMC_THREADS;
 constexpr int kWarps = kThreads / 32;
 
+constexpr int kLookThreads = GMC_LOOK_THREADS;  // of the one block that samples
+
 // A work tile is what one block of the pass holds in registers: a thread has kQuads times four
 // consecutive elements. It is independent of the wire's tile of 65,536 elements, but divides it.
 constexpr int kQuads = 4;
@@ -45,6 +50,7 @@ static_assert(kThreads % 32 == 0 && kWorkTile < 65536, "counts of a work tile fi
 // The selection gives each block one run of consecutive work tiles, so that a prefix over all of
 // them is one over at most this many sums.
 constexpr int kMaxGroups = GMC_GROUPS;
+constexpr int kResidentBlocks = 6;  // of emit on a multiprocessor; refine and count leave room
 constexpr int kScanTiles = GMC_SCAN_TILES;  // of such a run, tiles placed at a time
 static_assert(kScanTiles <= kThreads, "one thread places one tile");
 
@@ -64,9 +70,11 @@ constexpr uint32_t kLargestCount = GMC_LARGEST_COUNT;
 
 GMC_HD int64_t work_tile_count(int64_t numel) { return (numel + kWorkTile - 1) / kWorkTile; }
 
-GMC_HD int64_t group_count(int64_t numel) {
-  const int64_t tiles = work_tile_count(numel);
-  return tiles < kMaxGroups ? tiles : kMaxGroups;
+// Of refine, count and emit, on a device with so many multiprocessors: what runs there at once.
+GMC_HD int64_t group_count(int64_t numel, int processors) {
+  const int64_t tiles = work_tile_count(numel), resident = int64_t{kResidentBlocks} * processors;
+  const int64_t most = resident < kMaxGroups ? resident : kMaxGroups;
+  return tiles < most ? tiles : most;
 }
 
 }  // namespace gmc::cuda

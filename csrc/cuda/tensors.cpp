@@ -131,27 +131,23 @@ void compress(const RuleTensors& rule, const OptionalTensor& aggregate, int64_t 
   const Place place(rule.memory);
   Temporaries temporaries{place, {}};
   const int64_t numel = rule.memory.numel();
-  void* workspace = nullptr;
-  if (state) {
-    workspace = bytes_of(*state, "state");
-  } else {
-    workspace = temporaries(workspace_nbytes(numel, k));
-    check_cuda(cudaMemsetAsync(workspace, 0, kZeroBytes, place.stream));
-  }
+  const int64_t nbytes = state ? state->numel() : workspace_nbytes(numel, k);
+  void* const workspace = state ? bytes_of(*state, "state") : temporaries(nbytes);
   CompressArgs args = {};
   fill_rule(rule, &temporaries, &args.rule);
   args.aggregate = aggregate_of(aggregate);
   args.k = k;
   args.wire = wire;
   args.payload = bytes_of(payload, "payload");
-  args.workspace = make_workspace(workspace, numel, k);
+  args.workspace = make_workspace(workspace, nbytes, numel);
+  args.fresh = !state;
   check_cuda(compress_launch(args, place.stream));
 }
 
 int64_t repairs(const Tensor& state) {
   const Place place(state);
   int64_t count = 0;
-  check_cuda(cudaMemcpyAsync(&count, data<uint8_t>(state) + offsetof(Control, repairs),
+  check_cuda(cudaMemcpyAsync(&count, data<uint8_t>(state) + offsetof(Control, guess.repairs),
                              sizeof(count), cudaMemcpyDeviceToHost, place.stream));
   check_cuda(cudaStreamSynchronize(place.stream));
   return count;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "block.cuh"
+#include "rule.h"
 #include "workspace.h"
 
 namespace gmc::cuda {
@@ -165,6 +166,23 @@ __device__ __forceinline__ Compaction reserve(const WorkTile& tile, uint32_t mas
 __device__ __forceinline__ uint32_t bin_of(uint32_t key, uint32_t base) {
   const uint32_t bin = (key - base) >> kBinBits;
   return bin < kBins - 1 ? bin : kBins - 1;
+}
+
+// Leaves in x what stays in memory of the elements in `mask` if they are sent. One by one, through
+// the thread's own places of stage (kWorkTile floats of shared memory): most threads have none, and
+// 16 copies of every wire type's rounding would cost registers.
+__device__ __forceinline__ void take_out(const WorkTile& tile, uint32_t mask, WireType wire,
+                                         int scale, float* stage, float (&x)[kPerThread]) {
+  if (mask == 0) return;
+#pragma unroll
+  for (int e = 0; e < kPerThread; ++e) stage[tile.place(e)] = x[e];
+  for (; mask; mask &= mask - 1) {
+    float& value = stage[tile.place(__ffs(mask) - 1)];
+    value = with_wire_type(
+        wire, [&](auto format) { return left_behind<decltype(format)>(value, scale); });
+  }
+#pragma unroll
+  for (int e = 0; e < kPerThread; ++e) x[e] = stage[tile.place(e)];
 }
 
 // Stores the candidates of `mask` where `reserve` said, and counts them in `bins`.

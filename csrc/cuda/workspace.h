@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include "guess.h"
 #include "sizes.h"
 
 namespace gmc::cuda {
@@ -19,27 +20,31 @@ constexpr int kCoarseBins = 1 << (31 - kCoarseShift);
 // The scale of 8- and 4-bit values comes from the exponents of what is selected.
 constexpr int kFields = 256;
 
-enum Source : uint32_t { kFromPass = 0, kFromRepair = 1, kFromMemory = 2 };
+// What came of the guess.
+enum Outcome : uint32_t {
+  kUseful,     // the pass's candidates and bins serve the selection
+  kFewValues,  // fewer than k values are not zero, and all of them are candidates
+  kUnbinned,   // the candidates serve, the bins do not reach the k-th: another set of bins is made
+  kUseless,    // too few candidates, or too many: others are made, after these were given back
+};
 
 struct Control {
-  // Carried from call to call.
-  uint32_t guess;  // a key, expected to lie a little under the k-th largest; 0: none
-  float slack;     // guess = k-th magnitude * (1 - slack)
-  unsigned long long repairs;
+  Guess guess;  // carried from call to call, but for the part that look writes
   // Zero between calls.
   uint32_t found;      // candidates of the pass
   uint32_t refound;    // candidates of the repair
   uint32_t nonfinite;  // values counted as zero
   // Written in each call before they are read.
-  uint32_t repair;      // whether the guess was of no use
-  uint32_t repair_key;  // the repair's own guess
-  Source source;        // where the selection finds its entries
-  uint32_t bin_key;     // smallest key of the bin that holds the k-th
-  uint32_t above_bin;   // entries above that bin
-  uint32_t threshold;   // the k-th largest key
-  uint32_t ties;        // how many entries equal to it are taken
+  int32_t scale;  // the one for which the pass takes candidates out of memory
+  Outcome outcome;
+  uint32_t from_memory;  // whether the selection's entries are all of memory, not the candidates
+  uint32_t base;         // the key from which the bins count
+  uint32_t bin_key;      // smallest key of the bin that holds the k-th
+  uint32_t above_bin;    // entries above that bin
+  uint32_t threshold;    // the k-th largest key
+  uint32_t ties;         // how many entries equal to it are taken
 };
-static_assert(sizeof(Control) <= 256 && offsetof(Control, repairs) == 8, "repairs() reads there");
+static_assert(sizeof(Control) <= 256, "has 256 bytes");
 
 struct Workspace {
   Control* control;
@@ -59,19 +64,20 @@ constexpr int64_t kControlBytes = 256;
 constexpr int64_t kClearedWords = 3 * kBins + kCoarseBins;  // from pass_bins on
 constexpr int64_t kZeroBytes = kControlBytes + 4 * kClearedWords;
 
-// Room for three times k; the guess aims at less than twice.
-inline int64_t candidate_capacity(int64_t numel, int64_t k) {
-  const int64_t wanted = 3 * k + 8192;
-  return wanted < numel ? wanted : numel;
-}
-
-inline int64_t workspace_nbytes(int64_t numel, int64_t k) {
+// Without its candidates.
+inline int64_t workspace_base_nbytes(int64_t numel) {
   const int64_t tiles = work_tile_count(numel);
-  return kZeroBytes + 4 * kFields + 8 * kMaxGroups + pad16(4 * tiles) + 8 * tiles +
-         8 * candidate_capacity(numel, k);
+  return kZeroBytes + 4 * kFields + 8 * kMaxGroups + pad16(4 * tiles) + 8 * tiles;
 }
 
-inline Workspace make_workspace(void* data, int64_t numel, int64_t k) {
+// Room for three times k; the guess aims at less than twice.
+inline int64_t workspace_nbytes(int64_t numel, int64_t k) {
+  const int64_t wanted = 3 * k + 8192;
+  return workspace_base_nbytes(numel) + 8 * (wanted < numel ? wanted : numel);
+}
+
+// nbytes: workspace_nbytes of this numel and of any k.
+inline Workspace make_workspace(void* data, int64_t nbytes, int64_t numel) {
   const int64_t tiles = work_tile_count(numel);
   auto* at = static_cast<uint8_t*>(data);
   const auto take = [&at](int64_t nbytes) {
@@ -90,7 +96,7 @@ inline Workspace make_workspace(void* data, int64_t numel, int64_t k) {
   w.selected = static_cast<uint32_t*>(take(pad16(4 * tiles)));
   w.tiles = static_cast<uint2*>(take(8 * tiles));
   w.candidates = static_cast<uint2*>(take(0));
-  w.capacity = static_cast<uint32_t>(candidate_capacity(numel, k));
+  w.capacity = static_cast<uint32_t>((nbytes - workspace_base_nbytes(numel)) / 8);
   return w;
 }
 

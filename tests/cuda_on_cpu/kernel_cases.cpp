@@ -106,12 +106,16 @@ CUDA_CASE(compress) {
   args.k = in.integer("k");
   args.aggregate = aggregate(in);
   args.wire = static_cast<WireType>(in.integer("wire"));
-  args.workspace = make_workspace(in.array<uint8_t>("state"), args.rule.numel, args.k);
+  args.workspace = make_workspace(in.array<uint8_t>("state"), in.count("state"), args.rule.numel);
+  args.fresh = in.integer("fresh") != 0;
   const PayloadLayout layout({args.rule.numel, args.k, args.wire});
   args.payload = in.output<uint8_t>("payload", layout.nbytes);
   require(compress_launch(args, nullptr));
   release(args.rule);
-  *in.output<int64_t>("repairs", 1) = static_cast<int64_t>(args.workspace.control->repairs);
+  const Control& control = *args.workspace.control;
+  *in.output<int64_t>("repairs", 1) = static_cast<int64_t>(control.guess.repairs);
+  *in.output<int64_t>("outcome", 1) = control.outcome;
+  *in.output<int64_t>("from_memory", 1) = control.from_memory;
 }
 
 CUDA_CASE(accumulate) {

@@ -18,6 +18,8 @@ WIRES = reference.WIRE_DTYPES
 # Small, so that a few thousand elements take several blocks, groups and rounds of every loop.
 SMALL = {
     "GMC_THREADS": 64,
+    "GMC_LOOK_THREADS": 128,
+    "GMC_SMALLEST_SAMPLE": 512,
     "GMC_GROUPS": 3,
     "GMC_REPAIR_BLOCKS": 2,
     "GMC_SCAN_TILES": 2,
@@ -26,6 +28,8 @@ SMALL = {
     "GMC_INLINE_SEGMENTS": 3,
     "GMC_LARGEST_COUNT": 10_000,
 }
+OUTCOMES = ("useful", "few values", "unbinned", "useless")  # csrc/cuda/workspace.h
+SMALLEST_SAMPLE = SMALL["GMC_SMALLEST_SAMPLE"]
 WORK_TILE = 16 * SMALL["GMC_THREADS"]
 LARGEST_COUNT = SMALL["GMC_LARGEST_COUNT"]
 
@@ -77,7 +81,11 @@ def copy_params(params, out):
 
 
 class Kernels:
-    """gmc_cuda.ops over one Program; every call runs under the given seed of the schedule."""
+    """gmc_cuda.ops over one Program; every call runs under the given seed of the schedule.
+
+    After compress_: outcome of the guess, whether the selection read memory itself (from_memory),
+    and how many guesses of this state were useless (repairs).
+    """
 
     def __init__(self, running, seed=1, offset=0):
         self.running, self.seed, self.offset = running, seed, offset
@@ -113,8 +121,9 @@ class Kernels:
         state=None,
         **rule,
     ):
-        if state is None:
-            state = self.select_state(memory.numel(), k)
+        fresh = state is None
+        if fresh:  # what newly allocated memory may hold
+            state = self.select_state(memory.numel(), k).fill_(0xA5)
         out = self._run_rule(
             "compress",
             memory,
@@ -123,9 +132,12 @@ class Kernels:
             k=k,
             wire=WIRES.index(wire_dtype),
             state=to_numpy(state),
+            fresh=int(fresh),
         )
         state.copy_(torch.from_numpy(out["state"]))
         self.repairs = int(out["repairs"][0])
+        self.outcome = OUTCOMES[out["outcome"][0]]
+        self.from_memory = bool(out["from_memory"][0])
         return torch.from_numpy(out["payload"])
 
     def accumulate_(self, memory, grads, *, rank=0, ranks=1, **rule):

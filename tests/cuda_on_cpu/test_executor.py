@@ -160,6 +160,7 @@ BUGS = {
     "EARLY_EXIT": (check_scan, "plain", "has left the kernel"),
     "DIVERGENT_BARRIER": (check_scan, "plain", "divergent barrier: thread"),
     "MISSING_LANE": (check_compact, "plain", "divergent warp: thread"),
+    "MISSING_WAIT": (check_last_block, "plain", "never called cudaGridDependencySynchronize"),
     "FLOAT_ATOMIC": (check_sum, "plain", "float atomic: atomicAdd"),
 }
 

@@ -10,12 +10,14 @@ from compilation import FLAVOURS
 from kernel_ops import (
     DTYPES,
     LARGEST_COUNT,
+    SMALLEST_SAMPLE,
     WIRES,
     WORK_TILE,
     Kernels,
     assert_same_aggregate,
     program,
 )
+from sampling import misleading, places
 
 from gmc_cuda import ops, reference
 
@@ -681,34 +683,89 @@ def test_values_that_are_not_finite(running, wire):
         assert bool((memory == 1).all())
 
 
-def test_more_candidates_than_room(running):
-    """Ties beyond the room for candidates: the selection reads memory itself, twice in a row."""
-    numel, k = 30000, 100
-    rng = np.random.default_rng(2)
-    bucket = Bucket(Kernels(running, seed=5), torch.zeros(numel))
-    state = bucket.kernels.select_state(numel, k)
-    x = torch.where(torch.from_numpy(rng.random(numel) < 0.6), 1.0, 1e-3)
+def two_values(n, rng):
+    """Far more of one magnitude than there is room for, between a few larger and many smaller."""
+    x = torch.where(torch.from_numpy(rng.random(n) < 0.6), 1.0, 1e-3)
     x[::5000] = 2.0
-    for _ in range(3):
-        bucket.compress([x], k, state, wire_dtype=torch.float16)
+    return x
 
 
-@pytest.mark.parametrize("k", [1, 300, 4000, 20000])
-@pytest.mark.parametrize("scale", [1e-30, 0.6, 0.97, 1.0, 1.1, 1.6, 1e30])
-def test_any_guess_gives_the_same(running, k, scale):
-    """The first step leaves a guess that is right, too low or too high for the second."""
-    numel = 20000
-    rng = np.random.default_rng(k)
-    kernels = Kernels(running, seed=k)
-    state = kernels.select_state(numel, k)
-    Bucket(kernels, torch.zeros(numel)).compress([gaussian(numel, rng)], k, state)
-    bucket = Bucket(kernels, torch.zeros(numel))
-    bucket.compress([gaussian(numel, rng) * scale], k, state, wire_dtype=torch.float32)
-    wrong = not 0.97 <= scale <= 1.1
-    if k < 20000 and wrong:
-        assert kernels.repairs == 1
-    if k in (300, 4000) and not wrong:
-        assert kernels.repairs == 0
+def mostly_zero(n, rng):
+    return torch.where(torch.from_numpy(rng.random(n) < 0.002), gaussian(n, rng), 0.0)
+
+
+# How: values, what they are multiplied by where the sample does not look, what comes of the guess,
+# whether the selection reads memory.
+GUESSES = {
+    "right": (gaussian, 1.0, "useful", False),
+    "values far apart": (sixty_orders, 1.0, "unbinned", False),
+    "hardly any values": (mostly_zero, 1.0, "few values", False),
+    "nothing but zeros": (VALUES["all zero"], 1.0, "few values", False),
+    "far too high": (gaussian, 0.01, "useless", False),
+    "far too low": (gaussian, 100.0, "useless", False),
+    "zero elsewhere": (gaussian, 0.0, "useless", True),
+    "many alike": (two_values, 1.0, "useless", True),
+}
+
+
+@pytest.mark.parametrize("name", GUESSES)
+def test_whatever_comes_of_the_guess(running, name):
+    """The same bytes on every way that a selection can take, in two steps in a row."""
+    values, factor, outcome, from_memory = GUESSES[name]
+    numel, k = 20_000, 600
+    for seed, wire in zip(seeds(running, len(WIRES)), WIRES[::-1], strict=False):
+        rng = np.random.default_rng(seed)
+        kernels = Kernels(running, seed=seed)
+        state = kernels.select_state(numel, k)
+        repairs = 0
+        for step in range(2):
+            bucket = Bucket(kernels, torch.zeros(numel))
+            x = misleading(values(numel, rng) * 4.0**step, k, factor, SMALLEST_SAMPLE)
+            bucket.compress([x], k, state, wire_dtype=wire)
+            assert (kernels.outcome, kernels.from_memory) == (outcome, from_memory)
+            repairs += outcome == "useless"
+            assert kernels.repairs == repairs
+
+
+@pytest.mark.parametrize("nonzero", [0, 1, 49, 50, 51, 3000])
+def test_zeros_fill_up(running, nonzero):
+    """Fewer values than k: the first zeros are sent, wherever the values are."""
+    numel, k = 5 * WORK_TILE + 7, 50 if nonzero < 1000 else 4000
+    for seed, wire in zip(seeds(running, len(WIRES)), WIRES[::-1], strict=False):
+        rng = np.random.default_rng(seed)
+        unseen = torch.ones(numel, dtype=torch.bool)
+        unseen[places(numel, k, SMALLEST_SAMPLE)] = False
+        (unseen,) = unseen.nonzero(as_tuple=True)
+        for at in (unseen[:nonzero], unseen.flip(0)[:nonzero]):
+            x = torch.zeros(numel)
+            x[1] = -0.0
+            x[at] = 1 + gaussian(len(at), rng).abs()
+            bucket = Bucket(Kernels(running, seed=seed), torch.zeros(numel))
+            bucket.compress([x], k, wire_dtype=wire)
+            assert bucket.kernels.outcome == ("few values" if nonzero < k else "unbinned")
+
+
+def test_a_change_of_k(running):
+    """One state, as large as the largest k needs, and no repair."""
+    numel = 20_000
+    rng = np.random.default_rng(3)
+    bucket = Bucket(Kernels(running, seed=2), torch.zeros(numel))
+    state = bucket.kernels.select_state(numel, 5000)
+    for k in [5000, 1250, 312, 78, 20, 21, 200, 2000] if running is program("plain") else [900, 90]:
+        bucket.compress([gaussian(numel, rng)], k, state)
+    assert bucket.kernels.repairs == 0
+
+
+def test_another_scale_than_last_time(running):
+    """What the pass left in memory for last step's scale is set right."""
+    numel, k = 3 * WORK_TILE, 60
+    rng = np.random.default_rng(3)
+    for wire in (FLOAT8, FLOAT4):
+        bucket = Bucket(Kernels(running, seed=2), torch.zeros(numel))
+        state = bucket.kernels.select_state(numel, k)
+        for scale in (1.0, 1.0, 64.0, 1e-3):
+            bucket.compress([scale * gaussian(numel, rng)], k, state, wire_dtype=wire)
+        bucket.compress([gaussian(numel, rng)], k, state, wire_dtype=torch.bfloat16)
 
 
 def test_several_wire_tiles(running):
@@ -730,6 +787,21 @@ def full_size():
     started = program("plain", small=False)
     yield started
     started.close()
+
+
+def test_scales_that_jump_and_a_k_that_changes(full_size):
+    """The policy of the guess, with the kernels' own sample: hardly a repair."""
+    numel, steps = 100_000, 40
+    rng = np.random.default_rng(5)
+    kernels = Kernels(full_size, seed=2)
+    state, memory, scale = kernels.select_state(numel, 4000), torch.zeros(numel), 1.0
+    for step in range(steps):
+        factor = float(np.exp(rng.uniform(np.log(2), np.log(10))))
+        if step % 4 == 3:
+            scale *= factor if scale < 1 else 1 / factor
+        grad = scale * gaussian(numel, rng)
+        kernels.compress_(memory, [grad], 4000 if step % 20 < 10 else 1000, state=state)
+    assert kernels.repairs <= 1
 
 
 @pytest.mark.parametrize("values", ["gaussian", "all equal", "heavy ties"])

@@ -14,6 +14,7 @@ dim3 blockDim, gridDim;
 namespace cuda_on_cpu {
 
 const void* current_kernel = nullptr;
+bool early_launch = false;
 Thread* current_thread = nullptr;
 std::vector<Thread> threads;
 
@@ -37,6 +38,8 @@ int last_votes;
 void fiber_body() {
   happens_before::thread_started();
   thread_body(thread_closure);
+  if (early_launch && !current_thread->waited)
+    fail("a kernel that may start early never called cudaGridDependencySynchronize");
   happens_before::thread_ended();
   current_thread->state = Thread::exited;
 }
@@ -141,6 +144,8 @@ void yield() {
   make_ready(*current_thread);
   Fiber::suspend();
 }
+
+void wait_for_launch_before() { current_thread->waited = true; }
 
 int lane() { return current_thread->lane(); }
 

@@ -26,6 +26,7 @@ struct Thread {
   int operand, width;
   uint64_t result;
   void* sanitizer_thread;  // this and the rest for happens_before.cpp
+  bool waited;             // for the launch before, by cudaGridDependencySynchronize
   bool fenced;
   void* recent_atomics[8];
   unsigned recent_count;
@@ -41,6 +42,7 @@ inline bool meets(const Thread& a, const Thread& b) {
 }
 
 extern const void* current_kernel;
+extern bool early_launch;       // it may have started before the kernel before it ended
 extern Thread* current_thread;  // null while the scheduler or the host runs
 extern std::vector<Thread> threads;
 

@@ -42,6 +42,7 @@ int block_barrier(int predicate, Site site);
 uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t word, int operand, int width,
                          Site site);
 
+void wait_for_launch_before();  // which is over here in any case
 int lane();
 void yield();  // lets another thread of the block run
 void fence();

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <map>
 #include <memory>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -29,7 +30,15 @@ struct Barrier {
 };
 
 std::unique_ptr<Barrier> block_barrier;
-std::map<std::pair<int, unsigned>, Barrier> warp_barriers;  // by warp and mask
+// By block, warp and mask. They live as long as the launch: a warp that met nothing but one of them
+// made it, and the host has not caught up with that warp before.
+std::map<std::tuple<uint64_t, int, unsigned>, Barrier> warp_barriers;
+uint64_t blocks_started = 0;
+
+Barrier& warp_barrier(const Thread& thread) {
+  return warp_barriers[{blocks_started, thread.warp(), thread.mask}];
+}
+
 uint64_t launch_begin, launch_end;
 
 // Each takes 0.8 MB, and the sanitizer knows 8128 threads at most.
@@ -70,19 +79,15 @@ void thread_retired(const Thread& thread) { past_fibers.push_back(thread.sanitiz
 
 void block_started() {
   __tsan_release(&launch_begin);
-  // Freed memory carries no order: what one block's threads did is unordered with the next block's.
+  // Other tags for each block: what one block's threads did is unordered with the next block's.
   block_barrier = std::make_unique<Barrier>();
-  warp_barriers.clear();
+  ++blocks_started;
 }
 
 void* arrive_at_block_barrier() { return block_barrier->arrive(); }
 void block_barrier_completed() { ++block_barrier->generation; }
-void* arrive_at_warp_barrier(const Thread& thread) {
-  return warp_barriers[{thread.warp(), thread.mask}].arrive();
-}
-void warp_barrier_completed(const Thread& thread) {
-  ++warp_barriers[{thread.warp(), thread.mask}].generation;
-}
+void* arrive_at_warp_barrier(const Thread& thread) { return warp_barrier(thread).arrive(); }
+void warp_barrier_completed(const Thread& thread) { ++warp_barrier(thread).generation; }
 void leave(void* tag) { __tsan_acquire(tag); }
 void before_atomic(void* address) {
   if (current_thread->fenced) __tsan_release(address);
@@ -91,6 +96,7 @@ void thread_ended() { __tsan_release(&launch_end); }
 void thread_started() { __tsan_acquire(&launch_begin); }
 void launch_ended() {
   __tsan_acquire(&launch_end);
+  warp_barriers.clear();
   unused_fibers.insert(unused_fibers.end(), past_fibers.begin(), past_fibers.end());
   past_fibers.clear();
 }

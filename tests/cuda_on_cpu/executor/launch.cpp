@@ -87,6 +87,10 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   const cudaError_t error = check(config, kernel);
   if (error != cudaSuccess) return remember(error);
   current_kernel = kernel;
+  early_launch = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    if (config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      early_launch = config.attrs[i].val.programmaticStreamSerializationAllowed != 0;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   const bool in_order = settings.seed == 0;

@@ -16,6 +16,10 @@ __device__ int block_max(int value) {
 
 __global__ void __launch_bounds__(threads)
     last_block_kernel(const int* __restrict__ x, int n, int* partial, unsigned* ticket, int* out) {
+#ifdef BUG_MISSING_WAIT
+  if (threadIdx.x != 63)
+#endif
+    cudaGridDependencySynchronize();
   int best = -2147483647 - 1;
   for (int i = blockIdx.x * threads + threadIdx.x; i < n; i += gridDim.x * threads)
     best = max(best, x[i]);

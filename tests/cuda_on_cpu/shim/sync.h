@@ -29,5 +29,5 @@ inline void __nanosleep(unsigned) { cuda_on_cpu::yield(); }
 inline void __trap(CUDA_ON_CPU_SITE) { cuda_on_cpu::trap({"__trap", file, line}); }
 
 // Launches run one after the other here, so a kernel never starts before its predecessor ended.
-inline void cudaGridDependencySynchronize() {}
+inline void cudaGridDependencySynchronize() { cuda_on_cpu::wait_for_launch_before(); }
 inline void cudaTriggerProgrammaticLaunchCompletion() {}

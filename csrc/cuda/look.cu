@@ -1,0 +1,108 @@
+// The look: a sample of v (guess.h), and from it and from what is carried this call's guess. One
+// block, which the pass need not wait for before its own loads have arrived.
+#include "bins.cuh"
+#include "compress.h"
+#include "launch.h"
+
+namespace gmc::cuda {
+namespace {
+
+struct LookShared {
+  uint32_t bins[kCoarseBins];
+  FindShared<kLookThreads> find;
+  uint32_t warp_sums[kLookThreads / 32];
+  float gradient_sums[kLookThreads / 32];
+};
+
+__device__ __forceinline__ float element(const SegmentList& list, const RuleArgs& args,
+                                         uint32_t i) {
+  const TableSegment* const segments = list.begin(args.own);
+  const TableSegment segment = segments[find_segment(segments, list.count, i)];
+  return segment.data ? load_value(segment.data, segment.dtype, i - segment.begin) : 0.0f;
+}
+
+// The sample in bins of 1/32 of an octave; all threads of the block make it and ask it.
+class BinnedSample {
+ public:
+  __device__ BinnedSample(const RuleArgs& args, const Sample& sample, LookShared* shared)
+      : shared_(shared) {
+    clear_bins<kCoarseBins>(shared->bins);
+    __syncthreads();
+    const bool overflowed = args.found_inf.load() != 0.0f, decays = args.params.count != 0;
+    const float factor = gradient_factor(args.grad_scale.load(), args.maximize);
+    const float momentum = args.momentum.load(), decay = decays ? args.weight_decay : 0.0f;
+    float gradient = 0.0f;
+    uint32_t ignored = 0;
+#pragma unroll 4
+    for (uint32_t n = threadIdx.x; n < sample.size; n += kLookThreads) {
+      const auto i = static_cast<uint32_t>(sample.place(n / kRun) + n % kRun);
+      const float u = args.memory[i];
+      const float g =
+          overflowed ? 0.0f : scaled_gradient(element(args.grads, args, i), factor, &ignored);
+      const float w = decays ? element(args.params, args, i) : 0.0f;
+      const float v = args.momentum_buffer ? sampled_value(u, g, decay, w, args.momentum_buffer[i],
+                                                           momentum, args.nesterov)
+                                           : sampled_value(u, g, decay, w);
+      gradient += fabsf(g);
+      atomicAdd(&shared->bins[magnitude_key(finite_or_zero(v)) >> kCoarseShift], 1u);
+    }
+    // Behind its barrier all of the sample is in its bins.
+    block_exclusive_sum<kLookThreads>(gradient, &gradient_, shared->gradient_sums);
+  }
+
+  __device__ float gradient() const { return gradient_; }
+
+  __device__ float reaching(uint32_t key) const {
+    const uint32_t own = key >> kCoarseShift;
+    uint32_t above = 0, total;
+    for (uint32_t bin = threadIdx.x; bin < kCoarseBins; bin += kLookThreads)
+      above += bin > own ? shared_->bins[bin] : 0;
+    block_exclusive_sum<kLookThreads>(above, &total, shared_->warp_sums);
+    const float below = static_cast<float>(key % kWidth) / static_cast<float>(kWidth);
+    return static_cast<float>(total) + (1.0f - below) * static_cast<float>(shared_->bins[own]);
+  }
+
+  __device__ uint32_t at(float count) const {
+    const uint32_t wanted = static_cast<uint32_t>(count) + 1;
+    const FoundBin found = find_bin<kCoarseBins>(shared_->bins, wanted, &shared_->find);
+    if (found.bin == 0) return 0;  // or there are not as many
+    const float share =
+        static_cast<float>(wanted - found.above) / static_cast<float>(shared_->bins[found.bin]);
+    return (found.bin << kCoarseShift) +
+           static_cast<uint32_t>((1.0f - share) * static_cast<float>(kWidth - 1));
+  }
+
+ private:
+  static constexpr uint32_t kWidth = 1u << kCoarseShift;
+
+  LookShared* const shared_;
+  float gradient_;
+};
+
+__global__ void __launch_bounds__(kLookThreads)
+    look_kernel(const __grid_constant__ CompressArgs args) {
+  static __shared__ LookShared shared;
+  start_next();
+  Control* const control = args.workspace.control;
+  Guess guess = {};
+  if (args.fresh) {
+    auto* const words = reinterpret_cast<uint32_t*>(control);
+    for (uint32_t i = threadIdx.x; i < kZeroBytes / 4; i += kLookThreads) words[i] = 0;
+  } else {
+    guess = control->guess;
+  }
+  const Sample sample(args.rule.numel, args.k);
+  const BinnedSample binned(args.rule, sample, &shared);
+  guess = choose_guess(guess, args.k, sample, binned);
+  if (threadIdx.x != 0) return;
+  control->guess = guess;
+  control->scale = guess.scale;
+}
+
+}  // namespace
+
+cudaError_t look_launch(const CompressArgs& args, cudaStream_t stream) {
+  return launch(look_kernel, 1, kLookThreads, stream, args);
+}
+
+}  // namespace gmc::cuda
