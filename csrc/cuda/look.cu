@@ -79,21 +79,18 @@ class BinnedSample {
   float gradient_;
 };
 
-__global__ void __launch_bounds__(kLookThreads)
+__global__ void __launch_bounds__(kLookThreads, 1)
     look_kernel(const __grid_constant__ CompressArgs args) {
   static __shared__ LookShared shared;
   start_next();
   Control* const control = args.workspace.control;
-  Guess guess = {};
   if (args.fresh) {
     auto* const words = reinterpret_cast<uint32_t*>(control);
     for (uint32_t i = threadIdx.x; i < kZeroBytes / 4; i += kLookThreads) words[i] = 0;
-  } else {
-    guess = control->guess;
   }
   const Sample sample(args.rule.numel, args.k);
   const BinnedSample binned(args.rule, sample, &shared);
-  guess = choose_guess(guess, args.k, sample, binned);
+  const Guess guess = choose_guess(control->guess, args.k, sample, binned);
   if (threadIdx.x != 0) return;
   control->guess = guess;
   control->scale = guess.scale;
