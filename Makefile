@@ -38,6 +38,7 @@ results := $(or $(RESULTS),benchmarks/results)
 bench: $(VENV)/demo.installed build  ## time the ops and the whole step on this machine's GPU or CPU
 	@$(python) benchmarks/kernels.py --quick --output '$(results)' $(ARGS)
 	@$(python) benchmarks/step.py --quick --output '$(results)' $(ARGS)
+	@$(python) benchmarks/host.py --output '$(results)'
 
 convergence: $(VENV)/demo.installed build  ## train at equal bytes: dense, GMC with 16-, 8- and 4-bit values
 	@$(python) benchmarks/convergence.py --output '$(results)' $(ARGS)

@@ -10,6 +10,7 @@ minutes. Needs nothing but Python's standard library itself.
 """
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -105,15 +106,17 @@ def plan(options: argparse.Namespace, folder: Path) -> list[Part]:
     counters = ["ncu", "--clock-control", "none", "--kernel-name", OURS, "--launch-skip", "60",
                 "--launch-count", "12", "--kill", "yes", "--section", "SpeedOfLight",
                 "--section", "MemoryWorkloadAnalysis", "--section", "Occupancy",
-                "--log-file", str(folder / f"ncu-{date.today().isoformat()}.txt"), "-f"]  # fmt: skip
+                "-f", "--log-file", f"{folder}/ncu-{date.today().isoformat()}.txt"]  # fmt: skip
     parts = [
         Part("build", 80, shlex.split(options.build)),
-        Part("smoke", 25, [*pytest, "-x", "tests/test_cuda.py", "-k", "equals_cpu and not at_size"]),
+        Part("smoke", 25, [*pytest, "-x", "tests/test_cuda.py",
+                           "-k", "equals_cpu and not at_size"]),
         Part("kernels", 40, [python, kernels, *CUDA, *MIDDLE, "--limit", "25", *output]),
         Part("step", 25, [python, step, *CUDA, *MIDDLE, "--limit", "15", *output]),
+        Part("host", 15, [python, "benchmarks/host.py", *output]),
         Part("tests", 80, pytest),
-        Part("sizes", 110, [python, kernels, *CUDA, "--limit", "85", *output]),
-        Part("sanitizers", 80, None),
+        Part("sizes", 105, [python, kernels, *CUDA, "--limit", "80", *output]),
+        Part("sanitizers", 75, None),
         Part("counters", 40, [*counters, python, step, *CUDA, *MIDDLE, *output]),
         Part("training", 40, [python, "examples/compare_methods", "--device", "cuda",
                               "--workers", "1", "--steps", "60", *output]),
@@ -196,10 +199,8 @@ def run(command: list[str], environment: dict, log, seconds: float) -> tuple[int
         status: int | None = process.wait(seconds)
     except subprocess.TimeoutExpired:
         status = None
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, 9)  # also what it left behind, which would hold the pipe open
-    except ProcessLookupError:
-        pass
     process.wait()
     reader.join(5)
     return status, last[:200]
@@ -209,7 +210,9 @@ def summarise(parts: list[Part], title: str, stem: Path) -> str:
     """Writes how the parts ended so far, and returns it."""
     width = max(len(part.name) for part in parts)
     lines = [f"{title}: {sum(part.took for part in parts):.0f} s"]
-    lines += [f"  {p.name:<{width}}  {p.took:4.0f} of {p.seconds:3.0f} s  {p.outcome}" for p in parts]
+    lines += [
+        f"  {p.name:<{width}}  {p.took:4.0f} of {p.seconds:3.0f} s  {p.outcome}" for p in parts
+    ]
     failed = [part.name for part in parts if part.outcome != "passed"]
     lines.append(f"not passed: {', '.join(failed)}" if failed else "all parts passed")
     text = "\n".join(lines)

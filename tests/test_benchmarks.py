@@ -309,6 +309,15 @@ def test_cub_peer_is_left_out_with_a_reason(monkeypatch, tmp_path):
         cub_topk.build(tmp_path / "x", ["90"])
 
 
+def test_host(tmp_path):
+    done = run("host.py", "--tensors", "5", "--steps", "12", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = read_result(tmp_path, "host")
+    assert content["options"]["tensors"] == 5 and content["ratio"] > 0
+    assert set(content["seconds"]) == {"gmc_cuda.GMC", "fused SGD"}
+    assert f"ratio {content['ratio']:.2f}, goal 1.3 or less" in done.stdout
+
+
 # ---------------------------------------------------------------------- what several workers do
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ["build", "smoke", "kernels", "step", "tests", "sizes", "sanitizers", "counters", "training"]
+PARTS = ["build", "smoke", "kernels", "step", "host", "tests", "sizes"]
+PARTS += ["sanitizers", "counters", "training"]
 
 SMI = """#!/bin/sh
 case "$SMI" in
@@ -36,6 +37,7 @@ case "$0 $*" in
   *kernels.py*numel*) part=kernels;;
   *kernels.py*) part=sizes;;
   *step.py*) part=step;;
+  *host.py*) part=host;;
   *) part=training;;
 esac
 echo "$part: $*" >> "$CALLS"
@@ -112,7 +114,8 @@ def test_quick(rehearse):
 
 
 def test_parts_that_fail_hang_or_leave_something_behind_stop_no_other(rehearse):
-    told = "smoke=fail kernels=hang step=leaves tests=skips memcheck=finds racecheck=hang training=fail"
+    told = "smoke=fail kernels=hang step=leaves tests=skips training=fail"
+    told += " memcheck=finds racecheck=hang"
     shares = ["--share", "kernels=1", "--share", "sanitizers=1"]
     done, written, _ = rehearse(*shares, told=told, without=["ncu"])
     assert done.returncode == 1
@@ -121,6 +124,7 @@ def test_parts_that_fail_hang_or_leave_something_behind_stop_no_other(rehearse):
         "smoke": "failed: it broke",
         "kernels": "not finished in 1 s",
         "step": "passed",
+        "host": "passed",
         "tests": "failed: none ran: 3 skipped",
         "sizes": "passed",
         "sanitizers": "memcheck 4 errors (see the log); racecheck not finished in 1 s",
@@ -136,7 +140,7 @@ def test_without_a_build_nothing_is_measured(rehearse):
     assert done.returncode == 1
     ended = outcomes(written)
     assert ended.pop("build") == "failed: it broke"
-    assert set(ended.values()) == {"not run: the build did not pass"} and len(ended) == 8
+    assert set(ended.values()) == {"not run: the build did not pass"} and len(ended) == 9
     assert calls.count("\n") == 1
 
 

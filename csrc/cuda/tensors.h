@@ -15,8 +15,7 @@ void compress(const RuleTensors& rule, const OptionalTensor& aggregate, int64_t 
 int64_t repairs(const Tensor& state);  // waits for the device
 void accumulate(const RuleTensors& rule, const OptionalTensor& aggregate, int64_t rank,
                 int64_t ranks, const Tensor& total);
-void apply_dense(const MoveTensors& move, const Tensor& memory, const Tensor& total,
-                 int64_t ranks);
+void apply_dense(const MoveTensors& move, const Tensor& memory, const Tensor& total, int64_t ranks);
 
 void unpack(const PayloadTensor& payload, const Tensor& indices, const Tensor& values,
             const Tensor& nonfinite);
