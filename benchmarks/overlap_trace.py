@@ -34,7 +34,7 @@ LANES = {
     "step()": ("step",),
     "compress": ("gmc_cuda::compress_",),
     "communicate": ("gloo",),
-    "merge, apply": ("gmc_cuda::merge", "gmc_cuda::apply_"),
+    "merge, apply": ("gmc_cuda::merge", "gmc_cuda::merge_", "gmc_cuda::apply_"),
 }
 
 

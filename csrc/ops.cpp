@@ -403,8 +403,9 @@ Tensor aggregate_flags(const TensorList& aggregates) {
   return flags;
 }
 
-Tensor merge(const Tensor& payloads, int64_t numel, int64_t k, ScalarType wire_dtype,
-             const OptionalTensor& skip) {
+// into: what to overwrite; none: a new aggregate. Returns it.
+Tensor merge_into(const OptionalTensor& into, const Tensor& payloads, int64_t numel, int64_t k,
+                  ScalarType wire_dtype, const OptionalTensor& skip) {
   check_numel(numel, "numel");
   check_k(k, numel);
   const PayloadShape shape{numel, k, check_wire_type(wire_dtype)};
@@ -417,7 +418,9 @@ Tensor merge(const Tensor& payloads, int64_t numel, int64_t k, ScalarType wire_d
   check_skip(skip, device);
   const bool gpu = on_gpu(payloads, "merge");
   const int64_t ranks = payloads.size(0);
-  Tensor aggregate = empty({aggregate_nbytes(numel, k, ranks)}, ScalarType::Byte, device);
+  const int64_t aggregate_size = aggregate_nbytes(numel, k, ranks);
+  if (into) check_vector(*into, "aggregate", device, ScalarType::Byte, aggregate_size);
+  Tensor aggregate = into ? *into : empty({aggregate_size}, ScalarType::Byte, device);
   const PayloadTensor args{payloads, shape};
   if (gpu) {
     if constexpr (kWithCuda) cuda::merge(args, ranks, skip, aggregate);
@@ -425,6 +428,16 @@ Tensor merge(const Tensor& payloads, int64_t numel, int64_t k, ScalarType wire_d
     cpu::merge(payload_args(args), ranks, skipped(skip), mutable_data<uint8_t>(aggregate));
   }
   return aggregate;
+}
+
+Tensor merge(const Tensor& payloads, int64_t numel, int64_t k, ScalarType wire_dtype,
+             const OptionalTensor& skip) {
+  return merge_into(std::nullopt, payloads, numel, k, wire_dtype, skip);
+}
+
+void merge_inplace(const Tensor& aggregate, const Tensor& payloads, int64_t numel, int64_t k,
+                   ScalarType wire_dtype, const OptionalTensor& skip) {
+  merge_into(aggregate, payloads, numel, k, wire_dtype, skip);
 }
 
 void apply(const TensorList& params, const Tensor& aggregate, const Tensor& lr,
@@ -527,6 +540,9 @@ STABLE_TORCH_LIBRARY(gmc_cuda, m) {
       "merge(Tensor payloads, int numel, int k, ScalarType wire_dtype, *, Tensor? skip=None) "
       "-> Tensor");
   m.def(
+      "merge_(Tensor(a!) aggregate, Tensor payloads, int numel, int k, ScalarType wire_dtype, *, "
+      "Tensor? skip=None) -> ()");
+  m.def(
       "apply_(Tensor(a!)[] params, Tensor aggregate, Tensor lr, *, Tensor? skip=None, "
       "Tensor(b!)? skipped_steps=None) -> ()");
   m.def(
@@ -551,6 +567,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("aggregate_flags", TORCH_BOX(&aggregate_flags));
   m.impl("fingerprint", TORCH_BOX(&fingerprint));
   m.impl("merge", TORCH_BOX(&merge));
+  m.impl("merge_", TORCH_BOX(&merge_inplace));
   m.impl("apply_", TORCH_BOX(&apply));
   m.impl("restore_", TORCH_BOX(&restore));
   m.impl("mask_", TORCH_BOX(&mask));

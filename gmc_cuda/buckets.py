@@ -44,6 +44,7 @@ class Bucket:
         self.memory = torch.zeros(self.numel, device=self.device)
         self.momentum_buffer = torch.zeros_like(self.memory) if local_momentum else None
         self.aggregate: Tensor | None = None
+        self._spare: Tensor | None = None  # the one before it
         self.sent_nbytes = self.sent_entries = 0
         self._state: Tensor | None = None
         self._state_k = 0
@@ -109,11 +110,19 @@ class Bucket:
     def keep_aggregate(self, aggregate: Tensor) -> None:
         """Makes this a_{t-1} of the next step."""
         if not (aggregate.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if aggregate.is_cpu:  # a GPU's allocator has it at hand by itself
+                self._spare = self.aggregate
             self.aggregate = aggregate
         elif self.aggregate is None or self.aggregate.shape != aggregate.shape:
             raise RuntimeError("make a step of the same density before capturing one in a graph")
         else:  # a replay reads what the capture read, so it must be in the same place
             self.aggregate.copy_(aggregate)
+
+    def spare_aggregate(self, nbytes: int) -> Tensor | None:
+        """An aggregate of this size that nothing reads any more, to be overwritten."""
+        spare, self._spare = self._spare, None
+        fits = spare is not None and spare.dtype == torch.uint8 and spare.numel() == nbytes
+        return spare if fits else None
 
     def sparse_aggregate(self) -> Tensor | None:
         """a_{t-1} as compress_ takes it."""

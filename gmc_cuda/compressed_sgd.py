@@ -382,7 +382,7 @@ class CompressedSGD(torch.optim.Optimizer):
             transfer.finish(bucket.flat_params(), lr, skip, count)
             count = None  # once for all buckets
         aggregates = [t.aggregate for t in self._started if t.payloads is not None]
-        if aggregates and aggregates[0].is_cuda:
+        if aggregates and aggregates[0].is_cuda and self._exchange.size > 1:
             self._damage.submit(aggregates)
         for group in self.param_groups:
             self._rule.finish(group)

@@ -85,5 +85,5 @@ for fake in (
     densify,
 ):
     torch.library.register_fake(f"gmc_cuda::{fake.__name__}", fake)
-for name in ("apply_", "apply_dense_", "restore_", "mask_"):
+for name in ("apply_", "apply_dense_", "merge_", "restore_", "mask_"):
     torch.library.register_fake(f"gmc_cuda::{name}", nothing)

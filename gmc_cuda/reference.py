@@ -340,9 +340,15 @@ def _described(payload: Tensor) -> tuple[int, int, torch.dtype] | None:
 
 
 def merge(
-    payloads: Tensor, numel: int, k: int, wire_dtype: torch.dtype, *, skip: Tensor | None = None
+    payloads: Tensor,
+    numel: int,
+    k: int,
+    wire_dtype: torch.dtype,
+    *,
+    skip: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """a_t = (1/p) sum_k c_k, summed in rank order; zero for a skipped step."""
+    """a_t = (1/p) sum_k c_k, summed in rank order; zero for a skipped step. out is not used."""
     total = torch.zeros(numel, device=payloads.device)
     if skip is None or not skip.item():
         for payload in payloads:

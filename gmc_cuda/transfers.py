@@ -133,8 +133,10 @@ class SparseTransfer:
         return ops.payload_nonfinite(self.payloads)
 
     def merge(self, skip: Tensor) -> None:
+        bucket, ranks = self.bucket, self.payloads.size(0)
+        spare = bucket.spare_aggregate(wire.aggregate_nbytes(bucket.numel, self.k, ranks))
         self.aggregate = ops.merge(
-            self.payloads, self.bucket.numel, self.k, self.wire_dtype, skip=skip
+            self.payloads, bucket.numel, self.k, self.wire_dtype, skip=skip, out=spare
         )
 
     def give_back(self) -> None:

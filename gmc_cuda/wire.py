@@ -39,6 +39,13 @@ def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype) -> int:
 
 
 @lru_cache(maxsize=4096)
+def aggregate_nbytes(numel: int, k: int, size: int) -> int:
+    """Bytes of what ``ops.merge`` makes of `size` payloads."""
+    nbytes: int = torch.ops.gmc_cuda.aggregate_nbytes(numel, k, size)
+    return nbytes
+
+
+@lru_cache(maxsize=4096)
 def entries_within(bytes_ratio: float, numel: int, wire_dtype: torch.dtype) -> int:
     """The largest K whose payload has at most 1 / bytes_ratio of a float32 gradient's bytes.
 

@@ -367,6 +367,21 @@ def test_skip():
         assert not torch.equal(vector, torch.ones(n))
 
 
+def test_merge_into_an_older_aggregate():
+    n, k, wire = 200_000, 2000, torch.bfloat16
+    older, newer = payloads_of(2, n, k, wire), payloads_of(2, n, k, wire)
+    aggregate = ops.merge(older, n, k, wire)
+    assert ops.merge(newer, n, k, wire, out=aggregate) is aggregate
+    expected = ops.densify(ops.merge(newer, n, k, wire), n)
+    assert_same_bytes(ops.densify(aggregate, n), expected, "aggregate")
+    skip = torch.ones(1, dtype=torch.int32)
+    ops.merge(newer, n, k, wire, skip=skip, out=aggregate)
+    assert not ops.densify(aggregate, n).any()
+    for wrong in (aggregate[:-16].contiguous(), aggregate.view(torch.float32)):
+        with pytest.raises((ValueError, TypeError), match="aggregate: got"):
+            ops.merge(newer, n, k, wire, out=wrong)
+
+
 @pytest.mark.parametrize("backend", [ops, reference])
 def test_skipped_steps_are_counted(backend):
     counted, total, memory = torch.zeros(1, dtype=torch.int64), torch.ones(9), torch.ones(8)
@@ -445,7 +460,7 @@ def test_operators_inside_a_compiled_function():
 
 
 OPERATORS = """compress_ compress_dgc accumulate_ apply_dense_ unpack verdict payload_nonfinite
-aggregate_flags merge apply_ restore_ mask_ sparsify densify"""
+aggregate_flags merge merge_ apply_ restore_ mask_ sparsify densify"""
 
 
 @pytest.mark.parametrize("name", OPERATORS.split())
@@ -472,6 +487,7 @@ def test_opcheck(name):
         "unpack": ((payload, n, k, wire), {}),
         "verdict": (([gathered], [torch.zeros(2)]), {}),
         "merge": ((gathered, n, k, wire), {"skip": skip}),
+        "merge_": ((ops.merge(gathered, n, k, wire), gathered, n, k, wire), {"skip": skip}),
         "apply_": (([torch.zeros(n)], aggregate, lr), {"skip": skip}),
         "restore_": ((torch.zeros(n), payload, k, wire), {"skip": skip}),
         "mask_": ((torch.zeros(n), payload, k, wire), {"skip": skip}),
@@ -483,6 +499,10 @@ def test_opcheck(name):
         args = (args[0], [dense[:200], None], k)
     operator = getattr(torch.ops.gmc_cuda, name.removesuffix("dgc")).default
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if name not in ("merge", "sparsify"):  # an aggregate has gaps that nothing writes or reads
+    if name not in (
+        "merge",
+        "merge_",
+        "sparsify",
+    ):  # an aggregate has gaps that nothing writes or reads
         checks.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, args, kwargs, test_utils=checks)

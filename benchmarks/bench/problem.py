@@ -27,6 +27,7 @@ class Problem:
         self.local = torch.zeros_like(self.memory) if case.method == "dgc" else None
         self.state = ops.select_state(case.numel, case.k, device)
         self.payload = self.payloads[0][0].clone()
+        self.aggregate = self.spare = None
         self.merge(0)
 
     def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
@@ -72,7 +73,10 @@ class Problem:
     def merge(self, turn: int) -> None:
         case = self.case
         self.merged = self.payloads[turn % len(self.payloads)]
-        self.aggregate = ops.merge(self.merged, case.numel, case.k, case.wire_dtype)
+        # Into the one before the last, as the optimizer does where it pays.
+        aggregate = ops.merge(self.merged, case.numel, case.k, case.wire_dtype, out=self.spare)
+        self.spare = self.aggregate if self.device.type == "cpu" else None
+        self.aggregate = aggregate
 
     def apply(self, turn: int) -> None:
         ops.apply_(self.split(self.params), self.aggregate, LR)
