@@ -12,6 +12,7 @@ from argparse import Namespace
 import torch
 from torch import Tensor, nn
 
+from compare_methods import digits, text
 from compare_methods.task import Task
 from compare_methods.training import loss_of
 from gmc_cuda import ops, wire
@@ -21,8 +22,23 @@ RULES = {
     "dense": "torch.optim.SGD on the mean gradient",
     "gmc": "global momentum",
     "dgc": "local momentum with momentum factor masking",
-    "memsgd": "local momentum without masking",
+    "memsgd": "memory SGD with local momentum, which is DGC without masking",
+    "plain": "memory SGD without momentum",
 }
+TASKS = {"text": text, "digits": digits}
+_tasks: list[Task] = []  # of this process, see prepare
+
+
+def load(options: Namespace) -> list[Task]:
+    """A task for each worker."""
+    ranks = range(options.workers)
+    return [TASKS[options.task].load(rank, options.workers, options.non_iid) for rank in ranks]
+
+
+def prepare(options: Namespace) -> None:
+    """Makes this process ready for train()."""
+    torch.set_num_threads(1)
+    _tasks[:] = load(options)
 
 
 class Dense:
@@ -61,7 +77,7 @@ class Sparse:
         self.nbytes = ops.payload_nbytes(self.numel, self.k, self.dtype)
         self.memories = torch.zeros(options.workers, self.numel)
         self.buffers = [None] * options.workers  # the momentum of each worker, if it is local
-        if rule != "gmc":
+        if rule in ("dgc", "memsgd"):
             self.buffers = list(torch.zeros(options.workers, self.numel))
         self.masking = rule == "dgc"
         self.states = [ops.select_state(self.numel, self.k, "cpu") for _ in self.buffers]
@@ -90,11 +106,9 @@ class Sparse:
         ops.apply_([param.data for param in self.params], self.aggregate, lr)
 
 
-def train(
-    tasks: list[Task], method: str, momentum: float, lr: float, seed: int, options: Namespace
-) -> dict:
-    """One run with len(tasks) workers; a loss of None says that it diverged."""
-    started = time.perf_counter()
+def train(method: str, momentum: float, lr: float, seed: int, options: Namespace) -> dict:
+    """One run with options.workers workers; a loss of None says that it diverged."""
+    tasks, started = _tasks, time.perf_counter()
     torch.manual_seed(seed)  # the same start for every method
     model = tasks[0].make_model()
     params = list(model.parameters())
@@ -105,7 +119,7 @@ def train(
     generators = [torch.Generator().manual_seed(seed * len(tasks) + r) for r in range(len(tasks))]
     for step in range(options.steps):
         for rank, task in enumerate(tasks):
-            inputs, targets = task.batch(options.batch, generators[rank])
+            inputs, targets = task.batch(options.global_batch // len(tasks), generators[rank])
             model.zero_grad()
             loss = loss_of(model(inputs), targets)
             loss.backward()
