@@ -40,7 +40,7 @@ bench: $(VENV)/demo.installed build  ## time the ops and the whole step on this 
 	@$(python) benchmarks/step.py --quick --output '$(results)' $(ARGS)
 	@$(python) benchmarks/host.py --output '$(results)'
 
-convergence: $(VENV)/demo.installed build  ## train at equal bytes: dense, GMC with 16-, 8- and 4-bit values
+convergence: $(VENV)/demo.installed build  ## train at equal bytes, each method at its best momentum and lr: dense, GMC, DGC, memory SGD
 	@$(python) benchmarks/convergence.py --output '$(results)' $(ARGS)
 
 gpu:  ## on a machine with a GPU: build, tests, benchmarks, sanitizers; RESULTS=folder, ARGS=--quick

@@ -104,12 +104,11 @@ def compare(options: argparse.Namespace) -> None:
 
     def search(method: str) -> None:
         momentum, scaled = STARTS[options.task][method.split(":")[0]]
-        momenta = options.momentum or ladder.MOMENTA
+        plain = method.startswith("plain:")
+        momenta = [0.0] if plain else options.momentum or ladder.MOMENTA
         start = min(momenta, key=lambda m: abs(m - momentum))
         if options.lr:
             scaled = options.lr / (1 - start)
-        if options.fixed or method.startswith("plain"):
-            momenta = [start]
 
         def loss(momentum: float, lr: float) -> float:
             return mean(train(method, momentum, lr, seed) for seed in search_seeds)

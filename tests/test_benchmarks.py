@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,17 @@ BENCHMARKS = ROOT / "benchmarks"
 
 sys.path.insert(0, str(BENCHMARKS))
 import overlap_trace  # noqa: E402
-from bench import budget, cases, cub_topk, data, goals, options, sanitizers, timing  # noqa: E402
+from bench import (  # noqa: E402
+    budget,
+    cases,
+    cub_topk,
+    data,
+    goals,
+    ladder,
+    options,
+    sanitizers,
+    timing,
+)
 from bench.cases import Case  # noqa: E402
 from bench.problem import Problem  # noqa: E402
 
@@ -102,38 +113,82 @@ def test_step(tmp_path, method):
     assert (fp32["reference"]["bytes"], bf16["reference"]["bytes"]) == (600_020, 300_010)
 
 
-def test_convergence(tmp_path):
-    """At density 1 and in float32 GMC is dense momentum SGD; at 100 times fewer bytes it is not."""
-    common = ["--task", "digits", "--workers", "2", "--steps", "8"]
-    done = run("convergence.py", *common, "--seeds", "1", "--methods", "dense", "gmc:float32",
-               "memsgd:float32", "dgc:float32", "--density", "1", "--momentum", "0", "0.8",
-               "--lr", "0.1", "0.2", "--output", str(tmp_path / "dense"))  # fmt: skip
+def convergence(folder, *arguments):
+    done = run("convergence.py", "--task", "digits", "--workers", "2", "--steps", "8",
+               "--search-seeds", "1", "--output", str(folder), *arguments)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("EDGE: ") == 4
-    runs = read_result(tmp_path / "dense", "convergence-digits")["results"]
-    loss = {(r["method"].split(":")[0], r["momentum"], r["lr"]): r["loss"] for r in runs}
-    assert len(loss) == len(runs) == 16
-    for lr in (0.1, 0.2):
-        assert loss["dense", 0.8, lr] != pytest.approx(loss["dense", 0, lr], rel=1e-2)
-        for rule, momentum in itertools.product(("gmc", "memsgd"), (0, 0.8)):
-            dense = loss["dense", momentum, lr]
-            assert loss[rule, momentum, lr] == pytest.approx(dense, rel=1e-3)
-        # Masking takes all momentum away where everything is sent.
-        assert loss["dgc", 0.8, lr] == pytest.approx(loss["dense", 0, lr], rel=1e-3)
+    content = read_result(folder, "convergence-digits-2-workers")
+    assert content["complete"]
+    assert len(list(folder.glob("convergence-*.png"))) == 1
+    return content, done.stdout
 
-    done = run("convergence.py", *common, "--methods", "gmc:bfloat16", "gmc:float4", "dgc:float8",
-               "--seeds", "2", "--output", str(tmp_path / "sparse"))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    content = read_result(tmp_path / "sparse", "convergence-digits")
-    assert content["planned_runs"] == len(content["results"]) == 6
+
+@pytest.mark.parametrize("momentum", [0, 0.8])
+def test_convergence_at_density_1(tmp_path, momentum):
+    """There, and in float32, every sparse method is dense momentum SGD, or plain SGD."""
+    methods = ["dense", "gmc:float32", "memsgd:float32", "dgc:float32", "plain:float32"]
+    content, printed = convergence(
+        tmp_path, "--fixed", "--seeds", "1", "--density", "1", "--lr", "0.1",
+        "--momentum", str(momentum), "--methods", *methods,
+    )  # fmt: skip
+    assert "+0.000" in printed
+    loss = {(run["method"], run["seed"]): run["loss"] for run in content["results"]}
+    assert len(loss) == len(content["results"]) == 10
+    for seed in (0, 1):
+        for method in ("gmc:float32", "memsgd:float32"):
+            assert loss[method, seed] == pytest.approx(loss["dense", seed], rel=1e-3)
+        # Masking takes all momentum away where everything is sent.
+        others = {loss["dgc:float32", seed], loss["plain:float32", seed]}
+        assert max(others) == pytest.approx(min(others), rel=1e-3)
+        assert (max(others) == pytest.approx(loss["dense", seed], rel=1e-2)) == (momentum == 0)
+
+
+def test_convergence_at_equal_bytes(tmp_path):
+    methods = ["gmc:bfloat16", "gmc:float4", "dgc:float8"]
+    content, _ = convergence(
+        tmp_path, "--momentum", "0.3", "0.5", "--seeds", "2", "--methods", *methods
+    )
+    assert list(content["best"]) == methods
+    for method, point in content["best"].items():
+        runs = [run for run in content["results"] if run["method"] == method]
+        tried = {(run["momentum"], run["lr"]): run["loss"] for run in runs if run["seed"] == 0}
+        assert tried[point["momentum"], point["lr"]] == min(tried.values())
+        compared = [run for run in runs if run["seed"] > 0]
+        assert [run["seed"] for run in compared] == [1, 2]
+        assert {(run["momentum"], run["lr"]) for run in compared} == {tuple(point.values())}
     for r in content["results"]:
         assert 100 <= r["bytes_ratio"] < 101 and r["density"] < 0.03
-        assert r["loss"] < 2.4 and 0 < r["accuracy"] <= 1
-    bfloat16, float4, _ = content["results"][:3]
-    assert float4["k"] > 1.7 * bfloat16["k"]
+    some = {run["method"]: run for run in content["results"]}
+    float4 = some["gmc:float4"]
+    assert float4["k"] > 1.7 * some["gmc:bfloat16"]["k"]
     assert float4["bytes"] == ops.payload_nbytes(
         float4["parameters"], float4["k"], torch.float4_e2m1fn_x2
     )
+
+
+@pytest.mark.parametrize("valley", [(0.0, 0.01), (0.5, 0.64), (0.9, 5.0), (0.98, 0.1)])
+def test_ladder(valley):
+    """Wherever the lowest point lies, the search comes to it, and has tried what is beside it."""
+    tried = {}
+
+    def loss(momentum, lr):
+        scaled = lr / (1 - momentum)
+        place = ladder.MOMENTA.index(momentum) - ladder.MOMENTA.index(valley[0])
+        tried[momentum, lr] = place**2 + math.log2(scaled / valley[1]) ** 2
+        return tried[momentum, lr]
+
+    best = ladder.best(loss, 0.7, 1.0, ladder.MOMENTA, fixed=False)
+    assert best[0] == valley[0]
+    assert 2**-0.5 <= best[1] / (1 - best[0]) / valley[1] <= 2**0.5
+    assert tried[best] == min(tried.values())
+    for factor in (0.5, 2):
+        assert any(m == best[0] and lr == pytest.approx(factor * best[1]) for m, lr in tried)
+    assert ladder.best(loss, 0.7, 1.0, ladder.MOMENTA, fixed=True) == pytest.approx((0.7, 0.3))
+
+
+def test_ladder_that_only_diverges():
+    with pytest.raises(RuntimeError, match=r"diverged at the start, momentum and lr \(0.7, 0.3\)"):
+        ladder.best(lambda momentum, lr: math.inf, 0.7, 1.0, ladder.MOMENTA, fixed=False)
 
 
 def test_limit_leaves_out_what_it_must(tmp_path):
