@@ -1,0 +1,89 @@
+"""benchmarks/network.py: what it measures adds up, and nothing of it stays."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import network  # noqa: E402
+from bench import namespaces  # noqa: E402
+
+ROW = {"method": "DDP", "rate_mbit": 100, "estimated": False, "step": {"median": 7.0},
+       "compute_alone": 0.25, "link_bytes": 60_000_000}  # fmt: skip
+
+
+def why_not():
+    """Why this machine cannot make a namespace, empty if it can."""
+    problem = namespaces.missing()
+    if problem:
+        return problem
+    try:
+        with namespaces.Star(1) as star:
+            star.limit(100)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def names():
+    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+
+
+def test_two_workers(tmp_path):
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    before = names()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "network.py"), "--workers", "2", "--rates",
+         "100", "10", "--methods", "GMC", "DDP bf16", "--seconds", "1", "--output", str(tmp_path)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("network-*.json")
+    rows = json.loads(path.read_text())["results"]
+    found = {(row["method"], row["rate_mbit"]): row for row in rows}
+    assert set(found) == {(method, rate) for method in ("GMC", "DDP bf16") for rate in (100, 10)}
+    sparse, dense = found["GMC", 100], found["DDP bf16", 100]
+    # With two workers each sends its payload once, or half of a gradient twice; and headers.
+    assert 1 < sparse["link_bytes"] / sparse["payload_bytes"] < 1.2
+    assert 1 < dense["link_bytes"] / (2 * 10_867_200) < 1.2
+    # The link was as slow as it was said to be.
+    least = 8 * dense["link_bytes"] / 100e6
+    assert 0.9 * least < dense["step"]["median"]
+    assert [row["estimated"] for row in rows] == [False, False, False, True]
+    assert names() == before
+
+
+def test_estimate():
+    found = network.estimate({"results": [ROW]}, "DDP", 10)
+    assert found["step"]["median"] == pytest.approx(0.25 + 48)
+    assert found["estimated"] and found["rate_mbit"] == 10
+    with pytest.raises(SystemExit, match="PowerSGD at 10 Mbit/s is estimated from a higher rate"):
+        network.estimate({"results": [ROW]}, "PowerSGD", 10)
+
+
+def test_without_root(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert namespaces.missing() == "network namespaces need root: sudo make network"
+
+
+def test_a_star_that_cannot_be_made_leaves_nothing(monkeypatch):
+    calls = []
+
+    def run(*command):
+        if "veth" in command:
+            raise RuntimeError("no veth here")
+
+    monkeypatch.setattr(namespaces, "_run", run)
+    monkeypatch.setattr(namespaces.subprocess, "run", lambda command, **_: calls.append(command))
+    star = namespaces.Star(2)
+    with pytest.raises(RuntimeError, match="no veth here"):
+        star.__enter__()
+    assert [command[:3] for command in calls] == 3 * [["ip", "netns", "delete"]]
+    assert {command[3] for command in calls} == {star.switch, *star.workers}
