@@ -4,8 +4,8 @@
     sudo make network                    python benchmarks/network.py --rates 100 --methods GMC DDP
 
 Next to GMC: DistributedDataParallel, its bfloat16 and PowerSGD hooks, and GMC and DGC written in
-eager PyTorch. Around each, compute alone: the same workers, without exchange or update. Needs root,
-for the namespaces, which are deleted at the end, also after Ctrl-C.
+eager PyTorch. Around each, compute alone: the same workers, each with fused SGD for itself. Needs
+root, for the namespaces, which are deleted at the end, also after Ctrl-C.
 """
 
 import argparse
@@ -50,6 +50,7 @@ def main() -> int:
         },
         "units": {
             "step, compute_alone": "seconds, means over the workers",
+            "times_compute_alone": "ratios within a round",
             "link_bytes": "sent by a worker's interface in a step",
             "payload_bytes": "handed to a collective by a worker in a step",
         },
@@ -106,16 +107,20 @@ def estimate(content: dict, method: str, rate: int) -> dict:
     row = seen[-1]
     alone = row["compute_alone"]
     step = alone + 8 * row["link_bytes"] / (1e6 * rate)
-    return {**row, "rate_mbit": rate, "step": {"median": step}, "estimated": True}
+    ratio = {"median": step / alone}
+    step = {"median": step}
+    return {**row, "rate_mbit": rate, "step": step, "times_compute_alone": ratio, "rounds": 0,
+            "estimated": True}  # fmt: skip
 
 
 def add(content: dict, row: dict, path: Path) -> None:
     content["results"].append(row)
     content["load"]["after"] = report.load()
     report.write_json(path, content)
-    step, alone = row["step"]["median"], row["compute_alone"]
+    step, ratio = row["step"]["median"], row["times_compute_alone"]
+    spread = " to ".join(f"{value:.2f}" for value in ratio.get("quartiles", []))
     print(f"{RATES[row['rate_mbit']]:<10}  {row['method']:<18}  {1e3 * step:8.0f} ms  "
-          f"{step / alone:6.2f} x compute alone ({1e3 * alone:.0f} ms)  "
+          f"{ratio['median']:6.2f} x compute alone {f'({spread})' if spread else '':<14}  "
           f"{row['link_bytes'] / 1e6:8.3f} MB{'  estimated' * row['estimated']}",
           flush=True)  # fmt: skip
 
@@ -136,7 +141,8 @@ def cell(row: dict | None) -> str:
     if row is None:
         return ""
     step = row["step"]["median"]
-    return f"{1e3 * step:.0f}{'*' * row['estimated']} ({step / row['compute_alone']:.2f})"
+    ratio = row["times_compute_alone"]["median"]
+    return f"{1e3 * step:.0f}{'*' * row['estimated']} ({ratio:.2f})"
 
 
 def parse() -> argparse.Namespace:
@@ -147,7 +153,7 @@ def parse() -> argparse.Namespace:
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
         help=f"of {', '.join(map(repr, METHODS))} (default: all)")  # fmt: skip
     add("--workers", type=positive_int, default=4, help="(default 4)")
-    add("--seconds", type=positive_float, default=8.0, help="for each method (default 8)")
+    add("--seconds", type=positive_float, default=10.0, help="for each method (default 10)")
     add("--output", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
     return parser.parse_args()
 

@@ -19,15 +19,16 @@ LR, MOMENTUM, DENSITY = 0.1, 0.5, 0.01
 
 
 class ComputeAlone:
-    """The control: no worker knows of the others, and nothing is updated."""
+    """The control: each worker trains for itself, with fused SGD, and sends nothing."""
 
     payload_bytes = 0
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.optimizer = torch.optim.SGD(model.parameters(), LR, momentum=MOMENTUM, fused=True)
 
     def step(self) -> None:
-        pass
+        self.optimizer.step()
 
 
 class Sparse:

@@ -2,15 +2,18 @@
 
     network_worker.py SECONDS METHOD...       with torchrun's variables in the environment
 
-Before and after each method the control is measured: every worker computes, none sends. Rank 0
-prints a line of JSON for each method.
+The methods take turns: a few steps of one, a few of the next, in an order drawn anew for each
+round, and the control among them, with which each is compared within the round. So a machine that
+slows down for a while slows down all. Rank 0 prints a line of JSON for each method at the end.
 """
 
 import json
+import random
 import sys
 import time
 from pathlib import Path
 from statistics import mean, median, quantiles
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,29 +24,25 @@ from bench.network_methods import METHODS, ComputeAlone
 from compare_methods import text
 
 WIDTH, LAYERS, BATCH = 384, 6, 1
-WARM_UP, CONTROL_STEPS, MOST_STEPS = 3, 8, 40
+WARM_UP, BLOCK, LEAST_ROUNDS = 3, 4, 3  # steps, steps, rounds
+SLOW = 1.0  # seconds a step: such a method takes part in the first rounds alone, a step in each
 SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    seconds, methods = float(sys.argv[1]), sys.argv[2:]
+    seconds, names = float(sys.argv[1]), sys.argv[2:]
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     task = text.load(rank, world, False)
     generator = torch.Generator().manual_seed(rank)
     batches = [task.batch(BATCH, generator) for _ in range(64)]
-    before = measure(ComputeAlone(make_model()), batches, 0)
-    for name in methods:
-        method = METHODS[name](make_model())
-        found = measure(method, batches, seconds)
-        found["payload_bytes"] = method.payload_bytes
-        del method
-        after = measure(ComputeAlone(make_model()), batches, 0)
-        found["compute_alone"] = mean([before["step"]["median"], after["step"]["median"]])
-        before = after
-        if rank == 0:
-            print(json.dumps({"method": name, **found}), flush=True)
+    methods = {name: METHODS[name](make_model()) for name in names}
+    control = ComputeAlone(make_model())
+    rows = measure(methods, control, batches, seconds)
+    if rank == 0:
+        for name, row in rows.items():
+            print(json.dumps({"method": name, **row}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -53,38 +52,74 @@ def make_model() -> nn.Module:
     return text.Transformer(WIDTH, LAYERS)
 
 
-def measure(method, batches: list, seconds: float) -> dict:
-    """Steps for about `seconds`, alike on all workers; 0 for the control's number of steps.
+def measure(methods: dict, control: ComputeAlone, batches: list, seconds: float) -> dict:
+    """Rounds for about `seconds` for each method, the same number on all workers.
 
-    A step's time is from its start to its end on a worker; of each statistic the mean over the
-    workers is returned, in seconds.
+    Times are in seconds, from the start of a step to its end, means over a block and the workers.
     """
-    model = method.model
-    warm = [timed_step(method, model, batch) for batch in batches[:WARM_UP]]
-    longest = agree(warm[-1], dist.ReduceOp.MAX)
-    steps = CONTROL_STEPS if seconds == 0 else int(min(MOST_STEPS, max(4, seconds / longest)))
+    slow = set()
+    for name, method in {"": control, **methods}.items():
+        times = [timed_step(method, batch) for batch in batches[:WARM_UP]]
+        if agree(min(times), dist.ReduceOp.MAX) > SLOW:
+            slow.add(name)
+        method.model.zero_grad()
+    order = random.Random(0)  # the same on all workers
+    blocks: dict[str, list[Block]] = {name: [] for name in methods}
+    started, rounds = time.perf_counter(), 0
+    while True:
+        turns = ["", *(name for name in methods if rounds < LEAST_ROUNDS or name not in slow)]
+        order.shuffle(turns)
+        found = {}
+        for name in turns:
+            steps = 1 if name in slow else BLOCK
+            found[name] = block(methods.get(name, control), batches, steps)
+        for name in turns:
+            if name:
+                blocks[name].append(Block(*found[name], found[""][0]))
+        rounds += 1
+        passed = agree(time.perf_counter() - started, dist.ReduceOp.MAX)
+        if rounds >= LEAST_ROUNDS and passed > seconds * len(methods):
+            break
+    return {name: row(found, methods[name]) for name, found in blocks.items()}
+
+
+class Block(NamedTuple):
+    step: float
+    link_bytes: float
+    compute_alone: float
+
+
+def block(method, batches: list, steps: int) -> tuple[float, float]:
+    """(seconds a step, bytes sent in a step)"""
     dist.barrier()
     sent = int(SENT.read_text())
-    times = [timed_step(method, model, batches[n % len(batches)]) for n in range(steps)]
+    chosen = random.sample(batches, steps)
+    times = [timed_step(method, batch) for batch in chosen]
     sent = int(SENT.read_text()) - sent
-    dist.barrier()
-    low, _, high = quantiles(times, n=4)
+    method.model.zero_grad()
+    return average(mean(times)), average(sent / steps)
+
+
+def row(blocks: list[Block], method) -> dict:
+    def statistics(values: list[float]) -> dict:
+        low, middle, high = quantiles(values, n=4, method="inclusive")
+        return {"median": middle, "quartiles": [low, high]}
+
     return {
-        "step": {
-            "median": average(median(times)),
-            "mean": average(mean(times)),
-            "quartiles": [average(low), average(high)],
-            "steps": steps,
-        },
-        "link_bytes": round(average(sent / steps)),
+        "step": statistics([found.step for found in blocks]),
+        "compute_alone": median(found.compute_alone for found in blocks),
+        "times_compute_alone": statistics([f.step / f.compute_alone for f in blocks]),
+        "rounds": len(blocks),
+        "link_bytes": round(median(found.link_bytes for found in blocks)),
+        "payload_bytes": method.payload_bytes,
     }
 
 
-def timed_step(method, model: nn.Module, batch: tuple) -> float:
+def timed_step(method, batch: tuple) -> float:
     started = time.perf_counter()
-    model.zero_grad()
+    method.model.zero_grad()
     inputs, targets = batch
-    F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten()).backward()
+    F.cross_entropy(method.model(inputs).flatten(0, -2), targets.flatten()).backward()
     method.step()
     return time.perf_counter() - started
 
