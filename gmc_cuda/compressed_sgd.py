@@ -24,6 +24,8 @@ from gmc_cuda.shards import local
 
 _params_of, _requires_grad = itemgetter("params"), attrgetter("requires_grad")
 
+OVERLAPPED_BUCKETS = 4  # unless bucket_cap_mb says otherwise
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -31,7 +33,7 @@ class Settings:
 
     wire_dtype: torch.dtype
     overlap: bool
-    bucket_cap_mb: float
+    bucket_cap_mb: float | None
     nonfinite: str
     check_replicas_every: int
 
@@ -40,9 +42,15 @@ class Settings:
             self.wire_dtype, self.bucket_cap_mb, self.nonfinite, self.check_replicas_every
         )
 
-    @property
-    def cap_numel(self) -> int:
-        return min(int(self.bucket_cap_mb * 2**20 / 4), MAX_NUMEL)
+    def cap_numel(self, numel: int) -> int:
+        """The most elements of a bucket, in a model of `numel`."""
+        mb = self.bucket_cap_mb
+        if mb is None:
+            mb = 256.0
+            # Only the last bucket's exchange is behind the backward pass; but each costs a latency.
+            if self.overlap:
+                mb = min(mb, max(1.0, numel * 4 / 2**20 / OVERLAPPED_BUCKETS))
+        return min(int(mb * 2**20 / 4), MAX_NUMEL)
 
     def facts(self) -> dict[str, Any]:
         return {**vars(self), "wire_dtype": str(self.wire_dtype)}
@@ -185,15 +193,12 @@ class CompressedSGD(torch.optim.Optimizer):
     def _build(self, saved: states.Held) -> None:
         """Packs the parameters that require a gradient into buckets that hold what was saved."""
         self._layout = self._current_layout()
+        groups = [[p for p in g["params"] if p.requires_grad] for g in self.param_groups]
+        cap = self._settings.cap_numel(sum(local(p).numel() for p in chain.from_iterable(groups)))
         self._buckets = [
             bucket
-            for g, group in enumerate(self.param_groups)
-            for bucket in make_buckets(
-                [p for p in group["params"] if p.requires_grad],
-                g,
-                self._settings.cap_numel,
-                self._rule.local_momentum,
-            )
+            for g, params in enumerate(groups)
+            for bucket in make_buckets(params, g, cap, self._rule.local_momentum)
         ]
         self._bucket_of = {p: b for b in self._buckets for p in b.params}
         if self._buckets and self._skipped is None:

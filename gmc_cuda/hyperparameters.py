@@ -18,12 +18,13 @@ _DTYPE_NAMES = "torch.float32, torch.bfloat16 or torch.float16"
 
 
 def check_options(
-    wire_dtype: torch.dtype, bucket_cap_mb: float, nonfinite: str, check_replicas_every: int
+    wire_dtype: torch.dtype, bucket_cap_mb: float | None, nonfinite: str, check_replicas_every: int
 ) -> None:
     if wire_dtype not in wire.DTYPES:
         *names, last = map(str, wire.DTYPES)
         raise TypeError(f"wire_dtype: got {wire_dtype}, must be {', '.join(names)} or {last}")
-    check_positive(bucket_cap_mb, "bucket_cap_mb", "number of MiB")
+    if bucket_cap_mb is not None:
+        check_positive(bucket_cap_mb, "bucket_cap_mb", "number of MiB")
     if nonfinite not in ("skip", "raise"):
         raise ValueError(f"nonfinite: got {nonfinite!r}, must be 'skip' or 'raise'")
     whole = isinstance(check_replicas_every, int) and not isinstance(check_replicas_every, bool)

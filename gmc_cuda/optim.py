@@ -54,7 +54,8 @@ class GMC(CompressedSGD):
             the verdict on non-finite values is shared. Memory is then of the local shard's shape.
         overlap: compress and send during the backward pass. Gradients are set to None once they
             are sent, so clipping and GradScaler need overlap=False.
-        bucket_cap_mb: largest float32 memory of a bucket, in MiB.
+        bucket_cap_mb: largest float32 memory of a bucket, in MiB. Default: 256; with overlap a
+            quarter of the model if that is less, and at least 1.
         nonfinite: "skip" leaves a step out on every worker when any of them met a NaN or Inf;
             "raise" raises FloatingPointError on every worker.
         broadcast_parameters: start from rank 0's parameters.
@@ -89,7 +90,7 @@ class GMC(CompressedSGD):
         wire_dtype: torch.dtype = torch.bfloat16,
         process_group: Any = None,
         overlap: bool = False,
-        bucket_cap_mb: float = 256,
+        bucket_cap_mb: float | None = None,
         nonfinite: str = "skip",
         broadcast_parameters: bool = True,
         check_replicas_every: int = 0,
@@ -156,7 +157,7 @@ class DGC(CompressedSGD):
         wire_dtype: torch.dtype = torch.bfloat16,
         process_group: Any = None,
         overlap: bool = False,
-        bucket_cap_mb: float = 256,
+        bucket_cap_mb: float | None = None,
         nonfinite: str = "skip",
         broadcast_parameters: bool = True,
         check_replicas_every: int = 0,

@@ -54,6 +54,22 @@ def test_overlap_gives_the_same_bits(pool, size, make, density):
     pool.run(size, compare, make, density)
 
 
+@pytest.mark.parametrize(
+    ("layers", "options", "expected"),
+    [
+        (8, {}, [8 * 65_536]),
+        (8, {"overlap": True}, 2 * [4 * 65_536]),  # at least 1 MiB each
+        (32, {"overlap": True}, 4 * [8 * 65_536]),
+        (8, {"overlap": True, "bucket_cap_mb": 0.25}, 8 * [65_536]),
+    ],
+)
+def test_default_buckets(layers, options, expected):
+    """One bucket up to 256 MiB; overlap would have nothing to hide with that."""
+    params = [torch.nn.Parameter(torch.zeros(65_536)) for _ in range(layers)]
+    optimizer = gmc_cuda.GMC(params, lr=0.1, **options)
+    assert [bucket.numel for bucket in optimizer._buckets] == expected
+
+
 def any_order(group):
     """Gradients arrive in another order on each rank; collectives go out in bucket order."""
     rank = dist.get_rank(group)

@@ -119,10 +119,10 @@ FLOAT4 = {"wire_dtype": torch.float4_e2m1fn_x2, "bytes_ratio": 100}
 # The last two send all of a gradient: at the slowest rate a step of theirs takes minutes.
 METHODS: dict[str, Callable] = {
     "GMC": ours(density=DENSITY),
-    "GMC overlap": ours(density=DENSITY, overlap=True, bucket_cap_mb=8),
+    "GMC overlap": ours(density=DENSITY, overlap=True),
     "GMC float8": ours(**FLOAT8),
     "GMC float4": ours(**FLOAT4),
-    "GMC float4 overlap": ours(**FLOAT4, overlap=True, bucket_cap_mb=8),
+    "GMC float4 overlap": ours(**FLOAT4, overlap=True),
     "GMC 0.1 %": ours(density=0.001),
     "DGC": ours(gmc_cuda.DGC, density=DENSITY),
     "PowerSGD rank 4": functools.partial(Dense, power_sgd, bucket_cap_mb=1000),
