@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-frameworks lint build bench convergence network gpu wheel test-wheel clean always
+.PHONY: help demo test test-frameworks lint build bench convergence network scaling gpu wheel test-wheel clean always
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
@@ -45,6 +45,9 @@ convergence: $(VENV)/demo.installed build  ## train at equal bytes, each method 
 
 network: $(VENV)/demo.installed build  ## as root: training steps of four workers over 10 Gbit/s to 10 Mbit/s
 	@$(python) benchmarks/network.py --output '$(results)' $(ARGS)
+
+scaling: $(VENV)/demo.installed build  ## by a model of a step: which method is the fastest, 2 to 1024 workers, 10 Mbit/s to 400 Gbit/s
+	@$(python) benchmarks/scaling.py --output '$(results)' $(ARGS)
 
 gpu:  ## on a machine with a GPU: build, tests, benchmarks, sanitizers; RESULTS=folder, ARGS=--quick
 	@'$(PYTHON)' benchmarks/gpu.py --python '$(abspath $(python))' --results '$(results)' $(ARGS) \
