@@ -1,7 +1,6 @@
 """The demo, end to end: small runs as a user would start them, and how they end when disturbed."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -21,6 +20,7 @@ SECONDS_TO_END = 20  # with room for a busy machine; usually one or two
 
 sys.path.insert(0, str(EXAMPLES))
 from compare_methods.digits import partition  # noqa: E402
+from compare_methods.methods import share_of_lr  # noqa: E402
 from compare_methods.options import METHODS, parse  # noqa: E402
 from compare_methods.supervisor import find_cause  # noqa: E402
 
@@ -54,7 +54,7 @@ def test_text_with_every_method(tmp_path):
 
     content = read(tmp_path / "text.json")
     assert content["options"]["workers"] == 2
-    assert content["options"]["density"] == 0.01
+    assert content["options"]["bytes_ratio"] == 100
     assert {"date", "hardware", "versions", "task", "units"} <= content.keys()
     assert {"python", "torch", "gmc_cuda"} <= content["versions"].keys()
     assert str(Path.home()) not in json.dumps(content) and str(tmp_path) not in json.dumps(content)
@@ -70,7 +70,9 @@ def test_text_with_every_method(tmp_path):
         if method == "dmsgd":
             assert result["reduction"] == pytest.approx(1, rel=1e-3)
         else:
-            assert 124 < result["reduction"] < 127  # 3.2 bytes for an entry
+            assert 100 <= result["reduction"] < 101
+        assert result["momentum"] < 1 and result["lr"] > 0
+    assert content["results"]["dmsgd"]["momentum"] > content["results"]["gmc"]["momentum"]
     # The same parameters at the start, whatever the method.
     assert len({r["runs"][0]["curve"][0]["loss"] for r in content["results"].values()}) == 1
 
@@ -239,6 +241,8 @@ def test_too_many_workers_for_the_data():
         (["--methods", "adam"], "argument --methods: invalid choice: 'adam'"),
         (["--schedule", "20", "10"], "argument --schedule: steps must increase, got [20, 10]"),
         (["--steps", "5", "--warmup", "6"], "argument --warmup: 6 is more than --steps 5"),
+        (["--warmup", "5"], "argument --warmup: needs --density, which it lowers to"),
+        (["--density", "0.1", "--bytes-ratio", "9"], "not allowed with argument --density"),
         (["--step", "5"], "unrecognized arguments: --step 5"),
     ],
 )
@@ -267,6 +271,19 @@ def test_defaults_belong_to_the_task(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     text, digits = parse([]), parse(["--task", "digits", "--steps", "40"])
     assert (text.workers, text.methods, text.seeds) == (4, list(METHODS), 1)
-    assert (digits.seeds, digits.schedule) == (3, [30, 36])
+    assert (digits.seeds, digits.schedule) == (3, None)
     assert parse(["--schedule"]).schedule == []
-    assert math.isclose(text.density, 0.01)
+    assert (text.density, text.bytes_ratio) == (None, 100)
+    assert (parse(["--density", "0.1"]).density, text.wire_dtype) == (0.1, "float4_e2m1fn_x2")
+    assert set(text.tuned) == set(METHODS)
+    same = parse(["--lr", "0.5", "--momentum", "0", "--methods", "gmc"]).tuned
+    assert same == {"gmc": {"momentum": 0, "lr": 0.5}}
+
+
+def test_learning_rate_rises_and_falls():
+    shares = [share_of_lr(step, 20, 0.1) for step in range(20)]
+    assert shares[:3] == [0.5, 1.0, 1.0]
+    assert shares[2:] == sorted(shares[2:], reverse=True)
+    assert shares[11] == pytest.approx(0.5)
+    assert 0 < shares[19] < 0.01
+    assert share_of_lr(0, 1, 0.1) == 1

@@ -12,7 +12,9 @@ from argparse import Namespace
 import torch
 from torch import Tensor, nn
 
+from bench import cifar10
 from compare_methods import digits, text
+from compare_methods.methods import share_of_lr
 from compare_methods.task import Task
 from compare_methods.training import loss_of
 from gmc_cuda import ops, wire
@@ -25,14 +27,17 @@ RULES = {
     "memsgd": "memory SGD with local momentum, which is DGC without masking",
     "plain": "memory SGD without momentum",
 }
-TASKS = {"text": text, "digits": digits}
+TASKS = {"text": text, "digits": digits, "cifar10": cifar10}
 _tasks: list[Task] = []  # of this process, see prepare
 
 
 def load(options: Namespace) -> list[Task]:
     """A task for each worker."""
-    ranks = range(options.workers)
-    return [TASKS[options.task].load(rank, options.workers, options.non_iid) for rank in ranks]
+    more = [options.data] if options.task == "cifar10" else []
+    load_one = TASKS[options.task].load
+    return [
+        load_one(rank, options.workers, options.non_iid, *more) for rank in range(options.workers)
+    ]
 
 
 def prepare(options: Namespace) -> None:
@@ -128,7 +133,7 @@ def train(method: str, momentum: float, lr: float, seed: int, options: Namespace
             way.take(rank)
         if not math.isfinite(loss.item()):
             break
-        way.finish(lr * schedule(step, options.steps, options.warmup))
+        way.finish(lr * share_of_lr(step, options.steps, options.warmup))
     loss, accuracy = evaluate(model, tasks)
     numel = sum(param.numel() for param in params)
     return {
@@ -139,18 +144,11 @@ def train(method: str, momentum: float, lr: float, seed: int, options: Namespace
     }  # fmt: skip
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Share of lr at a step: up linearly over the first `warmup` of the steps, down as a cosine."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / (steps - rising))
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, tasks: list[Task]) -> tuple[float, float]:
     """(loss in nats, accuracy from 0 to 1) on everything held out."""
     inputs, targets = (torch.cat(parts) for parts in zip(*(task.test for task in tasks)))
-    logits = model(inputs)
+    model.eval()
+    logits = torch.cat([model(part) for part in inputs.split(1000)])
     right = (logits.argmax(-1) == targets).float().mean()
     return loss_of(logits, targets).item(), right.item()

@@ -49,9 +49,12 @@ def save(path: Path, task: Task, options: argparse.Namespace, results: dict) -> 
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     seeds = f", {options.seeds} seeds (band: lowest to highest)" if options.seeds > 1 else ""
+    sent = f"density {options.density}"
+    if options.density is None:
+        sent = f"sparse methods send 1/{options.bytes_ratio:g} of the bytes"
     split = ", non-iid" if options.non_iid else ""
     figure.suptitle(
-        f"{task.title}\n{options.workers} workers{split}, density {options.density:g}{seeds}",
+        f"{task.title}\n{options.workers} workers{split}, {sent}{seeds}",
         fontsize=11,
     )
     figure.tight_layout()

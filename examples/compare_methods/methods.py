@@ -13,15 +13,20 @@ from torch import nn
 import gmc_cuda
 
 LABELS = {"dmsgd": "dense momentum SGD", "gmc": "GMC", "dgc": "DGC", "memsgd": "memory SGD"}
+LR_WARMUP = 0.1  # of the steps
 WARMUP_DENSITY, WARMUP_STAGES = 0.25, 4  # as DGC's 25, 6.25, 1.56, 0.4, then 0.1 percent
 
 
 def make(method: str, model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+    sent = {"density": 1.0}
+    if method != "dmsgd":
+        sent = {"density": options.density}
+        if options.density is None:
+            sent = {"bytes_ratio": options.bytes_ratio}
     common = {
-        "lr": options.lr,
-        "momentum": options.momentum,
+        **options.tuned[method],
+        **sent,
         "weight_decay": options.weight_decay,
-        "density": 1.0 if method == "dmsgd" else options.density,
         "wire_dtype": getattr(torch, options.wire_dtype),
     }
     if method in ("dmsgd", "gmc"):
@@ -31,9 +36,21 @@ def make(method: str, model: nn.Module, options: argparse.Namespace) -> torch.op
 
 def make_schedulers(method: str, optimizer, options: argparse.Namespace) -> list[tuple]:
     """(n, scheduler): the scheduler is stepped after every n-th optimizer step."""
-    stagewise = torch.optim.lr_scheduler.MultiStepLR(optimizer, options.schedule, options.gamma)
-    schedulers = [(1, stagewise)]
+    rates = torch.optim.lr_scheduler
+    if options.schedule is None:
+        lr = rates.LambdaLR(optimizer, lambda step: share_of_lr(step, options.steps, LR_WARMUP))
+    else:
+        lr = rates.MultiStepLR(optimizer, options.schedule, options.gamma)
+    schedulers = [(1, lr)]
     if options.warmup and method != "dmsgd":
         warmup = gmc_cuda.DensityWarmup(optimizer, WARMUP_STAGES, WARMUP_DENSITY)
         schedulers.append((math.ceil(options.warmup / WARMUP_STAGES), warmup))
     return schedulers
+
+
+def share_of_lr(step: int, steps: int, warmup: float) -> float:
+    """Up linearly over the first `warmup` of the steps, down as a cosine."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / max(1, steps - rising))

@@ -24,13 +24,16 @@ def print_start(task: Task, options: argparse.Namespace, device: torch.device) -
     runs = "one run" if options.seeds == 1 else f"{options.seeds} seeds"
     where = "NCCL on CUDA" if device.type == "cuda" else "gloo on the CPU"
     parameters = sum(p.numel() for p in task.make_model().parameters())
+    wire = options.wire_dtype.split("_")[0]
+    sent = f"density {options.density}, {wire} values"
+    if options.density is None:
+        sent = f"1/{options.bytes_ratio:g} of the bytes, {wire} values"
     print(
         f"{task.title}\n"
         f"  data     {task.data}\n"
         f"  model    {parameters:,} parameters\n"
         f"  workers  {options.workers}, {where}, {options.batch} examples per worker and step\n"
-        f"  runs     {options.steps} steps, {runs} per method; lr {options.lr:g}, "
-        f"momentum {options.momentum:g}, density {options.density:g}",
+        f"  runs     {options.steps} steps, {runs} per method; sparse methods: {sent}",
         flush=True,
     )
 
@@ -38,12 +41,14 @@ def print_start(task: Task, options: argparse.Namespace, device: torch.device) -
 def print_end(task: Task, options: argparse.Namespace, results: Results) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method", no_wrap=True, vertical="bottom")
-    for heading in ("loss", "accuracy\n%", "MB sent\nby a worker\nper step",
+    for heading in ("momen-\ntum", "lr", "loss", "accuracy\n%", "MB sent\nby a worker\nper step",
                     "less\nthan\ndense", "ms\nper\nstep"):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
     for method, runs in results.items():
         table.add_row(
             LABELS[method],
+            f"{options.tuned[method]['momentum']:g}",
+            f"{options.tuned[method]['lr']:g}",
             _spread([run.loss for run in runs], 3),
             _spread([100 * run.accuracy for run in runs], 1),
             f"{mean(run.bytes_per_step for run in runs) / 1e6:.3g}",
@@ -58,6 +63,11 @@ def print_end(task: Task, options: argparse.Namespace, results: Results) -> None
         f"Loss and accuracy ({task.unit}) are on held-out data; the loss was {start:.2f} before\n"
         "training. MB is the payload that a worker hands to the collective."
     )
+    if options.lr is None and options.momentum is None:
+        print(
+            "Momentum and lr are each method's best, found by benchmarks/convergence.py for the\n"
+            "default number of steps, 4 workers and 1/100 of the bytes."
+        )
     if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == options.workers:
         print(
             f"Time: {options.workers} workers share one machine ({_cores()}) with no network "
@@ -73,7 +83,9 @@ def write_json(
     path: Path, task: Task, options: argparse.Namespace, device: torch.device, results: Results
 ) -> None:
     """Everything measured, with where and how; NaN is written as null."""
-    chosen = {name: value for name, value in vars(options).items() if name != "output"}
+    chosen = {
+        name: value for name, value in vars(options).items() if name not in ("output", "tuned")
+    }
     content = {
         "benchmark": "train",
         **provenance(device),
@@ -87,6 +99,7 @@ def write_json(
         "results": {
             method: {
                 "label": LABELS[method],
+                **options.tuned[method],
                 "reduction": _reduction(runs),
                 "runs": [run.to_json() for run in runs],
             }

@@ -74,6 +74,8 @@ def train(
         inputs, targets = (tensor.to(device) for tensor in task.batch(options.batch, generator))
         optimizer.zero_grad()
         loss_of(model(inputs), targets).backward()
+        if options.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         optimizer.step()
         for every, scheduler in schedulers:
             if step % every == 0:
