@@ -1,6 +1,8 @@
 """CIFAR-10's reader on made-up files of its layout, and ResNet-20."""
 
+import json
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import numpy
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 from bench import cifar10
 
 
@@ -86,3 +89,17 @@ def test_wrong_folders(folder, capsys):
     (folder / "data_batch_3").write_bytes(pickle.dumps(short))
     with pytest.raises(ValueError, match=r"images and labels do not match"):
         cifar10.load(0, 1, False, folder)
+
+
+def test_convergence(folder):
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "convergence.py"), "--task", "cifar10", "--data",
+         str(folder), "--fixed", "--steps", "2", "--global-batch", "8", "--seeds", "1",
+         "--methods", "dense", "gmc:float4", "--output", str(folder / "results")],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = (folder / "results").glob("convergence-cifar10-*.json")
+    assert str(folder) not in path.read_text()
+    methods = {run["method"] for run in json.loads(path.read_text())["results"]}
+    assert methods == {"dense", "gmc:float4"}

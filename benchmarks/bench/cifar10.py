@@ -93,9 +93,9 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     rows, columns = shift + torch.arange(32)
     mirrored = torch.rand(count, 1, generator=generator) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
-    return padded[
-        torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None]
-    ].permute(0, 3, 1, 2)
+    image = torch.arange(count)[:, None, None]
+    moved = padded[image, :, rows[:, :, None], columns[:, None]]  # channels come last
+    return moved.permute(0, 3, 1, 2)
 
 
 class ResNet20(nn.Sequential):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from itertools import pairwise
 
 from compare_methods import NAME
 from compare_methods.arguments import (
@@ -53,7 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     }
     _set_workers(parser, options)
     stages = options.schedule or []
-    if any(a >= b for a, b in zip(stages, stages[1:])):
+    if any(a >= b for a, b in pairwise(stages)):
         parser.error(f"argument --schedule: steps must increase, got {stages}")
     if options.warmup > options.steps:
         parser.error(f"argument --warmup: {options.warmup} is more than --steps {options.steps}")
