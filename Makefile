@@ -45,6 +45,7 @@ convergence: $(VENV)/demo.installed build  ## train at equal bytes, each method 
 
 network: $(VENV)/demo.installed build  ## as root: training steps of four workers over 10 Gbit/s to 10 Mbit/s
 	@$(python) benchmarks/network.py --output '$(results)' $(ARGS)
+	@$(python) benchmarks/time_to_loss.py --output '$(results)'
 
 scaling: $(VENV)/demo.installed build  ## by a model of a step: which method is the fastest, 2 to 1024 workers, 10 Mbit/s to 400 Gbit/s
 	@$(python) benchmarks/scaling.py --output '$(results)' $(ARGS)

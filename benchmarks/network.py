@@ -9,33 +9,24 @@ root, for the namespaces, which are deleted at the end, also after Ctrl-C.
 """
 
 import argparse
-import json
-import os
-import signal
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from bench import namespaces, network_methods, network_worker, report
-from bench.network_methods import METHODS
+from bench import namespaces, network_worker, report
+from bench.namespaces import RATES
+from bench.network_methods import DENSE, METHODS
+from bench.network_models import MODELS
 from compare_methods.arguments import positive_float, positive_int
 from compare_methods.provenance import provenance
 
-RATES = {10_000: "10 Gbit/s", 1_000: "1 Gbit/s", 100: "100 Mbit/s", 10: "10 Mbit/s"}
-PORT = 29500
 
-
-def main() -> int:
+def main() -> None:
     options = parse()
-    problem = namespaces.missing()
-    if problem:
-        print(problem, file=sys.stderr)
-        return 1
+    namespaces.require()
     options.output.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is here is deleted
-    model = network_worker.make_model()
+    model = MODELS["large"]
     asked = {name: value for name, value in vars(options).items() if name != "output"}
     content = {
         "benchmark": "network",
@@ -43,11 +34,7 @@ def main() -> int:
         "load": {"before": report.load()},
         "options": asked,
         "workers": options.workers,
-        "model": {
-            "parameters": sum(param.numel() for param in model.parameters()),
-            "tensors": len(list(model.parameters())),
-            "batch": network_worker.BATCH,
-        },
+        "model": model.facts(),
         "units": {
             "step, compute_alone": "seconds, means over the workers",
             "times_compute_alone": "ratios within a round",
@@ -60,48 +47,29 @@ def main() -> int:
     with namespaces.Star(options.workers) as star:
         for rate in sorted(options.rates, reverse=True):
             star.limit(rate)
-            slow = rate < 100
-            asked = [m for m in options.methods if not (slow and m in network_methods.DENSE)]
-            for found in measured(star, options.seconds, asked):
-                add(content, {**found, "rate_mbit": rate, "estimated": False}, path)
-            for method in [m for m in options.methods if m not in asked]:
-                add(content, estimate(content, method, rate), path)
+            for row in rows(star, "large", rate, options, content["results"]):
+                add(content, row, path)
     show(content)
     print(f"numbers: {path}")
-    return 0
 
 
-def measured(star: namespaces.Star, seconds: float, methods: list[str]):
-    """Runs the workers, and yields what rank 0 found of each method."""
-    root = Path(__file__).parent
-    variables = {
-        **os.environ,
-        "MASTER_ADDR": star.address(0), "MASTER_PORT": str(PORT),
-        "WORLD_SIZE": str(len(star.workers)), "GLOO_SOCKET_IFNAME": "eth0",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # addresses here have no names, which is warned of
-        "PYTHONPATH": os.pathsep.join([str(root), str(root.parent / "examples"), str(root.parent)]),
-    }  # fmt: skip
-    script = [sys.executable, network_worker.__file__, str(seconds), *methods]
-    workers = [
-        subprocess.Popen(star.command(rank, script), env={**variables, "RANK": str(rank)},
-                         stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, text=True)
-        for rank in range(len(star.workers))
-    ]  # fmt: skip
-    try:
-        for line in workers[0].stdout:
-            yield json.loads(line)
-        codes = [worker.wait(60) for worker in workers]
-        if any(codes):
-            raise RuntimeError(f"workers ended with exit statuses {codes}; see above")
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+def rows(
+    star: namespaces.Star, model: str, rate: int, options: argparse.Namespace, before: list[dict]
+) -> Iterator[dict]:
+    """Each method at the rate that the links have; before: rows of higher rates."""
+    slow = rate < 100
+    asked = [name for name in options.methods if not (slow and name in DENSE)]
+    script = Path(network_worker.__file__)
+    for found in star.run(script, model, str(options.seconds), *asked):
+        yield {**found, "rate_mbit": rate, "estimated": False}
+    for name in options.methods:
+        if name not in asked:
+            yield estimate(before, name, rate)
 
 
-def estimate(content: dict, method: str, rate: int) -> dict:
+def estimate(before: list[dict], method: str, rate: int) -> dict:
     """From the bytes seen at a higher rate, at full use of the link, nothing overlapped."""
-    seen = [row for row in content["results"] if row["method"] == method and not row["estimated"]]
+    seen = [row for row in before if row["method"] == method and not row["estimated"]]
     if not seen:
         raise SystemExit(f"{method} at {RATES[rate]} is estimated from a higher rate: add --rates")
     row = seen[-1]
@@ -159,4 +127,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

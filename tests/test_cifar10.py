@@ -12,7 +12,7 @@ import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from bench import cifar10
+from bench import cifar10  # noqa: E402
 
 
 class Harmful:

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import network  # noqa: E402
+import time_to_loss  # noqa: E402
 from bench import namespaces  # noqa: E402
 
 ROW = {"method": "DDP", "rate_mbit": 100, "estimated": False, "step": {"median": 7.0},
@@ -60,17 +61,46 @@ def test_two_workers(tmp_path):
     assert names() == before
 
 
+def test_time_to_loss(tmp_path):
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    before = names()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "time_to_loss.py"), "--workers", "2", "--rates",
+         "100", "--methods", "GMC float4", "DDP", "--seconds", "0.5", "--steps", "30", "--target",
+         "4", "--output", str(tmp_path)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("time-to-loss-*.json")
+    content = json.loads(path.read_text())
+    assert path.with_suffix(".png").exists()
+    for run, step, time in zip(*(content[key] for key in ("training", "steps", "seconds"))):
+        assert run["method"] == step["method"] == time["method"]
+        assert len(run["losses"]) == 4
+        assert run["losses"][3] < 4 < run["losses"][0]
+        assert time["seconds"] == pytest.approx(time["steps"] * step["step"]["median"])
+    assert names() == before
+
+
+def test_steps_to_a_loss():
+    assert time_to_loss.steps_to(2.0, [5.0, 3.0, 2.0, 2.5]) == 20
+    assert time_to_loss.steps_to(1.0, [5.0, 3.0]) is None
+
+
 def test_estimate():
-    found = network.estimate({"results": [ROW]}, "DDP", 10)
+    found = network.estimate([ROW], "DDP", 10)
     assert found["step"]["median"] == pytest.approx(0.25 + 48)
     assert found["estimated"] and found["rate_mbit"] == 10
     with pytest.raises(SystemExit, match="PowerSGD at 10 Mbit/s is estimated from a higher rate"):
-        network.estimate({"results": [ROW]}, "PowerSGD", 10)
+        network.estimate([ROW], "PowerSGD", 10)
 
 
 def test_without_root(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert namespaces.missing() == "network namespaces need root: sudo make network"
+    with pytest.raises(SystemExit, match="^network namespaces need root: sudo make network$"):
+        namespaces.require()
 
 
 def test_a_star_that_cannot_be_made_leaves_nothing(monkeypatch):

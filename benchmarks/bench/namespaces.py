@@ -7,10 +7,18 @@ Nothing is added outside these namespaces, and deleting them deletes it all. Nee
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
+PROJECT = Path(__file__).parent.parent.parent
+PORT = 29500
+RATES = {10_000: "10 Gbit/s", 1_000: "1 Gbit/s", 100: "100 Mbit/s", 10: "10 Mbit/s"}
 # Burst and limit of tc's token bucket filter with which the rate was seen to be kept.
 TOKEN_BUCKETS = {10_000: ("16mb", "32mb"), 1_000: ("256kb", "4mb"), 100: ("128kb", "1mb"),
                  10: ("32kb", "512kb")}  # fmt: skip
@@ -24,6 +32,15 @@ def missing() -> str | None:
         if shutil.which(tool) is None:
             return f"`{tool}` was not found: install iproute2"
     return None
+
+
+def require() -> None:
+    """Ends the program with one line if namespaces cannot be made; else lets SIGTERM end it as
+    Ctrl-C does, so that they are deleted."""
+    problem = missing()
+    if problem:
+        sys.exit(problem)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 class Star:
@@ -67,9 +84,34 @@ class Star:
             self._inside(name, "tc", "qdisc", "replace", "dev", "eth0", *bucket)
             self._inside(self.switch, "tc", "qdisc", "replace", "dev", f"port{rank}", *bucket)
 
-    def command(self, rank: int, command: list[str]) -> list[str]:
-        """The command that runs `command` as that worker."""
-        return ["ip", "netns", "exec", self.workers[rank], *command]
+    def run(self, script: Path, *arguments: str) -> Iterator[dict]:
+        """Runs a script as every worker, with torchrun's variables; yields what rank 0 prints,
+        lines of JSON."""
+        paths = [PROJECT / "benchmarks", PROJECT / "examples", PROJECT]
+        variables = {
+            **os.environ,
+            "MASTER_ADDR": self.address(0), "MASTER_PORT": str(PORT),
+            "WORLD_SIZE": str(len(self.workers)), "GLOO_SOCKET_IFNAME": "eth0",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # addresses here have no names, which is warned of
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        }  # fmt: skip
+        started: list[subprocess.Popen] = []
+        try:
+            for rank, name in enumerate(self.workers):
+                started.append(subprocess.Popen(
+                    ["ip", "netns", "exec", name, sys.executable, str(script), *arguments],
+                    env={**variables, "RANK": str(rank)}, text=True,
+                    stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                ))  # fmt: skip
+            for line in started[0].stdout:
+                yield json.loads(line)
+            codes = [worker.wait(60) for worker in started]
+            if any(codes):
+                raise RuntimeError(f"workers ended with exit statuses {codes}; see above")
+        finally:
+            for worker in started:
+                worker.kill()
+                worker.wait()
 
     def _inside(self, name: str, *command: str) -> None:
         _run("ip", "netns", "exec", name, *command)

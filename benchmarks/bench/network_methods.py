@@ -1,7 +1,8 @@
-"""What benchmarks/network.py compares: each method is made from a model and steps it once a batch.
+"""What benchmarks/network.py and time_to_loss.py compare.
 
-A method has `backward(loss)` and `step()`, and `payload_bytes`: what a worker hands to a collective
-in a step, None where that is for the collective to say.
+A method is made from a model, a learning rate and a momentum. It has `model`, what the forward pass
+goes through, `step()` and `set_lr(lr)`, and `payload_bytes`: what a worker hands to a collective in
+a step, None where that is for the collective to say.
 """
 
 import functools
@@ -15,48 +16,52 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gmc_cuda
 
-LR, MOMENTUM, DENSITY = 0.1, 0.5, 0.01
+DENSITY = 0.01
 
 
-class ComputeAlone:
+class Optimized:
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def set_lr(self, lr: float) -> None:
+        self.optimizer.param_groups[0]["lr"] = lr
+
+
+class ComputeAlone(Optimized):
     """The control: each worker trains for itself, with fused SGD, and sends nothing."""
 
     payload_bytes = 0
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, lr: float, momentum: float) -> None:
         self.model = model
-        self.optimizer = torch.optim.SGD(model.parameters(), LR, momentum=MOMENTUM, fused=True)
-
-    def step(self) -> None:
-        self.optimizer.step()
+        self.optimizer = torch.optim.SGD(model.parameters(), lr, momentum=momentum, fused=True)
 
 
-class Sparse:
-    def __init__(self, make: Callable, model: nn.Module) -> None:
+class Sparse(Optimized):
+    def __init__(self, make: Callable, model: nn.Module, lr: float, momentum: float) -> None:
         self.model = model
-        self.optimizer = make(model.parameters(), lr=LR, momentum=MOMENTUM)
-
-    def step(self) -> None:
-        self.optimizer.step()
+        self.optimizer = make(model.parameters(), lr=lr, momentum=momentum)
 
     @property
     def payload_bytes(self) -> int:
         return self.optimizer.stats()["bytes_per_step"]
 
 
-class Dense:
+class Dense(Optimized):
     """DistributedDataParallel, with or without a communication hook, and fused SGD."""
 
     payload_bytes = None
 
-    def __init__(self, hook: Callable | None, model: nn.Module, **options: float) -> None:
+    def __init__(
+        self, hook: Callable | None, model: nn.Module, lr: float, momentum: float, **options: float
+    ) -> None:
         self.model = DistributedDataParallel(model, **options)
         if hook is not None:
             hook(self.model)
-        self.optimizer = torch.optim.SGD(model.parameters(), LR, momentum=MOMENTUM, fused=True)
-
-    def step(self) -> None:
-        self.optimizer.step()
+        self.optimizer = torch.optim.SGD(model.parameters(), lr, momentum=momentum, fused=True)
 
 
 def bf16(model: DistributedDataParallel) -> None:
@@ -75,8 +80,8 @@ def power_sgd(model: DistributedDataParallel) -> None:
 class Eager:
     """GMC or DGC as it is often written: torch.topk over one flat memory, two all-gathers."""
 
-    def __init__(self, masking: bool, model: nn.Module) -> None:
-        self.model, self.masking = model, masking
+    def __init__(self, masking: bool, model: nn.Module, lr: float, momentum: float) -> None:
+        self.model, self.masking, self.lr, self.beta = model, masking, lr, momentum
         self.params = list(model.parameters())
         numel = sum(param.numel() for param in self.params)
         self.k = round(DENSITY * numel)
@@ -87,10 +92,10 @@ class Eager:
     def step(self) -> None:
         gradient = torch.cat([param.grad.view(-1) for param in self.params])
         if self.masking:
-            self.momentum.mul_(MOMENTUM).add_(gradient)
+            self.momentum.mul_(self.beta).add_(gradient)
             self.memory.add_(self.momentum)
         else:
-            self.memory.add_(gradient).add_(self.momentum, alpha=MOMENTUM)
+            self.memory.add_(gradient).add_(self.momentum, alpha=self.beta)
         indices = self.memory.abs().topk(self.k, sorted=False).indices
         values = self.memory[indices]
         self.memory[indices] = 0
@@ -107,7 +112,10 @@ class Eager:
         if not self.masking:
             self.momentum = mean
         for param, part in zip(self.params, mean.split([p.numel() for p in self.params])):
-            param.sub_(part.view_as(param), alpha=LR)
+            param.sub_(part.view_as(param), alpha=self.lr)
+
+    def set_lr(self, lr: float) -> None:
+        self.lr = lr
 
 
 def ours(rule: type = gmc_cuda.GMC, **options: object) -> Callable:
@@ -125,6 +133,7 @@ METHODS: dict[str, Callable] = {
     "GMC float4 overlap": ours(**FLOAT4, overlap=True),
     "GMC 0.1 %": ours(density=0.001),
     "DGC": ours(gmc_cuda.DGC, density=DENSITY),
+    "DGC float4": ours(gmc_cuda.DGC, **FLOAT4),
     "PowerSGD rank 4": functools.partial(Dense, power_sgd, bucket_cap_mb=1000),
     "eager GMC": functools.partial(Eager, False),
     "eager DGC": functools.partial(Eager, True),

@@ -1,6 +1,6 @@
-"""One worker of benchmarks/network.py, inside its namespace.
+"""One worker of benchmarks/network.py, inside its namespace: how long steps take.
 
-    network_worker.py SECONDS METHOD...       with torchrun's variables in the environment
+    network_worker.py MODEL SECONDS METHOD...       with torchrun's variables in the environment
 
 The methods take turns: a few steps of one, a few of the next, in an order drawn anew for each
 round, and the control among them, with which each is compared within the round. So a machine that
@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 
 from bench.network_methods import METHODS, ComputeAlone
+from bench.network_models import MODELS
 from compare_methods import text
 
-WIDTH, LAYERS, BATCH = 384, 6, 1
+LR, MOMENTUM = 0.1, 0.5  # of no account to a step's time
 WARM_UP, BLOCK, LEAST_ROUNDS = 3, 4, 3  # steps, steps, rounds
 SLOW = 1.0  # seconds a step: such a method takes part in the first rounds alone, a step in each
 SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
@@ -31,25 +31,20 @@ SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
 
 def main() -> None:
     torch.set_num_threads(1)
-    seconds, names = float(sys.argv[1]), sys.argv[2:]
+    model, seconds, names = MODELS[sys.argv[1]], float(sys.argv[2]), sys.argv[3:]
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     task = text.load(rank, world, False)
     generator = torch.Generator().manual_seed(rank)
-    batches = [task.batch(BATCH, generator) for _ in range(64)]
-    methods = {name: METHODS[name](make_model()) for name in names}
-    control = ComputeAlone(make_model())
+    batches = [task.batch(model.batch, generator) for _ in range(64)]
+    methods = {name: METHODS[name](model.make(), LR, MOMENTUM) for name in names}
+    control = ComputeAlone(model.make(), LR, MOMENTUM)
     rows = measure(methods, control, batches, seconds)
     if rank == 0:
         for name, row in rows.items():
             print(json.dumps({"method": name, **row}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def make_model() -> nn.Module:
-    torch.manual_seed(0)
-    return text.Transformer(WIDTH, LAYERS)
 
 
 def measure(methods: dict, control: ComputeAlone, batches: list, seconds: float) -> dict:
