@@ -8,10 +8,12 @@
 All workers of a run live in one process. Each clips its gradient; the learning rate rises linearly,
 then falls as a cosine. Momentum and learning rate are looked for with some seeds: from a start, all
 neighbours of the best point so far are tried until none is better, so that what wins is never the
-edge of what was tried. Then the best point is trained with other seeds; those are compared.
+edge of what was tried. Then the best point is trained with other seeds; those are compared. A run
+that was cut short goes on with --reuse FILE, and so does one with more methods.
 """
 
 import argparse
+import json
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -66,7 +68,7 @@ def main() -> None:
 
 def compare(options: argparse.Namespace) -> None:
     task = logical_workers.load(options)[0]
-    hidden = {"output", "data", "processes"}
+    hidden = {"output", "data", "processes", "reuse"}
     content = {
         "benchmark": "convergence",
         **provenance(torch.device("cpu")),
@@ -90,11 +92,14 @@ def compare(options: argparse.Namespace) -> None:
     if options.workers != 4:
         name += f"-{options.workers}-workers"
     path = options.output / f"{file_stem(f'convergence-{name}', content)}.json"
+    known = {key(run): run for run in reusable(options, content)}
     lock = threading.Lock()
     search_seeds, compared_seeds = content["seeds"].values()
 
     def train(method: str, momentum: float, lr: float, seed: int) -> float:
-        run = pool.submit(logical_workers.train, method, momentum, lr, seed, options).result()
+        run = known.get((method, momentum, lr, seed))
+        if run is None:
+            run = pool.submit(logical_workers.train, method, momentum, lr, seed, options).result()
         with lock:
             content["results"].append(run)
             content["load"]["after"] = load()
@@ -133,6 +138,26 @@ def compare(options: argparse.Namespace) -> None:
     convergence_report.draw(path.with_suffix(".png"), content)
 
 
+def key(run: dict) -> tuple:
+    return run["method"], run["momentum"], run["lr"], run["seed"]
+
+
+def reusable(options: argparse.Namespace, content: dict) -> list[dict]:
+    """The runs of --reuse FILE; refused where they were made in another way."""
+    if options.reuse is None:
+        return []
+    found = json.loads(options.reuse.read_text())
+    free = {"methods", "momentum", "lr", "fixed", "seeds", "search_seeds"}
+    for part in ("options", "task"):
+        for name, value in content[part].items():
+            other = found[part].get(name)
+            if name not in free and other != value:
+                raise SystemExit(
+                    f"--reuse {options.reuse}: {name} is {other!r} there, {value!r} here"
+                )
+    return found["results"]
+
+
 def parse() -> argparse.Namespace:
     names = ["dense", *(f"{rule}:{dtype}" for rule in RULES if rule != "dense" for dtype in DTYPES)]
     parser = argparse.ArgumentParser(
@@ -164,12 +189,13 @@ def parse() -> argparse.Namespace:
     add("--warmup", type=arguments.below_one, default=0.1, help="share of steps (default 0.1)")
     add("--processes", type=arguments.positive_int, default=torch.get_num_threads(),
         help="runs at the same time, one thread each (default: a run for each core)")  # fmt: skip
+    add("--reuse", type=Path, metavar="FILE", help="of this benchmark: its runs are not made again")
     add("--output", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
     options = parser.parse_args()
     if (options.task == "cifar10") != (options.data is not None):
         parser.error("--task cifar10 needs --data FOLDER, and no other task takes it")
-    if options.non_iid and not options.task:
-        parser.error("--non-iid needs --task")
+    if (options.non_iid or options.reuse) and not options.task:
+        parser.error("--non-iid and --reuse need --task")
     if options.global_batch and options.global_batch % options.workers:
         parser.error(f"--global-batch {options.global_batch} is not a multiple of --workers "
                      f"{options.workers}")  # fmt: skip

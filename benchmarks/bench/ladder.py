@@ -20,8 +20,9 @@ def best(
 ) -> tuple[float, float]:
     """(momentum, lr) of the lowest loss(momentum, lr).
 
-    Its neighbours, the next lower and higher of `momenta` and half and twice the learning rate,
-    have all been tried, unless it is `fixed`: then only the start is.
+    The neighbours of the best point, the next lower and higher of `momenta` and half and twice the
+    learning rate, have all been tried; then learning rates half-way to those last two. With
+    `fixed` only the start is.
     """
     momenta = sorted(momenta)
     found: dict[tuple[int, int], float] = {}
@@ -33,17 +34,18 @@ def best(
 
     def place(point: tuple[int, int]) -> tuple[float, float]:
         m = momenta[point[0]]
-        return m, float(f"{scaled * 2.0 ** point[1] * (1 - m):.6g}")
+        return m, float(f"{scaled * 2.0 ** (point[1] / 2) * (1 - m):.6g}")
 
     here = (momenta.index(momentum), 0)
     value(here)
     while not fixed:
-        row, step = here
-        beside = [(row, step + 1), (row, step - 1), (row - 1, step), (row + 1, step)]
+        row, half = here
+        beside = [(row, half + 2), (row, half - 2), (row - 1, half), (row + 1, half)]
         beside = [point for point in beside if 0 <= point[0] < len(momenta)]
         # The first that is better is taken at once: a valley is walked down, not surveyed.
         better = next((point for point in beside if value(point) < value(here)), None)
         if better is None:
+            here = min([here, (row, half + 1), (row, half - 1)], key=value)
             break
         here = better
     if math.isinf(value(here)):
