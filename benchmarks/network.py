@@ -26,7 +26,7 @@ def main() -> None:
     options = parse()
     namespaces.require()
     options.output.mkdir(parents=True, exist_ok=True)
-    model = MODELS["large"]
+    model = MODELS[options.model]
     asked = {name: value for name, value in vars(options).items() if name != "output"}
     content = {
         "benchmark": "network",
@@ -43,11 +43,12 @@ def main() -> None:
         },
         "results": [],
     }
-    path = options.output / f"{report.file_stem('network', content)}.json"
+    name = "network" if options.model == "large" else f"network-{options.model}"
+    path = options.output / f"{report.file_stem(name, content)}.json"
     with namespaces.Star(options.workers) as star:
         for rate in sorted(options.rates, reverse=True):
             star.limit(rate)
-            for row in rows(star, "large", rate, options, content["results"]):
+            for row in rows(star, options.model, rate, options, content["results"]):
                 add(content, row, path)
     show(content)
     print(f"numbers: {path}")
@@ -120,6 +121,8 @@ def parse() -> argparse.Namespace:
         help=f"of {', '.join(map(str, RATES))} Mbit/s (default: all)")  # fmt: skip
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
         help=f"of {', '.join(map(repr, METHODS))} (default: all)")  # fmt: skip
+    add("--model", choices=list(MODELS), default="large",
+        help="large: 10.9 M parameters (default); text: the demo's")  # fmt: skip
     add("--workers", type=positive_int, default=4, help="(default 4)")
     add("--seconds", type=positive_float, default=10.0, help="for each method (default 10)")
     add("--output", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
