@@ -8,8 +8,9 @@
 All workers of a run live in one process. Each clips its gradient; the learning rate rises linearly,
 then falls as a cosine. Momentum and learning rate are looked for with some seeds: from a start, all
 neighbours of the best point so far are tried until none is better, so that what wins is never the
-edge of what was tried. Then the best point is trained with other seeds; those are compared. A run
-that was cut short goes on with --reuse FILE, and so does one with more methods.
+edge of what was tried. Then the two best points are trained with other seeds, and the better mean
+is the method's. A run that was cut short goes on with --reuse FILE, and so does one with more
+methods.
 """
 
 import argparse
@@ -107,7 +108,7 @@ def compare(options: argparse.Namespace) -> None:
             print(convergence_report.line(run), flush=True)
         return float("inf") if run["loss"] is None else run["loss"]
 
-    def search(method: str) -> None:
+    def find(method: str) -> None:
         momentum, scaled = STARTS[options.task][method.split(":")[0]]
         plain = method.startswith("plain:")
         momenta = [0.0] if plain else options.momentum or ladder.MOMENTA
@@ -118,10 +119,11 @@ def compare(options: argparse.Namespace) -> None:
         def loss(momentum: float, lr: float) -> float:
             return mean(train(method, momentum, lr, seed) for seed in search_seeds)
 
-        point = ladder.best(loss, start, scaled, momenta, options.fixed)
-        content["best"][method] = {"momentum": point[0], "lr": point[1]}
-        for seed in compared_seeds:
-            train(method, *point, seed)
+        finalists = ladder.search(loss, start, scaled, momenta, options.fixed)
+        means = {point: mean(train(method, *point, seed) for seed in compared_seeds)
+                 for point in finalists}  # fmt: skip
+        momentum, lr = min(means, key=means.__getitem__)
+        content["best"][method] = {"momentum": momentum, "lr": lr}
 
     # A thread for each method, which waits for its runs; the runs have processes of one thread.
     with (
@@ -129,7 +131,7 @@ def compare(options: argparse.Namespace) -> None:
                             logical_workers.prepare, (options,)) as pool,
         ThreadPoolExecutor(len(options.methods)) as threads,
     ):  # fmt: skip
-        list(threads.map(search, options.methods))
+        list(threads.map(find, options.methods))
     content["best"] = {method: content["best"][method] for method in options.methods}
     content["complete"] = True
     write_json(path, content)

@@ -49,7 +49,9 @@ def compared(content: dict, method: str) -> list[dict]:
     return [
         run
         for run in content["results"]
-        if point and run["method"] == method and run["seed"] in content["seeds"]["compared"]
+        if run["method"] == method
+        and run["seed"] in content["seeds"]["compared"]
+        and point == {"momentum": run["momentum"], "lr": run["lr"]}
     ]
 
 

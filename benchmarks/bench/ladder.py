@@ -11,14 +11,17 @@ from collections.abc import Callable
 MOMENTA = [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98]
 
 
-def best(
+FINALISTS = 2
+
+
+def search(
     loss: Callable[[float, float], float],
     momentum: float,
     scaled: float,
     momenta: list[float],
     fixed: bool,
-) -> tuple[float, float]:
-    """(momentum, lr) of the lowest loss(momentum, lr).
+) -> list[tuple[float, float]]:
+    """(momentum, lr) of the lowest loss(momentum, lr), and of the next lowest.
 
     The neighbours of the best point, the next lower and higher of `momenta` and half and twice the
     learning rate, have all been tried; then learning rates half-way to those last two. With
@@ -45,9 +48,11 @@ def best(
         # The first that is better is taken at once: a valley is walked down, not surveyed.
         better = next((point for point in beside if value(point) < value(here)), None)
         if better is None:
-            here = min([here, (row, half + 1), (row, half - 1)], key=value)
+            for beside_lr in (half + 1, half - 1):
+                value((row, beside_lr))
             break
         here = better
-    if math.isinf(value(here)):
+    ranking = sorted((point for point in found if math.isfinite(found[point])), key=value)
+    if not ranking:
         raise RuntimeError(f"diverged at the start, momentum and lr {place(here)}, and beside it")
-    return place(here)
+    return [place(point) for point in ranking[:FINALISTS]]
