@@ -441,16 +441,28 @@ void merge_inplace(const Tensor& aggregate, const Tensor& payloads, int64_t nume
 }
 
 void apply(const TensorList& params, const Tensor& aggregate, const Tensor& lr,
-           const OptionalTensor& skip, const OptionalTensor& skipped_steps) {
+           const OptionalTensor& skip, const OptionalTensor& skipped_steps,
+           const OptionalTensor& flags, const OptionalTensor& memory, const OptionalTensor& payload,
+           int64_t k, ScalarType wire_dtype) {
   const Device device(aggregate);
   const MoveTensors move = move_tensors(params, lr, skip, skipped_steps, device);
   const int64_t numel = total_numel(move.params);
   check_numel(numel, "params");
   check_aggregate(aggregate, device, numel);
+  if (flags) check_vector(*flags, "flags", device, ScalarType::Int, 1);
+  GMC_CHECK_VALUE(memory.has_value() == payload.has_value(),
+                  "memory: must be given together with payload");
+  std::optional<PayloadTensor> own;
+  if (memory) {
+    check_vector(*memory, "memory", device, ScalarType::Float, numel);
+    own = payload_tensor(*payload, device, numel, k, wire_dtype);
+  }
   if (on_gpu(aggregate, "apply_")) {
-    if constexpr (kWithCuda) cuda::apply(move, aggregate, numel);
+    if constexpr (kWithCuda) cuda::apply(move, aggregate, numel, flags, memory, own);
   } else if (!skipped(move)) {
     cpu::apply(move.params, data<uint8_t>(aggregate), numel, number(lr));
+  } else if (memory) {
+    cpu::restore(mutable_data<float>(*memory), payload_args(*own));
   }
 }
 
@@ -544,7 +556,8 @@ STABLE_TORCH_LIBRARY(gmc_cuda, m) {
       "Tensor? skip=None) -> ()");
   m.def(
       "apply_(Tensor(a!)[] params, Tensor aggregate, Tensor lr, *, Tensor? skip=None, "
-      "Tensor(b!)? skipped_steps=None) -> ()");
+      "Tensor(b!)? skipped_steps=None, Tensor(c!)? flags=None, Tensor(d!)? memory=None, "
+      "Tensor? payload=None, int k=0, ScalarType wire_dtype) -> ()");
   m.def(
       "restore_(Tensor(a!) memory, Tensor payload, int k, ScalarType wire_dtype, *, "
       "Tensor? skip=None) -> ()");

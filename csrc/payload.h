@@ -179,12 +179,16 @@ GMC_HD TileRange tile_range(const uint32_t* starts, const PayloadShape& shape, i
 // ---------------------------------------------------------------------------------------------
 // Aggregate: what merge makes of the payloads of all ranks. It stays on its device and is opaque
 // outside this library:
-//   Header | starts uint32 [tiles] | counts uint32 [tiles] | indices uint16 [capacity] |
-//   values float32 [capacity]
+//   Header | starts uint32 [tiles] | counts uint32 [tiles] | runs uint16 [16 tiles] |
+//   indices uint16 [capacity] | values float32 [capacity]
 // The entries of tile t lie at starts[t] .. starts[t] + counts[t], ascending, with gaps behind
 // them: starts[t] = min(sum of the ranks' starts, 65536 t) leaves room for every tile and needs no
-// prefix sum over the merged counts.
+// prefix sum over the merged counts. Where counts[t] is not zero, runs[16 t + i] of them lie before
+// the i-th run of 4096 elements of the tile, so that who works on less than a tile finds its own.
 // ---------------------------------------------------------------------------------------------
+
+constexpr int64_t kAggregateRun = 4096;
+constexpr int64_t kTileRuns = kTile / kAggregateRun;
 
 constexpr uint32_t kAggregateMagic = 0x41434d47u;  // "GMCA"
 
@@ -213,12 +217,13 @@ GMC_HD int64_t aggregate_capacity(int64_t numel, int64_t k, int64_t ranks) {
 }
 
 struct AggregateLayout {
-  int64_t starts, counts, indices, values, nbytes;
+  int64_t starts, counts, runs, indices, values, nbytes;  // the first three know no capacity
 
   GMC_HD AggregateLayout(int64_t numel, int64_t capacity)
       : starts(sizeof(AggregateHeader)),
         counts(starts + pad16(4 * tile_count(numel))),
-        indices(counts + pad16(4 * tile_count(numel))),
+        runs(counts + pad16(4 * tile_count(numel))),
+        indices(runs + pad16(2 * kTileRuns * tile_count(numel))),
         values(indices + pad16(2 * capacity)),
         nbytes(values + pad16(4 * capacity)) {}
 };
@@ -229,6 +234,7 @@ struct AggregateView {
   Like<AggregateHeader, Byte>* header;
   Like<uint32_t, Byte>* starts;
   Like<uint32_t, Byte>* counts;
+  Like<uint16_t, Byte>* runs;
   Like<uint16_t, Byte>* indices;
   Like<float, Byte>* values;
 
@@ -236,6 +242,7 @@ struct AggregateView {
       : header(at<AggregateHeader>(aggregate, 0)),
         starts(at<uint32_t>(aggregate, layout.starts)),
         counts(at<uint32_t>(aggregate, layout.counts)),
+        runs(at<uint16_t>(aggregate, layout.runs)),
         indices(at<uint16_t>(aggregate, layout.indices)),
         values(at<float>(aggregate, layout.values)) {}
 };

@@ -380,15 +380,13 @@ class CompressedSGD(torch.optim.Optimizer):
     def _apply(self, skip: Tensor | None) -> None:
         if skip is None:
             return
-        count = self._skipped
+        count, flags = self._skipped, self._damage.flags(skip, self._exchange.size)
         for transfer in self._started:
             bucket = transfer.bucket
             lr = self.param_groups[bucket.group]["lr"]
-            transfer.finish(bucket.flat_params(), lr, skip, count)
+            transfer.finish(bucket.flat_params(), lr, skip, count, flags)
             count = None  # once for all buckets
-        aggregates = [t.aggregate for t in self._started if t.payloads is not None]
-        if aggregates and aggregates[0].is_cuda and self._exchange.size > 1:
-            self._damage.submit(aggregates)
+        self._damage.report()
         for group in self.param_groups:
             self._rule.finish(group)
 
@@ -480,6 +478,7 @@ class CompressedSGD(torch.optim.Optimizer):
         for group, new in zip(self.param_groups, loaded.groups, strict=True):
             group.update(new)
         self._install(loaded.held)
+        self._damage = DamageWatch()
         self._averaged = loaded.stamp is not None and loaded.stamp.averaged
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

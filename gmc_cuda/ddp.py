@@ -22,6 +22,7 @@ from gmc_cuda import agreement, hyperparameters, transfers, wire
 from gmc_cuda import state_dict as states
 from gmc_cuda.buckets import MAX_NUMEL, Bucket, figures, make_buckets
 from gmc_cuda.exchange import FlatGroup
+from gmc_cuda.integrity import DamageWatch
 from gmc_cuda.rules import GlobalMomentum
 
 _LOCAL = "_gmc_cuda_local"  # set on a DDP whose gradients stay local
@@ -143,6 +144,7 @@ class GMCHookState:
         self._grads: dict[Tensor, Tensor] = {}
         self._steps = 0
         self._skipped: Tensor | None = None
+        self._damage = DamageWatch()
 
     def _options(self) -> dict[str, Any]:
         """The options as a param group."""
@@ -179,6 +181,7 @@ class GMCHookState:
     def _begin(self, ddp_bucket: GradBucket) -> None:
         self._abandon()  # of a backward pass that ended half-way
         self._exchange.check()
+        self._damage.check(self._exchange.rank)
         if self._steps == 0:
             facts = self._options() | {
                 "optimizer": type(self).__name__,
@@ -221,9 +224,11 @@ class GMCHookState:
             if self._skipped is None:
                 self._skipped = torch.zeros(1, dtype=torch.int64, device=skip.device)
             count: Tensor | None = self._skipped
+            flags = self._damage.flags(skip, self._exchange.size)
             for transfer in self._started:  # 0 - (-1) a_t is a_t, bit for bit
-                transfer.finish(transfer.bucket.flat_values(self._grads), -1.0, skip, count)
+                transfer.finish(transfer.bucket.flat_values(self._grads), -1.0, skip, count, flags)
                 count = None  # once for all buckets
+            self._damage.report()
             self._write_grads()
         waiting = self._waiting
         self._started, self._waiting, self._grads = [], [], {}
@@ -310,6 +315,7 @@ class GMCHookState:
         loaded = states.Loaded([], held, stamp)
         states.warn_of_another_ranks(loaded, self._exchange.rank, self._exchange.size)
         states.install(self._buckets(), [self._options()], self._rule, held)
+        self._damage = DamageWatch()
         self._held = {
             p: {k: v.to(p.device, copy=True) for k, v in tensors.items()}
             for p, tensors in held.items()

@@ -5,7 +5,6 @@ replicas that differ.
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -17,38 +16,36 @@ from gmc_cuda.transfers import Transfer
 
 
 class DamageWatch:
-    """The flags of steps whose outcome the host has not seen yet.
+    """Whether any step so far received a damaged payload.
 
-    On the CPU a damaged payload raises where it is read. Kernels cannot raise: they set a flag in
-    the aggregate and do nothing else. The flags are copied to the host behind the step and looked
-    at when they have arrived, which is usually at the next step.
+    On the CPU that raises where it is read. Kernels cannot raise: they leave the parameters alone
+    and set a bit in one word on the device that nothing clears. It is copied to the host behind
+    each step, which looks at it before the next one: usually one step late, never waiting.
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        self._flags: Tensor | None = None
+        self._seen: Tensor | None = None  # what has arrived of it in page-locked memory
 
-    def submit(self, aggregates: list[Tensor]) -> None:
-        """Starts copying the flags of CUDA aggregates to the host."""
-        if torch.cuda.is_current_stream_capturing():
-            return  # a replay runs no Python that could look at them
-        flags = ops.aggregate_flags(aggregates)
-        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-        host.copy_(flags, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(flags.device))
-        self._waiting.append((event, host))
+    def flags(self, skip: Tensor, size: int) -> Tensor | None:
+        """Where kernels report: int32 [1], made at the first step; None where nothing arrives."""
+        if self._flags is None and skip.is_cuda and size > 1:
+            self._flags = torch.zeros(1, dtype=torch.int32, device=skip.device)
+            self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        return self._flags
+
+    def report(self) -> None:
+        """Starts copying the word to the host. A graph's replay copies it too."""
+        if self._seen is not None and self._flags is not None:
+            self._seen.copy_(self._flags, non_blocking=True)
 
     def check(self, rank: int) -> None:
         """Raises RuntimeError if a step that has ended met a damaged payload."""
-        if not self._waiting or torch.cuda.is_current_stream_capturing():
-            return  # asking after an event would end the capture
-        while self._waiting and self._waiting[0][0].query():
-            _, flags = self._waiting.popleft()
-            if (flags & ops.DAMAGED).any():
-                raise RuntimeError(
-                    f"rank {rank} received a damaged payload in an earlier step and did not apply "
-                    "it; replicas may differ: restart from a checkpoint"
-                )
+        if self._seen is not None and int(self._seen) & ops.DAMAGED:
+            raise RuntimeError(
+                f"rank {rank} received a damaged payload in an earlier step and did not apply "
+                "it; replicas may differ: restart from a checkpoint"
+            )
 
 
 class DuplicateWatch:

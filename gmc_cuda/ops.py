@@ -371,8 +371,15 @@ def apply_(
     *,
     skip: Tensor | None = None,
     skipped_steps: Tensor | None = None,
+    flags: Tensor | None = None,
+    memory: Tensor | None = None,
+    payload: Tensor | None = None,
+    k: int = 0,
+    wire_dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """w -= eta * a in float32, rounded to each parameter's dtype; touches a's entries only.
+
+    Or, in a skipped step, u += c for what this rank had sent, as by :func:`restore_`.
 
     Args:
         params: contiguous float32, bfloat16 or float16 tensors, updated in place.
@@ -380,9 +387,25 @@ def apply_(
         lr: eta, a number or a tensor holding one.
         skip: int32 [1]; non-zero leaves params as they are.
         skipped_steps: int64 [1]; one is added where ``skip`` is not zero.
+        flags: int32 [1]; gets bit 1 where a payload was damaged, and keeps it (CUDA; on the CPU
+            :func:`merge` raises).
+        memory: float32 [numel], which a skipped step gives ``payload`` back to. None: it does not.
+        payload: this rank's own, uint8 [payload_nbytes(numel, k, wire_dtype)].
     """
     params = list(params)
-    _call(_ops.apply_, params, aggregate, _number(lr, "lr"), skip=skip, skipped_steps=skipped_steps)
+    _call(
+        _ops.apply_,
+        params,
+        aggregate,
+        _number(lr, "lr"),
+        skip=skip,
+        skipped_steps=skipped_steps,
+        flags=flags,
+        memory=memory,
+        payload=payload,
+        k=k,
+        wire_dtype=wire_dtype,
+    )
     _changed(params)
 
 

@@ -365,9 +365,15 @@ def apply_(
     *,
     skip: Tensor | None = None,
     skipped_steps: Tensor | None = None,
+    memory: Tensor | None = None,
+    payload: Tensor | None = None,
+    k: int = 0,
+    wire_dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """w_{t+1} = w_t - eta_t * a_t, in float32, rounded to each parameter's dtype."""
     if _skips(skip, skipped_steps):
+        if memory is not None and payload is not None:
+            restore_(memory, payload, k, wire_dtype)
         return
     step = torch.as_tensor(lr, dtype=torch.float32, device=aggregate.device) * densify(
         aggregate, sum(p.numel() for p in params)

@@ -54,12 +54,14 @@ class Transfer(Protocol):
         lr: float | Tensor,
         skip: Tensor,
         skipped_steps: Tensor | None,
+        flags: Tensor | None = None,
     ) -> None:
         """Does params -= lr * a_t and settles memory and momentum, or, if skipped, gives back.
 
         Args:
             params: what the update goes to: contiguous tensors in the bucket's order.
             skipped_steps: int64 [1], counted up in a skipped step; for one of its buckets.
+            flags: int32 [1], gets ops.DAMAGED where a payload was damaged (CUDA); None: not asked.
         """
 
 
@@ -140,11 +142,8 @@ class SparseTransfer:
         )
 
     def give_back(self) -> None:
-        self._restore(None)
+        ops.restore_(self.bucket.memory, self.payload, self.k, self.wire_dtype)
         self.bucket.aggregate = None
-
-    def _restore(self, skip: Tensor | None) -> None:
-        ops.restore_(self.bucket.memory, self.payload, self.k, self.wire_dtype, skip=skip)
 
     def finish(
         self,
@@ -152,12 +151,23 @@ class SparseTransfer:
         lr: float | Tensor,
         skip: Tensor,
         skipped_steps: Tensor | None,
+        flags: Tensor | None = None,
     ) -> None:
         bucket = self.bucket
         _look_ahead(params, bucket.sparse_aggregate, self._ahead, lr, skip)
         lr = _ahead_lr(self._ahead, lr)
-        ops.apply_(params, self.aggregate, lr, skip=skip, skipped_steps=skipped_steps)
-        self._restore(skip)
+        ops.apply_(
+            params,
+            self.aggregate,
+            lr,
+            skip=skip,
+            skipped_steps=skipped_steps,
+            flags=flags,
+            memory=bucket.memory,
+            payload=self.payload,
+            k=self.k,
+            wire_dtype=self.wire_dtype,
+        )
         if bucket.momentum_buffer is None:
             bucket.keep_aggregate(self.aggregate)
         elif self.masking:
@@ -238,6 +248,7 @@ class DenseTransfer:
         lr: float | Tensor,
         skip: Tensor,
         skipped_steps: Tensor | None,
+        flags: Tensor | None = None,
     ) -> None:
         bucket = self.bucket
         alone = [self._present[i] == 0 for i in self._absent]

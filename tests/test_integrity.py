@@ -12,44 +12,28 @@ import gmc_cuda
 from gmc_cuda import ops
 from gmc_cuda.integrity import DamageWatch
 
-# ------------------------------------------------ damaged payloads, with stand-ins for CUDA events
+# ------------------------------------------------------------------------------ damaged payloads
 
 
-class Event:
-    def __init__(self, done):
-        self.done = done
-
-    def query(self):
-        return self.done
-
-
-def flags(*values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
-@pytest.fixture
-def watch(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return DamageWatch()
-
-
-def test_a_damaged_step_raises_once_it_has_ended(watch):
-    event = Event(done=False)
-    watch._waiting.append((Event(done=True), flags(0, 1)))
-    watch._waiting.append((event, flags(0, 2)))
+def test_damage_is_seen_once_it_has_arrived_and_never_forgotten():
+    watch = DamageWatch()
+    watch.check(rank=3)  # nothing was received yet
+    watch._flags, watch._seen = torch.zeros(2, 1, dtype=torch.int32)  # as if on a GPU
+    watch._flags.fill_(ops.NONFINITE)
+    watch.report()
     watch.check(rank=3)
-    assert len(watch._waiting) == 1
-    event.done = True
-    with pytest.raises(RuntimeError, match="rank 3 received a damaged payload in an earlier step"):
-        watch.check(rank=3)
-    watch.check(rank=3)
+    watch._flags |= ops.DAMAGED
+    watch.check(rank=3)  # the copy is still on its way
+    for _ in range(2):
+        watch.report()
+        with pytest.raises(RuntimeError, match="rank 3 received a damaged payload in an earlier"):
+            watch.check(rank=3)
 
 
-def test_nothing_is_asked_during_a_capture(watch, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    watch._waiting.append((Event(done=True), flags(2)))
-    watch.check(rank=0)
-    assert len(watch._waiting) == 1
+def test_kernels_report_damage_only_where_something_arrives():
+    skip = torch.zeros(1, dtype=torch.int32)
+    assert DamageWatch().flags(skip, size=2) is None  # on the CPU it raises
+    assert DamageWatch().flags(skip, size=1) is None
 
 
 # ---------------------------------------------------------------------- workers that send the same

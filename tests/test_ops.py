@@ -395,6 +395,29 @@ def test_skipped_steps_are_counted(backend):
         assert counted.item() == 2 * skip
 
 
+@pytest.mark.parametrize("backend", [ops, reference])
+def test_a_skipped_step_gives_back(backend):
+    memory, w = torch.zeros(100), torch.ones(100)
+    payload = ops.compress_(memory, [torch.arange(100.0)], 7)
+    own = {"memory": memory, "payload": payload, "k": 7}
+    for skip in (0, 1):
+        flag = torch.tensor([skip], dtype=torch.int32)
+        backend.apply_([w], backend.sparsify(torch.zeros(100)), 0.5, skip=flag, **own)
+        assert torch.equal(memory, torch.arange(100.0) * (torch.arange(100) < 93 + 7 * skip))
+
+
+def test_a_payload_needs_the_memory_it_came_from():
+    memory, w = torch.zeros(100), torch.ones(100)
+    payload, aggregate = ops.compress_(memory, [torch.ones(100)], 7), ops.sparsify(torch.ones(100))
+    with pytest.raises(ValueError, match="memory: must be given together with payload"):
+        ops.apply_([w], aggregate, 0.5, payload=payload, k=7)
+    with pytest.raises(ValueError, match=r"payload: got shape \[\d+\], must be"):
+        ops.apply_([w], aggregate, 0.5, memory=memory, payload=payload, k=20)
+    with pytest.raises(ValueError, match=r"memory: got shape \[90\], must be \[100\]"):
+        ops.apply_([w], aggregate, 0.5, memory=memory[:90], payload=payload, k=7)
+    assert torch.equal(w, torch.ones(100))
+
+
 def test_verdict():
     healthy = payloads_of(2, 1000, 10, torch.bfloat16)
     assert ops.verdict([healthy]).tolist() == [0]
@@ -488,7 +511,9 @@ def test_opcheck(name):
         "verdict": (([gathered], [torch.zeros(2)]), {}),
         "merge": ((gathered, n, k, wire), {"skip": skip}),
         "merge_": ((ops.merge(gathered, n, k, wire), gathered, n, k, wire), {"skip": skip}),
-        "apply_": (([torch.zeros(n)], aggregate, lr), {"skip": skip}),
+        "apply_": (([torch.zeros(n)], aggregate, lr),
+                   {"skip": skip, "memory": torch.zeros(n), "payload": payload, "k": k,
+                    "wire_dtype": wire, "flags": skip.clone()}),
         "restore_": ((torch.zeros(n), payload, k, wire), {"skip": skip}),
         "mask_": ((torch.zeros(n), payload, k, wire), {"skip": skip}),
         "sparsify": ((dense,), {}),

@@ -18,13 +18,19 @@ inline AggregateEntries aggregate_entries(const uint8_t* aggregate, int64_t nume
   return {view.indices + start, view.values + start, view.counts[tile]};
 }
 
-// Writes one tile's entries in ascending order, from `start` on; finish() ends it.
+// Writes one tile's entries in ascending order, from `start` on: begin_run() before those of each
+// of its runs, finish() behind the last.
 class AggregateTileWriter {
  public:
   AggregateTileWriter(const AggregateView<uint8_t>& out, int64_t tile, int64_t start)
-      : count_(out.counts + tile), indices_(out.indices + start), values_(out.values + start) {
+      : count_(out.counts + tile),
+        runs_(out.runs + tile * kTileRuns),
+        indices_(out.indices + start),
+        values_(out.values + start) {
     out.starts[tile] = static_cast<uint32_t>(start);
   }
+
+  void begin_run(int64_t run) const { runs_[run] = static_cast<uint16_t>(written_); }
 
   void append(int64_t local_index, float value) {
     indices_[written_] = static_cast<uint16_t>(local_index);
@@ -36,6 +42,7 @@ class AggregateTileWriter {
 
  private:
   uint32_t* count_;
+  uint16_t* runs_;
   uint16_t* indices_;
   float* values_;
   int64_t written_ = 0;

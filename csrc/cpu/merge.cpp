@@ -23,6 +23,7 @@ class TileSum {
   // value: through a pointer, its count would go through memory for each entry.
   AggregateTileWriter drain(float factor, AggregateTileWriter out) {
     for (int64_t word = 0; word < kTile / 64; ++word) {
+      if (word % (kAggregateRun / 64) == 0) out.begin_run(word / (kAggregateRun / 64));
       for (; present_[word]; present_[word] &= present_[word] - 1) {
         const int64_t i = word * 64 + __builtin_ctzll(present_[word]);
         out.append(i, sum_[i] * factor);
@@ -92,8 +93,12 @@ void sparsify(const float* dense, int64_t numel, uint8_t* aggregate) {
   for_each_tile(numel, [&](int64_t tile) {
     AggregateTileWriter writer(out, tile, tile * kTile);
     const float* const values = dense + tile * kTile;
-    for (int64_t i = 0; i < tile_size(numel, tile); ++i)
-      if (values[i] != 0.0f) writer.append(i, values[i]);
+    const int64_t size = tile_size(numel, tile);
+    for (int64_t run = 0; run < kTileRuns; ++run) {
+      writer.begin_run(run);
+      for (int64_t i = run * kAggregateRun; i < std::min((run + 1) * kAggregateRun, size); ++i)
+        if (values[i] != 0.0f) writer.append(i, values[i]);
+    }
     writer.finish();
   });
   *out.header = aggregate_header(numel, numel, 0);

@@ -19,19 +19,35 @@ struct AggregateEntries {
   uint32_t count;
 };
 
-// The entries of a wire tile; none when the aggregate is damaged or not one for numel elements.
+// The entries of a wire tile; none when the aggregate is damaged or not one for numel elements. The
+// operators see to it that there is room for all but the entries, so their places are asked for
+// together with the header.
 __device__ __forceinline__ AggregateEntries aggregate_entries(const Aggregate& aggregate,
                                                               int64_t numel, int64_t tile) {
   if (!aggregate.data) return {nullptr, nullptr, 0};
-  const AggregateHeader& header = *at<AggregateHeader>(aggregate.data, 0);
-  if ((header.flags & kDamaged) != 0 || !sound_aggregate(header, numel, aggregate.nbytes))
-    return {nullptr, nullptr, 0};
+  const AggregateHeader header = *at<AggregateHeader>(aggregate.data, 0);
+  const AggregateLayout without_entries(numel, 0);
+  const int64_t start = at<uint32_t>(aggregate.data, without_entries.starts)[tile];
+  const int64_t count = at<uint32_t>(aggregate.data, without_entries.counts)[tile];
   const int64_t capacity = header.capacity;
+  if ((header.flags & kDamaged) != 0 || !sound_aggregate(header, numel, aggregate.nbytes) ||
+      start + count > capacity || count > kTile)
+    return {nullptr, nullptr, 0};
   const AggregateView view(aggregate.data, AggregateLayout(numel, capacity));
-  const int64_t start = view.starts[tile];
-  const int64_t count = view.counts[tile];
-  if (start + count > capacity || count > kTile) return {nullptr, nullptr, 0};
   return {view.indices + start, view.values + start, static_cast<uint32_t>(count)};
+}
+
+// Those of a run of a tile.
+__device__ __forceinline__ AggregateEntries aggregate_run(const Aggregate& aggregate, int64_t numel,
+                                                          int64_t run) {
+  if (!aggregate.data) return {nullptr, nullptr, 0};
+  const uint16_t* const runs = at<uint16_t>(aggregate.data, AggregateLayout(numel, 0).runs);
+  const uint32_t before = runs[run];
+  const uint32_t behind = (run + 1) % kTileRuns != 0 ? runs[run + 1] : uint32_t{kTile};
+  const AggregateEntries tile = aggregate_entries(aggregate, numel, run / kTileRuns);
+  const uint32_t begin = min(before, tile.count);
+  const uint32_t end = max(begin, min(behind, tile.count));
+  return {tile.indices + begin, tile.values + begin, end - begin};
 }
 
 }  // namespace gmc::cuda

@@ -22,6 +22,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t first = begin; first < end; first += kThreads, turn ^= 1) {
     const int64_t i = first + threadIdx.x;
     const float value = i < end ? dense[i] : 0.0f;
+    if (threadIdx.x == 0 && first % kAggregateRun == 0)
+      view.runs[first / kAggregateRun] = static_cast<uint16_t>(count);
     uint32_t total;
     const uint32_t position =
         count + block_exclusive_sum<kThreads>(static_cast<uint32_t>(value != 0.0f), &total,
@@ -35,6 +37,9 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x != 0) return;
   view.starts[blockIdx.x] = static_cast<uint32_t>(begin);
   view.counts[blockIdx.x] = count;
+  for (int64_t run = (end + kAggregateRun - 1) / kAggregateRun; run < (blockIdx.x + 1) * kTileRuns;
+       ++run)
+    view.runs[run] = static_cast<uint16_t>(count);
   if (blockIdx.x == 0)
     *view.header = {kAggregateMagic, 0, static_cast<uint32_t>(numel), static_cast<uint32_t>(numel)};
 }

@@ -53,6 +53,10 @@ struct ApplyArgs {
   Aggregate aggregate;
   int64_t numel;
   MoveArgs move;
+  uint32_t* flags;  // nullptr, or what else went wrong is added: kDamaged
+  // What a skipped step gives back, and to where. memory is nullptr: nothing.
+  float* memory;
+  Payload payload;
 };
 static_assert(sizeof(ApplyArgs) <= 4096, "the limit for kernel parameters on older drivers");
 

@@ -1,9 +1,12 @@
 // merge: the payloads of all ranks to one aggregate, summed in rank order, without float atomics.
 //
-// A block owns one wire tile. Each warp opens it in one rank's payload. The block then marks which
-// elements any rank sent in a bitmap; a prefix over the bitmap's words gives each of them its place
-// in the merged list; a window of that list at a time is then summed in shared memory, rank after
-// rank. The list is far shorter than the tile, so that one window usually holds all of it.
+// A block owns one wire tile. Each warp opens it in one rank's payload. The block then asks for the
+// entries of several ranks at once, checks them in registers and marks in a bitmap which elements
+// any rank sent; a prefix over the bitmap's words gives each of them its place in the merged list;
+// a window of that list at a time is then summed in shared memory, rank after rank, from the same
+// registers. The list is far shorter than the tile, so that one window usually holds all of it.
+#include <algorithm>
+
 #include "block.cuh"
 #include "kernels.h"
 #include "launch.h"
@@ -14,8 +17,18 @@ namespace gmc::cuda {
 namespace {
 
 constexpr int kWords = kTile / 32;
+constexpr int kRunWords = static_cast<int>(kAggregateRun) / 32;
 constexpr int kWordsEach = kWords / kMergeThreads;
 static_assert(kWords % kMergeThreads == 0, "each thread has as many words of the bitmap");
+
+// Ranks whose entries of a tile are in registers at once, and a thread's of each. At 1 % two
+// threads have 2.6 on average; what is more comes from the first-level cache, one after the other.
+template <class Format>
+constexpr int kHeldRanks = std::min(Format::kBits > 16 ? 4 : 8, kMergeWarps);
+constexpr int kHeld = 2;
+
+template <class Format>
+using HeldEntries = PackedEntry<Format>[kHeldRanks<Format>][kHeld];
 
 struct MergeArgs {
   PayloadSource source;
@@ -34,7 +47,7 @@ struct MergeShared {
   uint32_t warp_sums[kMergeWarps];
   int64_t start;   // where this tile's list begins
   uint32_t count;  // and how long it is: here, where it takes no register
-  PayloadTile<Format> tiles[kMergeWarps];
+  PayloadTile tiles[kHeldRanks<Format>];
 };
 
 template <class Format>
@@ -43,18 +56,31 @@ __device__ __forceinline__ uint32_t position_of(const MergeShared<Format>& share
   return shared.before[word] + __popc(shared.present[word] & ((1u << index % 32) - 1));
 }
 
-// Opens this tile in up to kMergeWarps payloads. Returns whether this warp's is sound.
+// Opens this tile in the payloads of kHeldRanks ranks and takes their entries: all loads are under
+// way before one is waited for. A rank beyond the last one has none. Returns whether this warp's
+// payload is sound. The block has passed a barrier since it read `tiles`.
 template <class Format>
 __device__ __forceinline__ bool open_tiles(const MergeArgs& args, uint32_t first_rank,
-                                           MergeShared<Format>* shared) {
-  const uint32_t rank = first_rank + warp_id();
-  return rank >= args.ranks ||
-         open_tile(args.source, rank, blockIdx.x, blockIdx.x == 0, &shared->tiles[warp_id()]);
+                                           MergeShared<Format>* shared, HeldEntries<Format>& held) {
+  bool sound = true;
+  if (warp_id() < kHeldRanks<Format>) {
+    PayloadTile* const tile = &shared->tiles[warp_id()];
+    const uint32_t rank = min(first_rank + warp_id(), args.ranks - 1);
+    sound = open_tile(args.source, rank, blockIdx.x, blockIdx.x == 0, tile);
+    if (rank < first_rank + warp_id()) tile->clear();
+  }
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < kHeldRanks<Format>; ++r) {
+    shared->tiles[r].template hold<kMergeThreads>(
+        static_cast<uint32_t>(args.source.payload.shape.k), held[r]);
+  }
+  return sound;
 }
 
 // Four blocks are what shared memory has room for.
 template <class Format>
-__global__ void __launch_bounds__(kMergeThreads, 4)
+__global__ void __launch_bounds__(kMergeThreads, 2)
     merge_kernel(const __grid_constant__ MergeArgs args) {
   static __shared__ MergeShared<Format> shared;
   const int64_t tile = blockIdx.x;
@@ -77,20 +103,29 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
   // Which elements are present. An entry that is out of order or range is found here, before it is
   // used for anything.
   for (int word = threadIdx.x; word < kWords; word += kMergeThreads) shared.present[word] = 0;
+  HeldEntries<Format> held;
   bool sound = true;
   if (threadIdx.x == 0) shared.start = 0;
-  for (uint32_t first = 0; first < args.ranks; first += kMergeWarps) {
-    sound &= open_tiles(args, first, &shared);
-    __syncthreads();
-    for (uint32_t r = 0; r < kMergeWarps && first + r < args.ranks; ++r) {
-      const PayloadTile<Format>& payload = shared.tiles[r];
+  const auto mark = [&](uint32_t index) {
+    atomicOr(&shared.present[index / 32], 1u << index % 32);
+  };
+  for (uint32_t first = 0; first < args.ranks; first += kHeldRanks<Format>) {
+    sound &= open_tiles(args, first, &shared, held);
+#pragma unroll
+    for (int r = 0; r < kHeldRanks<Format>; ++r) {
+      const PayloadTile& payload = shared.tiles[r];
       if (threadIdx.x == 0) shared.start += payload.start;
-      payload.template for_each<kMergeThreads>([&](uint32_t entry, uint32_t index, bool follows) {
-        if (payload.sound(entry, index, follows, size)) {
-          atomicOr(&shared.present[index / 32], 1u << index % 32);
-        } else {
-          sound = false;
-        }
+      sound &= PayloadTile::sound<kMergeThreads>(held[r], size);
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j)
+        if (held[r][j].present()) mark(held[r][j].index());
+    }
+#pragma unroll 1
+    for (int r = 0; r < kHeldRanks<Format>; ++r) {
+      const PayloadTile& payload = shared.tiles[r];
+      payload.for_each<kMergeThreads, kHeld>([&](uint32_t entry, uint32_t index, bool follows) {
+        sound &= payload.sound<Format>(entry, index, follows, size);
+        mark(index);
       });
     }
     if (__syncthreads_or(!sound)) {
@@ -113,6 +148,8 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
   uint32_t before = block_exclusive_sum<kMergeThreads>(own, &count, shared.warp_sums);
   for (int i = 0; i < kWordsEach; ++i) {
     shared.before[first_word + i] = static_cast<uint16_t>(before);
+    if ((first_word + i) % kRunWords == 0)
+      out.runs[tile * kTileRuns + (first_word + i) / kRunWords] = static_cast<uint16_t>(before);
     before += __popc(shared.present[first_word + i]);
   }
   if (threadIdx.x == 0) {
@@ -123,15 +160,26 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
 
   for (uint32_t window = 0; window < shared.count; window += kMergeWindow) {
     for (int i = threadIdx.x; i < kMergeWindow; i += kMergeThreads) shared.sum[i] = 0.0f;
-    for (uint32_t first = 0; first < args.ranks; first += kMergeWarps) {
-      if (args.ranks > kMergeWarps) open_tiles(args, first, &shared);
-      __syncthreads();
-      for (uint32_t r = 0; r < kMergeWarps && first + r < args.ranks; ++r) {
-        const PayloadTile<Format>& payload = shared.tiles[r];
-        payload.template for_each<kMergeThreads>([&](uint32_t entry, uint32_t index, bool) {
-          const uint32_t place = position_of(shared, index) - window;
-          if (place < kMergeWindow)
-            shared.sum[place] = add(shared.sum[place], payload.value(entry));
+    const auto add_at = [&](uint32_t index, float value) {
+      const uint32_t place = position_of(shared, index) - window;
+      if (place < kMergeWindow) shared.sum[place] = add(shared.sum[place], value);
+    };
+    for (uint32_t first = 0; first < args.ranks; first += kHeldRanks<Format>) {
+      if (args.ranks > kHeldRanks<Format>) {
+        open_tiles(args, first, &shared, held);
+      } else {
+        __syncthreads();
+      }
+#pragma unroll
+      for (int r = 0; r < kHeldRanks<Format>; ++r) {
+        if (first + r >= args.ranks) break;
+        const PayloadTile& payload = shared.tiles[r];
+#pragma unroll
+        for (int j = 0; j < kHeld; ++j)
+          if (held[r][j].present())
+            add_at(held[r][j].index(), Format::decode(held[r][j].code(), payload.scale));
+        payload.for_each<kMergeThreads, kHeld>([&](uint32_t entry, uint32_t index, bool) {
+          add_at(index, payload.value<Format>(entry));
         });
         __syncthreads();  // the next rank's entries may meet the same sums
       }

@@ -1,20 +1,11 @@
 // What is done with a rank's own payload: giving a skipped step's back to memory, DGC's momentum
-// factor masking, unpacking. A block owns one wire tile and checks all of it before it acts.
-#include "block.cuh"
+// factor masking, unpacking. A block owns one wire tile.
 #include "kernels.h"
 #include "launch.h"
 #include "payload_reader.cuh"
-#include "rule.h"
 
 namespace gmc::cuda {
 namespace {
-
-struct Restore {
-  float* memory;
-  __device__ void operator()(uint32_t, int64_t index, float value) const {
-    memory[index] = add(memory[index], value);
-  }
-};
 
 struct Mask {
   float* momentum_buffer;
@@ -38,18 +29,8 @@ __global__ void __launch_bounds__(kThreads)
     entries_kernel(const __grid_constant__ PayloadSource source, const int32_t* skip,
                    bool when_skipped, Action action) {
   if (skip && (*skip != 0) != when_skipped) return;
-  static __shared__ PayloadTile<Format> entries;
-  const int64_t tile = blockIdx.x;
-  const auto size = static_cast<uint32_t>(tile_size(source.payload.shape.numel, tile));
-  bool sound = warp_id() != 0 || open_tile(source, 0, tile, true, &entries);
-  __syncthreads();
-  entries.template for_each<kThreads>([&](uint32_t entry, uint32_t index, bool follows) {
-    sound &= entries.sound(entry, index, follows, size);
-  });
-  if (__syncthreads_or(!sound)) return;
-  entries.template for_each<kThreads>([&](uint32_t entry, uint32_t index, bool) {
-    action(entries.start + entry, tile * kTile + index, entries.value(entry));
-  });
+  static __shared__ PayloadTile shared;
+  for_each_entry<Format>(source, &shared, action);
 }
 
 template <class Action>
@@ -65,7 +46,7 @@ cudaError_t entries_launch(const Payload& payload, const int32_t* skip, bool whe
 
 cudaError_t restore_launch(float* memory, const Payload& payload, const int32_t* skip,
                            cudaStream_t stream) {
-  return entries_launch(payload, skip, true, Restore{memory}, stream);
+  return entries_launch(payload, skip, true, GiveBack{memory}, stream);
 }
 
 cudaError_t mask_launch(float* momentum_buffer, const Payload& payload, const int32_t* skip,

@@ -46,27 +46,19 @@ __device__ __forceinline__ void add_decay(const RuleTile& tile, float (&x)[kPerT
   for (int e = 0; e < kPerThread; ++e) x[e] = add_scaled(x[e], tile.args.weight_decay, w[e]);
 }
 
-// x += beta * a from the sparse aggregate. The tile's entries are one run of its wire tile's. Every
-// thread probes one place of those; the count of probes before the tile says where to begin, one
-// step of probes too early at most.
+// x += beta * a from the sparse aggregate, whose entries of this tile are part of one run.
 __device__ __forceinline__ void add_momentum(const Aggregate& aggregate, float momentum,
                                              const RuleTile& tile, float (&x)[kPerThread]) {
   const AggregateEntries entries =
-      aggregate_entries(aggregate, tile.args.numel, tile.begin / kTile);
+      aggregate_run(aggregate, tile.args.numel, tile.begin / kAggregateRun);
   if (entries.count == 0) return;
-  const uint32_t begin = tile.begin % kTile;
-  const auto probe = [&](uint32_t number) { return entries.count * number / kThreads; };
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) tile.stage[tile.place(e)] = 0.0f;
-  const int before = __syncthreads_count(entries.indices[probe(threadIdx.x)] < begin);
-  uint32_t entry = (before ? probe(before - 1) : 0) + threadIdx.x;
-  for (; entry < entries.count; entry += kThreads) {
+  __syncthreads();
+  const uint32_t begin = tile.begin % kTile;
+  for (uint32_t entry = threadIdx.x; entry < entries.count; entry += kThreads) {
     const uint32_t place = entries.indices[entry] - begin;  // huge for an entry before the tile
-    if (place < kWorkTile) {
-      tile.stage[place] = multiply(momentum, entries.values[entry]);
-    } else if (static_cast<int32_t>(place) > 0) {
-      break;
-    }
+    if (place < kWorkTile) tile.stage[place] = multiply(momentum, entries.values[entry]);
   }
   __syncthreads();
 #pragma unroll

@@ -40,11 +40,12 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kLookThreads = GMC_LOOK_THREADS;  // of the one block that samples
 
 // A work tile is what one block of the pass holds in registers: a thread has kQuads times four
-// consecutive elements. It is independent of the wire's tile of 65,536 elements, but divides it.
+// consecutive elements. It is independent of the wire's tile of 65,536 elements and of the
+// aggregate's runs, but divides them.
 constexpr int kQuads = 4;
 constexpr int kPerThread = 4 * kQuads;
 constexpr int kWorkTile = kThreads * kPerThread;
-static_assert(kTile % kWorkTile == 0, "a work tile must not span two wire tiles");
+static_assert(kAggregateRun % kWorkTile == 0, "a work tile must not span two runs");
 static_assert(kThreads % 32 == 0 && kWorkTile < 65536, "counts of a work tile fit in 16 bits");
 
 // The selection gives each block one run of consecutive work tiles, so that a prefix over all of

@@ -230,13 +230,20 @@ void merge(const PayloadTensor& payloads, int64_t ranks, const OptionalTensor& s
                           bytes_of(aggregate, "aggregate"), place.stream));
 }
 
-void apply(const MoveTensors& move, const Tensor& aggregate, int64_t numel) {
+void apply(const MoveTensors& move, const Tensor& aggregate, int64_t numel,
+           const OptionalTensor& flags, const OptionalTensor& memory,
+           const std::optional<PayloadTensor>& own) {
   const Place place(aggregate);
   Temporaries temporaries{place, {}};
   ApplyArgs args = {};
   args.aggregate = aggregate_of(aggregate);
   args.numel = numel;
   fill_move(move, &temporaries, &args.move);
+  if (flags) args.flags = reinterpret_cast<uint32_t*>(mutable_data<int32_t>(*flags));
+  if (memory) {
+    args.memory = mutable_data<float>(*memory);
+    args.payload = payload_of(*own, "payload");
+  }
   check_cuda(apply_launch(args, place.stream));
 }
 

@@ -3,6 +3,7 @@
 // ops.cpp. Nothing here waits for the device.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "arguments.h"
@@ -25,7 +26,10 @@ void aggregate_flags(const TensorList& aggregates, const Tensor& flags);
 void fingerprint(const std::vector<Segment>& params, const Tensor& prints);
 void merge(const PayloadTensor& payloads, int64_t ranks, const OptionalTensor& skip,
            const Tensor& aggregate);
-void apply(const MoveTensors& move, const Tensor& aggregate, int64_t numel);
+// flags, and memory with own: as in ApplyArgs.
+void apply(const MoveTensors& move, const Tensor& aggregate, int64_t numel,
+           const OptionalTensor& flags, const OptionalTensor& memory,
+           const std::optional<PayloadTensor>& own);
 void restore(const Tensor& memory, const PayloadTensor& payload, const OptionalTensor& skip);
 void mask(const Tensor& momentum_buffer, const PayloadTensor& payload, const OptionalTensor& skip);
 void sparsify(const Tensor& dense, const Tensor& aggregate);

@@ -190,6 +190,11 @@ CUDA_CASE(apply) {
   args.aggregate = aggregate(in);
   args.numel = in.integer("numel");
   fill_move(in, &args.move);
+  if (in.has("flags")) args.flags = in.array<uint32_t>("flags");
+  if (in.has("memory")) {
+    args.memory = in.array<float>("memory");
+    args.payload = payload(in, "payload");
+  }
   require(apply_launch(args, nullptr));
   release(args.move.params);
 }

@@ -185,14 +185,15 @@ class Kernels:
             tensor.copy_(torch.from_numpy(out[name]))
 
     def _move(self, case, params, lr, skipping, **arguments):
-        """What apply_ and apply_dense_ share; updates params and skipped_steps."""
+        """What apply_ and apply_dense_ share; updates params and what steps leave behind."""
         arrays = self._segments("param", params, [p.numel() for p in params]) | number("lr", lr)
         given = {name: tensor for name, tensor in skipping.items() if tensor is not None}
         arrays |= {name: to_numpy(tensor) for name, tensor in given.items()}
         out = self._call(case, **arguments, **arrays)
         copy_params(params, out)
-        if "skipped_steps" in given:
-            given["skipped_steps"].copy_(torch.from_numpy(out["skipped_steps"]))
+        for name in ("skipped_steps", "flags", "memory"):
+            if name in given:
+                given[name].copy_(torch.from_numpy(out[name]).view(given[name].dtype))
         return out
 
     def _payload(self, name, payload, numel, k, wire_dtype, skip=None):
@@ -231,9 +232,10 @@ class Kernels:
         out = self._call("merge", ranks=payloads.size(0), **arrays)
         return torch.from_numpy(out["aggregate"])
 
-    def apply_(self, params, aggregate, lr, **skipping):
+    def apply_(self, params, aggregate, lr, *, k=1, wire_dtype=torch.bfloat16, **skipping):
         numel = sum(p.numel() for p in params)
-        self._move("apply", params, lr, skipping, numel=numel, aggregate=to_numpy(aggregate))
+        shape = {"numel": numel, "k": k, "wire": WIRES.index(wire_dtype)}
+        self._move("apply", params, lr, skipping, aggregate=to_numpy(aggregate), **shape)
 
     def restore_(self, memory, payload, k, wire_dtype=torch.bfloat16, *, skip=None):
         arrays = self._payload("payload", payload, memory.numel(), k, wire_dtype, skip)
@@ -260,9 +262,14 @@ class Kernels:
 
 
 def assert_same_aggregate(kernels, expected, numel):
-    """Header, starts, counts and the entries themselves; the gaps between tiles hold anything."""
+    """Header, starts, counts, runs and the entries; the gaps between tiles hold anything."""
     tiles = -(-numel // 65536)
     padded = -(-4 * tiles // 16) * 16
+    filled = expected[16 + padded : 16 + padded + 4 * tiles].view(torch.int32) != 0
+    runs = slice(16 + 2 * padded, 16 + 2 * padded + 32 * tiles)
+    assert_same_bytes(
+        kernels[runs].view(tiles, 32)[filled], expected[runs].view(tiles, 32)[filled], "runs"
+    )
     assert_same_bytes(kernels[: 16 + 4 * tiles], expected[: 16 + 4 * tiles], "aggregate's starts")
     counts = slice(16 + padded, 16 + padded + 4 * tiles)
     assert_same_bytes(kernels[counts], expected[counts], "aggregate's counts")

@@ -247,11 +247,51 @@ def test_skip(running, skip):
     param = gaussian(numel, rng)
     moved = param.clone()
     counts = torch.zeros(2, 1, dtype=torch.int64)
+    memories = [gaussian(numel, rng)] * 2
+    memories = [memory.clone() for memory in memories]
     aggregate = ops.merge(payloads, numel, k, wire)
-    kernels.apply_([moved], aggregate, 0.1, skip=skip, skipped_steps=counts[0])
-    ops.apply_([param], aggregate, 0.1, skip=skip, skipped_steps=counts[1])
+    for backend, tensor, count, memory in zip((kernels, ops), (moved, param), counts, memories):
+        own = {"memory": memory, "payload": payloads[1], "k": k, "wire_dtype": wire}
+        backend.apply_([tensor], aggregate, 0.1, skip=skip, skipped_steps=count, **own)
     assert_same_bytes(moved, param, "params")
+    assert_same_bytes(*memories, "memory")
     assert counts.flatten().tolist() == [skip is not None and skip.item() != 0] * 2
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_skipped_step_gives_back(running, wire):
+    """Over several tiles, by each wire type; without memory nothing is given back."""
+    numel, k = TILE + 3000, 400
+    payload = payloads_of(1, numel, k, wire, seed=2)[0]
+    aggregate, skip = ops.sparsify(torch.zeros(numel)), torch.ones(1, dtype=torch.int32)
+    memory = gaussian(numel, np.random.default_rng(3))
+    expected, param = memory.clone(), torch.ones(numel)
+    ops.restore_(expected, payload, k, wire)
+    own = {"payload": payload, "k": k, "wire_dtype": wire}
+    kernels = Kernels(running, seed=2)
+    kernels.apply_([param], aggregate, 0.1, skip=skip, **own)
+    kernels.apply_([param], aggregate, 0.1, skip=skip, memory=memory, **own)
+    assert_same_bytes(memory, expected, "memory")
+    assert bool((param == 1).all())
+
+
+def test_damage_is_reported_and_kept(running):
+    """By a damaged header, of which the verdict knows, or by what the aggregate says."""
+    payloads = payloads_of(2, 900, 9, torch.bfloat16, seed=0)
+    sound, flags = ops.merge(payloads, 900, 9), torch.zeros(1, dtype=torch.int32)
+    kernels, param = Kernels(running), torch.zeros(900)
+    verdicts = [torch.tensor([v], dtype=torch.int32) for v in (0, 1, 2)]
+    for skip in verdicts[:2]:
+        kernels.apply_([param], sound, 0.1, skip=skip, flags=flags)
+        assert flags.item() == 0
+    kernels.apply_([param], sound, 0.1, skip=verdicts[2], flags=flags)
+    assert flags.item() == ops.DAMAGED
+    kernels.apply_([param], sound, 0.1, skip=verdicts[0], flags=flags)
+    assert flags.item() == ops.DAMAGED
+    payloads[1, 100] ^= 1  # an index
+    flags.zero_()
+    kernels.apply_([param], kernels.merge(payloads, 900, 9), 0.1, flags=flags)
+    assert flags.item() == ops.DAMAGED
 
 
 @pytest.mark.parametrize(
@@ -825,3 +865,42 @@ def test_sizes_that_users_get(full_size, values):
         merged = kernels.merge(payloads, numel, k, wire)
         aggregate = ops.merge(payloads, numel, k, wire)
         assert_same_aggregate(merged, aggregate, numel)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 9])
+def test_a_tile_that_is_sent_whole(full_size, ranks):
+    """Its number of entries does not fit in 16 bits."""
+    numel = TILE + 300
+    payloads = payloads_of(ranks, numel, numel, torch.bfloat16, seed=1)
+    merged = Kernels(full_size, seed=4).merge(payloads, numel, numel, torch.bfloat16)
+    assert_same_aggregate(merged, ops.merge(payloads, numel, numel, torch.bfloat16), numel)
+
+
+def test_every_entry_of_a_block_is_checked(running, full_size):
+    """Those that a thread keeps, which its neighbour has the predecessors of, and the rest."""
+    numel, k, wire = 900, 12, torch.bfloat16
+    x = torch.zeros(numel)
+    x[[3, 4, *range(300, 309), numel - 1]] = 1.0
+    payload = ops.compress_(torch.zeros(numel), [x], k, wire_dtype=wire)
+    for place in range(2, 10):  # of the nine in one block and the one before each
+        for swapped in (True, False):
+            payloads = torch.stack([payload, payload])
+            low = payloads[1, 48 : 48 + k]
+            low[place : place + 2] = low[place : place + 2].flip(0) if swapped else low[place]
+            for kernels in (Kernels(running), Kernels(full_size)):
+                merged = kernels.merge(payloads, numel, k, wire)
+                assert is_damaged(kernels, merged), (place, swapped)
+
+
+@pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_code_of_ones_at_a_tiles_last_element(full_size, wire):
+    """As a thread keeps it, that would be the word for no entry."""
+    numel = TILE
+    x = torch.zeros(numel)
+    x[-1] = 1.0
+    payloads = ops.compress_(torch.zeros(numel), [x], 1, wire_dtype=wire).unsqueeze(0)
+    kernels = Kernels(full_size)
+    assert not is_damaged(kernels, kernels.merge(payloads, numel, 1, wire))
+    begin = sum(-(-size // 16) * 16 for size in reference._section_sizes(numel, 1, wire)[:4])
+    payloads[0, begin : begin + wire.itemsize] = 255
+    assert is_damaged(kernels, kernels.merge(payloads, numel, 1, wire))
