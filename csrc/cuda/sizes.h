@@ -59,8 +59,8 @@ static_assert(kScanTiles <= kThreads, "one thread places one tile");
 constexpr int kRepairBlocks = GMC_REPAIR_BLOCKS;
 
 constexpr int kMergeThreads = GMC_MERGE_THREADS;
-constexpr int kMergeWarps = kMergeThreads / 32;  // and ranks whose tile is opened at a time
-constexpr int kMergeWindow = GMC_MERGE_WINDOW;   // merged entries summed at a time
+constexpr int kMergeWarps = kMergeThreads / 32;
+constexpr int kMergeWindow = GMC_MERGE_WINDOW;  // merged entries summed at a time
 
 // Segments that travel as kernel parameters, whose limit is 4 KiB on older drivers.
 constexpr int kInlineSegments = GMC_INLINE_SEGMENTS;
