@@ -172,10 +172,17 @@ def test_everything_else_equals_cpu(ranks, n, k, wire):
         assert_same_bytes(ops.densify(aggregate.cpu(), n), ops.densify(expected, n), "read on CPU")
         for dtype in DTYPES:
             param = torch.randn(n).to(dtype)
-            moved = param.cuda()
-            ops.apply_([moved], aggregate, torch.tensor(0.1, device="cuda"), skip=on_gpu(flag))
-            ops.apply_([param], expected, 0.1, skip=flag)
+            moved, memory = param.cuda(), torch.randn(n)
+            given_back = memory.cuda()
+            flags = torch.zeros(1, dtype=torch.int32, device="cuda")
+            own = {"k": k, "wire_dtype": wire}
+            lr = torch.tensor(0.1, device="cuda")
+            own_cuda = own | {"memory": given_back, "payload": payloads[0].cuda()}
+            ops.apply_([moved], aggregate, lr, skip=on_gpu(flag), flags=flags, **own_cuda)
+            ops.apply_([param], expected, 0.1, skip=flag, memory=memory, payload=payloads[0], **own)
             assert_same_bytes(moved, param, "params")
+            assert_same_bytes(given_back, memory, "memory")
+            assert flags.item() == 0
         for op in (ops.restore_, ops.mask_):
             theirs = torch.randn(n)
             mine = theirs.cuda()
@@ -209,6 +216,9 @@ def test_damaged_payloads(wire):
         except RuntimeError:
             expected = torch.zeros(n)
             assert ops.aggregate_flags([aggregate]).item() & 2, byte
+            flags = torch.zeros(1, dtype=torch.int32, device="cuda")
+            ops.apply_([torch.zeros(n, device="cuda")], aggregate, 0.1, flags=flags)
+            assert flags.item() == ops.DAMAGED, byte
         assert_same_bytes(ops.densify(aggregate, n), expected, f"byte {byte}")
         memory = torch.zeros(n, device="cuda")
         ops.restore_(memory, broken[1].cuda(), k, wire)
