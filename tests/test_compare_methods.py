@@ -22,7 +22,9 @@ sys.path.insert(0, str(EXAMPLES))
 from compare_methods.digits import partition  # noqa: E402
 from compare_methods.methods import share_of_lr  # noqa: E402
 from compare_methods.options import METHODS, parse  # noqa: E402
+from compare_methods.report import print_end  # noqa: E402
 from compare_methods.supervisor import find_cause  # noqa: E402
+from compare_methods.training import Point, Run  # noqa: E402
 
 DIGITS = ["--task", "digits", "--non-iid", "--steps", "20", "--seeds", "2"]
 
@@ -287,3 +289,14 @@ def test_learning_rate_rises_and_falls():
     assert shares[11] == pytest.approx(0.5)
     assert 0 < shares[19] < 0.01
     assert share_of_lr(0, 1, 0.1) == 1
+
+
+def test_the_table_fits_80_columns(capsys):
+    """With the widest numbers that the defaults give; rich would cut them short."""
+    ends = [Point(1, 1, 1.812 + i / 50, 0.522 + i / 99) for i in range(3)]
+    runs = [Run(0, 470_528, 18_800.0, 1_882_112, 0.339, 0, [end]) for end in ends]
+    options = parse(["--seeds", "3"])
+    print_end(SimpleNamespace(unit="next byte"), options, dict.fromkeys(METHODS, runs))
+    table, _ = capsys.readouterr().out.split("Loss and accuracy")
+    assert "…" not in table and max(map(len, table.split("\n"))) <= 80
+    assert table.count("1.832 ± 0.020") == table.count("53.2 ± 1.0") == len(METHODS)

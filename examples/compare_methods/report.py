@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -39,9 +38,9 @@ def print_start(task: Task, options: argparse.Namespace, device: torch.device) -
 
 
 def print_end(task: Task, options: argparse.Namespace, results: Results) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True, vertical="bottom")
-    for heading in ("momen-\ntum", "lr", "loss", "accuracy\n%", "MB sent\nby a worker\nper step",
+    for heading in ("momen-\ntum", "lr", "loss", "accuracy\n%", "MB a\nworker\nsends",
                     "less\nthan\ndense", "ms\nper\nstep"):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
     for method, runs in results.items():
@@ -58,10 +57,11 @@ def print_end(task: Task, options: argparse.Namespace, results: Results) -> None
     console = Console(width=80, highlight=False)
     console.print()
     console.print(table)
+    console.print()
     start = mean(run.curve[0].loss for runs in results.values() for run in runs)
     print(
         f"Loss and accuracy ({task.unit}) are on held-out data; the loss was {start:.2f} before\n"
-        "training. MB is the payload that a worker hands to the collective."
+        "training. MB is the payload that a worker hands to the collective in a step."
     )
     if options.lr is None and options.momentum is None:
         print(
