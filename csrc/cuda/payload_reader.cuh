@@ -142,8 +142,8 @@ struct PayloadTile {
 };
 
 // A warp writes where each block's entries begin. False, to every lane, unless the tile's bits end
-// as many blocks as it has, the last one with the last bit. Then no block has more than 256
-// entries.
+// as many blocks as it has, the last one with the last bit. A block may still claim more entries than
+// it has elements, which cannot all be in order.
 __device__ __forceinline__ bool read_blocks(const uint8_t* bitmap, const TileRange& range,
                                             uint16_t* begins) {
   const uint32_t* const words = at<uint32_t>(bitmap, 0) + range.bit / 32;
@@ -179,6 +179,9 @@ __device__ __forceinline__ bool read_blocks(const uint8_t* bitmap, const TileRan
     begins[0] = 0;
     begins[blocks] = begins[min(blocks + 1, uint32_t{kTileBlocks})] = static_cast<uint16_t>(count);
   }
+  __syncwarp();
+  // The last block alone could hold 2**16 entries, which would read as none.
+  sound &= count - begins[blocks - 1] <= static_cast<uint32_t>(kBlock);
   return __all_sync(kAllLanes, sound && ended == blocks);
 }
 

@@ -906,3 +906,20 @@ def test_a_code_of_ones_at_a_tiles_last_element(full_size, wire):
     begin = sum(-(-size // 16) * 16 for size in reference._section_sizes(numel, 1, wire)[:4])
     payloads[0, begin : begin + wire.itemsize] = 255
     assert is_damaged(kernels, kernels.merge(payloads, numel, 1, wire))
+
+
+def test_a_whole_tile_in_its_last_block(full_size):
+    """As many entries as a tile has elements: modulo 2**16, a block of none."""
+    numel, wire = TILE, torch.bfloat16
+    payloads = payloads_of(1, numel, numel, wire, seed=1)
+    sizes = [-(-size // 16) * 16 for size in reference._section_sizes(numel, numel, wire)]
+    bits = torch.ones(numel + TILE // BLOCK, dtype=torch.uint8)
+    bits[: TILE // BLOCK - 1] = bits[-1] = 0
+    weights = 2 ** torch.arange(8, dtype=torch.uint8)
+    payloads[0, sum(sizes[:3]) : sum(sizes[:3]) + bits.numel() // 8] = (
+        bits.view(-1, 8) * weights
+    ).sum(1, dtype=torch.uint8)
+    assert damaged_on_cpu(lambda: ops.merge(payloads, numel, numel, wire))
+    kernels = Kernels(full_size, seed=4)
+    assert is_damaged(kernels, kernels.merge(payloads, numel, numel, wire))
+    assert bool((kernels.unpack(payloads[0], numel, numel, wire)[0] == -1).all())
