@@ -142,8 +142,8 @@ struct PayloadTile {
 };
 
 // A warp writes where each block's entries begin. False, to every lane, unless the tile's bits end
-// as many blocks as it has, the last one with the last bit. A block may still claim more entries than
-// it has elements, which cannot all be in order.
+// as many blocks as it has, the last one with the last bit. A block may still claim more entries
+// than it has elements, which cannot all be in order.
 __device__ __forceinline__ bool read_blocks(const uint8_t* bitmap, const TileRange& range,
                                             uint16_t* begins) {
   const uint32_t* const words = at<uint32_t>(bitmap, 0) + range.bit / 32;
