@@ -3,8 +3,8 @@
 
     sudo make network                    python benchmarks/network.py --rates 100 --methods GMC DDP
 
-Next to GMC: DistributedDataParallel, its bfloat16 and PowerSGD hooks, and GMC and DGC written in
-eager PyTorch. Around each, compute alone: the same workers, each with fused SGD for itself. Needs
+Next to GMC: LocalUpdates, DistributedDataParallel, its bfloat16 and PowerSGD hooks, GMC and DGC in
+eager PyTorch. In each round also compute alone: the same workers, each with fused SGD alone. Needs
 root, for the namespaces, which are deleted at the end, also after Ctrl-C.
 """
 

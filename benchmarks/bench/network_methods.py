@@ -1,8 +1,9 @@
 """What benchmarks/network.py and time_to_loss.py compare.
 
 A method is made from a model, a learning rate and a momentum. It has `model`, what the forward pass
-goes through, `step()` and `set_lr(lr)`, and `payload_bytes`: what a worker hands to a collective in
-a step, None where that is for the collective to say.
+goes through, `step()` and `set_lr(lr)`, `every`, the steps from one exchange to the next, and
+`payload_bytes`: what a worker hands to a collective in a step, on average, None where that is for
+the collective to say.
 """
 
 import functools
@@ -20,6 +21,7 @@ DENSITY = 0.01
 
 
 class Optimized:
+    every = 1
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
@@ -48,6 +50,21 @@ class Sparse(Optimized):
     @property
     def payload_bytes(self) -> int:
         return self.optimizer.stats()["bytes_per_step"]
+
+
+class Local(Optimized):
+    """Fused SGD on each worker alone; an outer GMC over what it moved, every 20 steps."""
+
+    every = 20
+
+    def __init__(self, model: nn.Module, lr: float, momentum: float) -> None:
+        self.model = model
+        inner = torch.optim.SGD(model.parameters(), lr, momentum=momentum, fused=True)
+        self.optimizer = gmc_cuda.LocalUpdates(inner, every=self.every)
+
+    @property
+    def payload_bytes(self) -> float:
+        return self.optimizer.outer.stats()["bytes_per_step"] / self.every
 
 
 class Dense(Optimized):
@@ -79,6 +96,8 @@ def power_sgd(model: DistributedDataParallel) -> None:
 
 class Eager:
     """GMC or DGC as it is often written: torch.topk over one flat memory, two all-gathers."""
+
+    every = 1
 
     def __init__(self, masking: bool, model: nn.Module, lr: float, momentum: float) -> None:
         self.model, self.masking, self.lr, self.beta = model, masking, lr, momentum
@@ -134,6 +153,7 @@ METHODS: dict[str, Callable] = {
     "GMC 0.1 %": ours(density=0.001),
     "DGC": ours(gmc_cuda.DGC, density=DENSITY),
     "DGC float4": ours(gmc_cuda.DGC, **FLOAT4),
+    "LocalUpdates": Local,
     "PowerSGD rank 4": functools.partial(Dense, power_sgd, bucket_cap_mb=1000),
     "eager GMC": functools.partial(Eager, False),
     "eager DGC": functools.partial(Eager, True),

@@ -66,8 +66,9 @@ def measure(methods: dict, control: ComputeAlone, batches: list, seconds: float)
         order.shuffle(turns)
         found = {}
         for name in turns:
-            steps = 1 if name in slow else BLOCK
-            found[name] = block(methods.get(name, control), batches, steps)
+            method = methods.get(name, control)
+            steps = 1 if name in slow else max(BLOCK, method.every)  # with one exchange, or each
+            found[name] = block(method, batches, steps)
         for name in turns:
             if name:
                 blocks[name].append(Block(*found[name], found[""][0]))
