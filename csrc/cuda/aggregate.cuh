@@ -45,8 +45,9 @@ __device__ __forceinline__ AggregateEntries aggregate_run(const Aggregate& aggre
   const uint32_t before = runs[run];
   const uint32_t behind = (run + 1) % kTileRuns != 0 ? runs[run + 1] : uint32_t{kTile};
   const AggregateEntries tile = aggregate_entries(aggregate, numel, run / kTileRuns);
-  const uint32_t begin = min(before, tile.count);
-  const uint32_t end = max(begin, min(behind, tile.count));
+  const uint32_t begin = before < tile.count ? before : tile.count;
+  const uint32_t last = behind < tile.count ? behind : tile.count;
+  const uint32_t end = begin < last ? last : begin;
   return {tile.indices + begin, tile.values + begin, end - begin};
 }
 
