@@ -37,6 +37,17 @@ def nvcc():
     return found[0].nvcc if found else None
 
 
+def compile_to(cubin, source, arch, *options):
+    """The compiler's report on a file of csrc/cuda."""
+    if nvcc() is None:
+        pytest.skip("no nvcc: the compiler's report cannot be read")
+    command = [nvcc(), "-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v"]
+    command += [f"-arch={arch}", "-cubin", "-o", cubin, *options, PASS.with_name(source)]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
 @cache
 def disassembler():
     """cuobjdump, or None."""
@@ -49,23 +60,21 @@ def disassembler():
     return next((path for path in candidates if path and Path(path).exists()), None)
 
 
+def disassembled(cubin):
+    command = [disassembler(), "--dump-sass", str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """arch -> (the compiler's report, the folder with pass.cubin and pass.ptx); each once."""
-    if nvcc() is None:
-        pytest.skip("no nvcc: the compiler's report cannot be read")
     folder = tmp_path_factory.mktemp("sass")
 
     @cache
     def compile_for(arch):
         out = folder / arch
         out.mkdir()
-        command = [nvcc(), "-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc'}"]
-        command += ["-Xptxas", "-v", f"-arch={arch}", "-cubin", "-o", out / "pass.cubin"]
-        command += ["--keep", "--keep-dir", out, PASS]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr, out
+        return compile_to(out / "pass.cubin", PASS.name, arch, "--keep", "--keep-dir", out), out
 
     return compile_for
 
@@ -75,9 +84,7 @@ def machine_code(compiled):
     """Each kernel's machine code for sm_90, or None without a disassembler."""
     if disassembler() is None:
         return None
-    command = [disassembler(), "--dump-sass", str(compiled("sm_90")[1] / "pass.cubin")]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return by_kernel(listing, r"Function : ")
+    return by_kernel(disassembled(compiled("sm_90")[1] / "pass.cubin"), r"Function : ")
 
 
 def by_kernel(listing, begin):
@@ -113,15 +120,8 @@ def test_wide_loads_and_stores(name, compiled, machine_code):
 @pytest.mark.parametrize("source", ["look", "repair", "select"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_no_spills_in_the_rest_of_compress(arch, source, tmp_path):
-    if nvcc() is None:
-        pytest.skip("no nvcc: the compiler's report cannot be read")
-    command = [nvcc(), "-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v"]
-    command += [f"-arch={arch}", "-cubin", "-o", tmp_path / "cubin"]
-    done = subprocess.run(
-        [*map(str, command), str(PASS.with_name(f"{source}.cu"))], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    reports = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", done.stdout + done.stderr)
+    report = compile_to(tmp_path / "cubin", f"{source}.cu", arch)
+    reports = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", report)
     assert len(reports) == {"look": 1, "repair": 2, "select": 7}[source]
     assert set(reports) == {("0", "0")}
 
@@ -164,19 +164,11 @@ def test_all_loads_before_the_first_use(machine_code):
 
 def report_and_order(source, arch, tmp_path):
     """The compiler's report, and each kernel's global loads (L) among branches and stores (B)."""
-    if nvcc() is None:
-        pytest.skip("no nvcc: the compiler's report cannot be read")
     cubin = tmp_path / "cubin"
-    command = [nvcc(), "-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v"]
-    command += [f"-arch={arch}", "-cubin", "-o", cubin, PASS.with_name(source)]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    report = done.stdout + done.stderr
+    report = compile_to(cubin, source, arch)
     if disassembler() is None:
         return report, None
-    listing = subprocess.run(
-        [disassembler(), "--dump-sass", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
+    listing = disassembled(cubin)
     pattern = r"\b(?:(LDG?\.E)|BRA|STG?\.E)\b"
     return report, [
         "".join("L" if load else "B" for load in re.findall(pattern, kernel))

@@ -78,7 +78,7 @@ __device__ __forceinline__ bool open_tiles(const MergeArgs& args, uint32_t first
   return sound;
 }
 
-// Four blocks are what shared memory has room for.
+// Two blocks are what the entries in registers leave room for.
 template <class Format>
 __global__ void __launch_bounds__(kMergeThreads, 2)
     merge_kernel(const __grid_constant__ MergeArgs args) {

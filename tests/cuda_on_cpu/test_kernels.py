@@ -247,8 +247,8 @@ def test_skip(running, skip):
     param = gaussian(numel, rng)
     moved = param.clone()
     counts = torch.zeros(2, 1, dtype=torch.int64)
-    memories = [gaussian(numel, rng)] * 2
-    memories = [memory.clone() for memory in memories]
+    memory = gaussian(numel, rng)
+    memories = memory, memory.clone()
     aggregate = ops.merge(payloads, numel, k, wire)
     for backend, tensor, count, memory in zip((kernels, ops), (moved, param), counts, memories):
         own = {"memory": memory, "payload": payloads[1], "k": k, "wire_dtype": wire}
@@ -642,6 +642,10 @@ def is_damaged(kernels, aggregate):
     return bool(kernels.aggregate_flags([aggregate]).item() & 2)
 
 
+def section_begin(section, numel, k, wire):
+    return sum(-(-size // 16) * 16 for size in reference._section_sizes(numel, k, wire)[:section])
+
+
 def spare_bits(numel, k, wire):
     """Bits that no section owns: padding, and what the last byte of bitmap and values has left."""
     begin = 0
@@ -709,7 +713,7 @@ def test_values_that_are_not_finite(running, wire):
     """Codes of NaN, and of infinity where the type has one, as any of a tile's values."""
     numel, k = 900, 5
     payload = ops.compress_(torch.zeros(numel), [torch.randn(numel)], k, wire_dtype=wire)
-    begin = sum(-(-size // 16) * 16 for size in reference._section_sizes(numel, k, wire)[:4])
+    begin = section_begin(4, numel, k, wire)
     kernels = Kernels(running, seed=2)
     nan, infinity = float("nan"), float("inf")
     wrong = (nan, -nan) if wire == FLOAT8 else (nan, infinity, -infinity)
@@ -903,7 +907,7 @@ def test_a_code_of_ones_at_a_tiles_last_element(full_size, wire):
     payloads = ops.compress_(torch.zeros(numel), [x], 1, wire_dtype=wire).unsqueeze(0)
     kernels = Kernels(full_size)
     assert not is_damaged(kernels, kernels.merge(payloads, numel, 1, wire))
-    begin = sum(-(-size // 16) * 16 for size in reference._section_sizes(numel, 1, wire)[:4])
+    begin = section_begin(4, numel, 1, wire)
     payloads[0, begin : begin + wire.itemsize] = 255
     assert is_damaged(kernels, kernels.merge(payloads, numel, 1, wire))
 
@@ -912,13 +916,11 @@ def test_a_whole_tile_in_its_last_block(full_size):
     """As many entries as a tile has elements: modulo 2**16, a block of none."""
     numel, wire = TILE, torch.bfloat16
     payloads = payloads_of(1, numel, numel, wire, seed=1)
-    sizes = [-(-size // 16) * 16 for size in reference._section_sizes(numel, numel, wire)]
-    bits = torch.ones(numel + TILE // BLOCK, dtype=torch.uint8)
+    begin = section_begin(3, numel, numel, wire)
+    bits = np.ones(numel + TILE // BLOCK, np.uint8)
     bits[: TILE // BLOCK - 1] = bits[-1] = 0
-    weights = 2 ** torch.arange(8, dtype=torch.uint8)
-    payloads[0, sum(sizes[:3]) : sum(sizes[:3]) + bits.numel() // 8] = (
-        bits.view(-1, 8) * weights
-    ).sum(1, dtype=torch.uint8)
+    bitmap = torch.from_numpy(np.packbits(bits, bitorder="little"))
+    payloads[0, begin : begin + bitmap.numel()] = bitmap
     assert damaged_on_cpu(lambda: ops.merge(payloads, numel, numel, wire))
     kernels = Kernels(full_size, seed=4)
     assert is_damaged(kernels, kernels.merge(payloads, numel, numel, wire))
