@@ -36,12 +36,13 @@ class Build(build_ext):
         replace(folder / "_C.so", module)
         replace(folder / "_ops.so", module.parent / "_ops.so")
         record = {"version": self.distribution.get_version(), **record}
-        (module.parent / "_build_config.json").write_text(json.dumps(record, indent=2) + "\n")
+        (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+        replace(folder / "record.json", module.parent / "_build_config.json")
         print(record["summary"], flush=True)
 
 
 def replace(source, target):
-    """Copies a library to its place at once: a process may have the old one loaded."""
+    """Copies a file to its place at once: a process may have the old one loaded, or load it now."""
     copy = target.with_name(target.name + ".new")
     shutil.copy2(source, copy)
     os.replace(copy, target)

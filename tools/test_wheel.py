@@ -21,7 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ALL, QUICK = ["torch==2.11.0", "torch==2.13.0", "torch"], ["torch==2.11.0", "installed"]
 SHORT = ["info", "stable_abi", "errors", "ops", "optim"]
-LEFT_OUT = shutil.ignore_patterns("gmc_cuda", ".git", ".venv", "build", "dist", ".*_cache", "__py*")
+LEFT_OUT = shutil.ignore_patterns(
+    "gmc_cuda", ".git", ".venv", "build", "dist", ".*_cache", ".hypothesis", "__py*"
+)
 WHERE = """
 import sys, gmc_cuda, torch
 print("torch", torch.__version__, "and", gmc_cuda.__file__)
