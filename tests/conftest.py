@@ -1,3 +1,5 @@
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -5,6 +7,10 @@ from workers import WorkerPool
 
 hypothesis.settings.register_profile("gmc_cuda", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("gmc_cuda")
+
+# A make that a test starts is not to get the variables of the one that started the tests.
+for name in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"):
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,8 @@ def make(folder, *arguments, hidden=(), **variables):
         (hiding / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})\n")
     (hiding / "ninja").write_text("#!/bin/sh\n")  # so that none is asked for
     (hiding / "ninja").chmod(0o755)
-    environment = {n: v for n, v in os.environ.items() if not n.startswith(("MAKE", "MFLAGS"))}
-    environment |= {"PYTHONPATH": str(hiding), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    environment = {**os.environ, "PYTHONPATH": str(hiding), **offline}
     environment["PATH"] = f"{hiding}{os.pathsep}{os.environ['PATH']}"
     settings = {"PYTHON": sys.executable, "VENV": "venv", "TORCH": "", **variables}
     return subprocess.run(
