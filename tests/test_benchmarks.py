@@ -201,8 +201,15 @@ def test_ladder(valley):
     assert best[0] == valley[0]
     assert 2**-0.25 <= best[1] / (1 - best[0]) / valley[1] <= 2**0.25
     assert [tried[best], tried[second]] == sorted(tried.values())[:2]
-    for factor in (2**-0.5, 2**0.5):
-        assert any(m == best[0] and lr == pytest.approx(factor * best[1], 1e-4) for m, lr in tried)
+    for momentum, lr in (best, second):  # what lies beside them has been tried too
+        place = ladder.MOMENTA.index(momentum)
+        beside = [(momentum, factor * lr) for factor in (0.5, 2**-0.5, 2**0.5, 2)]
+        beside += [
+            (other, lr * (1 - other) / (1 - momentum))
+            for other in ladder.MOMENTA[max(place - 1, 0) : place + 2]
+        ]
+        for m, expected in beside:
+            assert any(m == n and lr == pytest.approx(expected, 1e-4) for n, lr in tried)
     (start,) = ladder.search(loss, 0.7, 1.0, ladder.MOMENTA, fixed=True)
     assert start == pytest.approx((0.7, 0.3))
 

@@ -8,9 +8,7 @@ one along the other.
 import math
 from collections.abc import Callable
 
-MOMENTA = [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98]
-
-
+MOMENTA = [0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98]
 FINALISTS = 2
 
 
@@ -23,36 +21,30 @@ def search(
 ) -> list[tuple[float, float]]:
     """(momentum, lr) of the lowest loss(momentum, lr), and of the next lowest.
 
-    The neighbours of the best point, the next lower and higher of `momenta` and half and twice the
-    learning rate, have all been tried; then learning rates half-way to those last two. With
-    `fixed` only the start is.
+    What lies beside both has been tried: the next lower and higher of `momenta`, and learning rates
+    half and twice as high, and half-way to those. With `fixed` only the start is.
     """
     momenta = sorted(momenta)
     found: dict[tuple[int, int], float] = {}
-
-    def value(point: tuple[int, int]) -> float:
-        if point not in found:
-            found[point] = loss(*place(point))
-        return found[point]
 
     def place(point: tuple[int, int]) -> tuple[float, float]:
         m = momenta[point[0]]
         return m, float(f"{scaled * 2.0 ** (point[1] / 2) * (1 - m):.6g}")
 
-    here = (momenta.index(momentum), 0)
-    value(here)
-    while not fixed:
-        row, half = here
-        beside = [(row, half + 2), (row, half - 2), (row - 1, half), (row + 1, half)]
-        beside = [point for point in beside if 0 <= point[0] < len(momenta)]
-        # The first that is better is taken at once: a valley is walked down, not surveyed.
-        better = next((point for point in beside if value(point) < value(here)), None)
-        if better is None:
-            for beside_lr in (half + 1, half - 1):
-                value((row, beside_lr))
-            break
-        here = better
-    ranking = sorted((point for point in found if math.isfinite(found[point])), key=value)
-    if not ranking:
-        raise RuntimeError(f"diverged at the start, momentum and lr {place(here)}, and beside it")
-    return [place(point) for point in ranking[:FINALISTS]]
+    start = (momenta.index(momentum), 0)
+    untried: tuple[int, int] | None = start
+    while untried is not None:
+        found[untried] = loss(*place(untried))
+        ranking = sorted(found, key=found.__getitem__)[:FINALISTS]
+        # The best so far comes first, so that a valley is walked down, not surveyed.
+        beside = [] if fixed else [p for best in ranking for p in _beside(*best, len(momenta))]
+        untried = next((point for point in beside if point not in found), None)
+    if math.isinf(found[ranking[0]]):
+        raise RuntimeError(f"diverged at the start, momentum and lr {place(start)}, and beside it")
+    return [place(point) for point in ranking if math.isfinite(found[point])]
+
+
+def _beside(row: int, half: int, rows: int) -> list[tuple[int, int]]:
+    places = [(row, half + 2), (row, half - 2), (row - 1, half), (row + 1, half)]
+    places += [(row, half + 1), (row, half - 1)]
+    return [point for point in places if 0 <= point[0] < rows]
