@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -248,11 +247,10 @@ def test_without_a_gpu_the_gpu_is_refused(tmp_path):
     assert done.returncode == 1
     assert done.stderr == "kernels: --device cuda: no GPU on this machine that torch can use\n"
 
-    command = ["make", "--no-print-directory", "gpu", f"RESULTS={tmp_path}", "VENV=no-such-venv"]
-    environment = {**os.environ, "PYTHON": sys.executable}
+    settings = [f"RESULTS={tmp_path}", "VENV=no-such-venv", f"PYTHON={sys.executable}", "ARGS="]
     done = subprocess.run(
-        [*command, f"PYTHON={sys.executable}"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90,
+        ["make", "--no-print-directory", "gpu", *settings],
+        cwd=ROOT, capture_output=True, text=True, timeout=90,
     )  # fmt: skip
     assert done.returncode != 0
     assert done.stdout == ""
