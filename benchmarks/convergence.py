@@ -9,8 +9,7 @@ All workers of a run live in one process. Each clips its gradient; the learning 
 then falls as a cosine. Momentum and learning rate are looked for with some seeds: from a start, all
 neighbours of the two best points so far are tried until neither changes, so that what wins is never
 the edge of what was tried. Then those two are trained with other seeds, and the better mean is the
-method's. A run that was cut short goes on with --reuse FILE, and so does one with more
-methods.
+method's. A run that was cut short goes on with --reuse FILE, and so does one with more methods.
 """
 
 import argparse
@@ -39,7 +38,7 @@ SIZES = {
 STARTS = {
     "text": {
         "dense": (0.8, 2.56), "gmc": (0.5, 2.56), "dgc": (0.9, 10.24), "memsgd": (0.5, 2.56),
-        "plain": (0.0, 1.81),
+        "plain": (0.0, 2.56),
     },
     "digits": {
         "dense": (0.5, 1.28), "gmc": (0.5, 1.28), "dgc": (0.5, 1.28), "memsgd": (0.5, 1.28),
