@@ -68,12 +68,10 @@ def disassembled(cubin):
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """arch -> (the compiler's report, the folder with pass.cubin and pass.ptx); each once."""
-    folder = tmp_path_factory.mktemp("sass")
 
     @cache
     def compile_for(arch):
-        out = folder / arch
-        out.mkdir()
+        out = tmp_path_factory.mktemp(arch)
         return compile_to(out / "pass.cubin", PASS.name, arch, "--keep", "--keep-dir", out), out
 
     return compile_for
