@@ -4,6 +4,7 @@ import struct
 
 import pytest
 import torch
+from payload_sections import section_begin, spare_bits
 
 from gmc_cuda import ops, reference
 
@@ -63,30 +64,19 @@ def test_each_byte_changed(wire):
 @pytest.mark.parametrize("wire", WIRES)
 def test_each_bit_that_no_section_owns(wire):
     """Padding between sections, and what the last byte of the bitmap and of the values has left."""
-    sizes = reference._section_sizes(N, K, wire)
-    bits = [8 * size for size in sizes]
-    bits[3] = K + -(-N // 256)
-    bits[4] = K * (4 if wire == reference.FLOAT4 else 8 * wire.itemsize)
-    payload, begin = sound_payload(wire), 0
-    for size, used in zip(sizes, bits, strict=True):
-        end = begin + -(-size // 16) * 16
-        for bit in range(8 * begin + used, 8 * end):
-            payload[bit // 8] ^= 1 << bit % 8
-            assert judged(payload, wire), bit
-            payload[bit // 8] ^= 1 << bit % 8
-        begin = end
-    assert begin == payload.numel()
-
-
-def bitmap_begin(n, k, wire):
-    return sum(map(reference._pad16, reference._section_sizes(n, k, wire)[:3]))
+    payload = sound_payload(wire)
+    assert section_begin("end", N, K, wire) == payload.numel()
+    for bit in spare_bits(N, K, wire):
+        payload[bit // 8] ^= 1 << bit % 8
+        assert judged(payload, wire), bit
+        payload[bit // 8] ^= 1 << bit % 8
 
 
 @pytest.mark.parametrize("wire", WIRES)
 def test_bits_of_one_block_moved_to_another(wire):
     """As many ones and zeros as before, but entries of other blocks: in range or rejected."""
     payload = sound_payload(wire)
-    begin = bitmap_begin(N, K, wire)
+    begin = section_begin("bitmap", N, K, wire)
     bitmap = reference._unpacked(payload[begin : begin + 40], 1)
     for i in range(319):
         if bitmap[i] != bitmap[i + 1]:
@@ -103,7 +93,7 @@ def test_an_entry_behind_the_last_block_is_rejected():
         gradient = torch.zeros(n)
         gradient[n - 1] = 1.0
         payload = ops.compress_(torch.zeros(n), [gradient], 1, wire_dtype=WIRE)
-        begin = bitmap_begin(n, 1, WIRE)
+        begin = section_begin("bitmap", n, 1, WIRE)
         last = -(-n // 256)  # bit of the closing zero; the entry's is before it
         for bit in (last - 1, last):
             payload[begin + bit // 8] ^= 1 << bit % 8

@@ -17,6 +17,7 @@ from kernel_ops import (
     assert_same_aggregate,
     program,
 )
+from payload_sections import section_begin, spare_bits
 from sampling import misleading, places
 
 from gmc_cuda import ops, reference
@@ -642,24 +643,6 @@ def is_damaged(kernels, aggregate):
     return bool(kernels.aggregate_flags([aggregate]).item() & 2)
 
 
-def section_begin(section, numel, k, wire):
-    return sum(-(-size // 16) * 16 for size in reference._section_sizes(numel, k, wire)[:section])
-
-
-def spare_bits(numel, k, wire):
-    """Bits that no section owns: padding, and what the last byte of bitmap and values has left."""
-    begin = 0
-    sizes = reference._section_sizes(numel, k, wire)
-    for section, size in enumerate(sizes):
-        used, end = 8 * size, -(-size // 16) * 16
-        if section == 3:
-            used = k + -(-numel // BLOCK)
-        elif section == 4 and wire == FLOAT4:
-            used = 4 * k
-        yield from range(8 * begin + used, 8 * (begin + end))
-        begin += end
-
-
 @pytest.mark.parametrize("wire", [torch.bfloat16, FLOAT8, FLOAT4])
 def test_bits_that_no_section_owns(running, wire):
     """Whichever of them is set, in whichever rank's payload."""
@@ -713,7 +696,7 @@ def test_values_that_are_not_finite(running, wire):
     """Codes of NaN, and of infinity where the type has one, as any of a tile's values."""
     numel, k = 900, 5
     payload = ops.compress_(torch.zeros(numel), [torch.randn(numel)], k, wire_dtype=wire)
-    begin = section_begin(4, numel, k, wire)
+    begin = section_begin("values", numel, k, wire)
     kernels = Kernels(running, seed=2)
     nan, infinity = float("nan"), float("inf")
     wrong = (nan, -nan) if wire == FLOAT8 else (nan, infinity, -infinity)
@@ -907,7 +890,7 @@ def test_a_code_of_ones_at_a_tiles_last_element(full_size, wire):
     payloads = ops.compress_(torch.zeros(numel), [x], 1, wire_dtype=wire).unsqueeze(0)
     kernels = Kernels(full_size)
     assert not is_damaged(kernels, kernels.merge(payloads, numel, 1, wire))
-    begin = section_begin(4, numel, 1, wire)
+    begin = section_begin("values", numel, 1, wire)
     payloads[0, begin : begin + wire.itemsize] = 255
     assert is_damaged(kernels, kernels.merge(payloads, numel, 1, wire))
 
@@ -916,7 +899,7 @@ def test_a_whole_tile_in_its_last_block(full_size):
     """As many entries as a tile has elements: modulo 2**16, a block of none."""
     numel, wire = TILE, torch.bfloat16
     payloads = payloads_of(1, numel, numel, wire, seed=1)
-    begin = section_begin(3, numel, numel, wire)
+    begin = section_begin("bitmap", numel, numel, wire)
     bits = np.ones(numel + TILE // BLOCK, np.uint8)
     bits[: TILE // BLOCK - 1] = bits[-1] = 0
     bitmap = torch.from_numpy(np.packbits(bits, bitorder="little"))
