@@ -9,7 +9,7 @@ hypothesis.settings.register_profile("gmc_cuda", deadline=None, derandomize=True
 hypothesis.settings.load_profile("gmc_cuda")
 
 # A make that a test starts is not to get the variables of the one that started the tests.
-for name in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"):
+for name in ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"):
     os.environ.pop(name, None)
 
 
