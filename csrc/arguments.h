@@ -16,7 +16,7 @@ struct RuleTensors {
   std::vector<Segment> params;  // empty without weight decay
   Tensor momentum;
   OptionalTensor grad_scale, found_inf;
-  float weight_decay;
+  float weight_decay, memory_decay;
   bool maximize, nesterov;
 };
 
@@ -24,7 +24,7 @@ struct RuleTensors {
 struct MoveTensors {
   std::vector<Segment> params;
   Tensor lr;
-  OptionalTensor skip, skipped_steps;
+  OptionalTensor skip, skipped_steps, flags;
 };
 
 // One rank's payload, or those of several ranks.

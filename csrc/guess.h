@@ -77,7 +77,7 @@ struct Sample {
   }
 };
 
-// v but for the aggregate, whose entries take too long to find. g: g' of rule.h.
+// v but for the aggregate, whose entries take too long to find. u: decayed. g: g' of rule.h.
 GMC_HD float sampled_value(float u, float g, float decay, float w) {
   return add_scaled(add(u, g), decay, w);
 }

@@ -71,17 +71,21 @@ bool skipped(const OptionalTensor& skip) { return skip && *data<int32_t>(*skip) 
 
 // The arguments of the ops that move parameters, checked but for their numel.
 MoveTensors move_tensors(const TensorList& params, const Tensor& lr, const OptionalTensor& skip,
-                         const OptionalTensor& skipped_steps, Device device) {
+                         const OptionalTensor& skipped_steps, const OptionalTensor& flags,
+                         Device device) {
   check_number(lr, "lr", device);
   check_skip(skip, device);
   if (skipped_steps) check_vector(*skipped_steps, "skipped_steps", device, ScalarType::Long, 1);
-  return {segments(params, "params", device, nullptr), lr, skip, skipped_steps};
+  if (flags) check_vector(*flags, "flags", device, ScalarType::Int, 1);
+  return {segments(params, "params", device, nullptr), lr, skip, skipped_steps, flags};
 }
 
-// Whether parameters stay as they are, which is counted (CPU).
+// Whether parameters stay as they are, which is counted, and why (CPU).
 bool skipped(const MoveTensors& move) {
   if (!skipped(move.skip)) return false;
   if (move.skipped_steps) ++*mutable_data<int64_t>(*move.skipped_steps);
+  if (move.flags)
+    *mutable_data<int32_t>(*move.flags) |= *data<int32_t>(*move.skip) & static_cast<int32_t>(kKept);
   return true;
 }
 
@@ -114,8 +118,9 @@ using TensorOrNoneList = std::vector<OptionalTensor>;
 RuleTensors rule_tensors(const Tensor& memory, const TensorOrNoneList& grads,
                          const Tensor& momentum, bool global_momentum,
                          const OptionalTensor& momentum_buffer, bool nesterov, double weight_decay,
-                         const std::optional<TensorList>& params, bool maximize,
-                         const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+                         double memory_decay, const std::optional<TensorList>& params,
+                         bool maximize, const OptionalTensor& grad_scale,
+                         const OptionalTensor& found_inf) {
   const Device device(memory);
   const int64_t numel = memory.numel();
   check_number(momentum, "momentum", device);
@@ -126,6 +131,8 @@ RuleTensors rule_tensors(const Tensor& memory, const TensorOrNoneList& grads,
                   "nesterov: got True without momentum_buffer, must be False");
   if (momentum_buffer)
     check_vector(*momentum_buffer, "momentum_buffer", device, ScalarType::Float, numel);
+  GMC_CHECK_VALUE(memory_decay >= 0 && memory_decay <= 1, "memory_decay: got ", memory_decay,
+                  ", must be between 0 and 1");
   GMC_CHECK_VALUE(weight_decay == 0 || params,
                   "params: got None with weight_decay = ", weight_decay,
                   ", must be the parameters to decay");
@@ -152,6 +159,7 @@ RuleTensors rule_tensors(const Tensor& memory, const TensorOrNoneList& grads,
           grad_scale,
           found_inf,
           static_cast<float>(weight_decay),
+          static_cast<float>(memory_decay),
           maximize,
           nesterov};
 }
@@ -167,6 +175,7 @@ cpu::RuleArgs rule_args(RuleTensors&& rule) {
       .numel = rule.memory.numel(),
       .momentum = number(rule.momentum),
       .weight_decay = rule.weight_decay,
+      .memory_decay = rule.memory_decay,
       .grad_factor = gradient_factor(scale, rule.maximize),
       .nesterov = rule.nesterov,
       .found_inf = rule.found_inf && number(*rule.found_inf) != 0,
@@ -176,17 +185,19 @@ cpu::RuleArgs rule_args(RuleTensors&& rule) {
 Tensor compress(const Tensor& memory, const TensorOrNoneList& grads, int64_t k,
                 const Tensor& momentum, const OptionalTensor& aggregate,
                 const OptionalTensor& momentum_buffer, bool nesterov, double weight_decay,
-                const std::optional<TensorList>& params, bool maximize,
+                double memory_decay, const std::optional<TensorList>& params, bool maximize,
                 const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-                ScalarType wire_dtype, const OptionalTensor& state) {
+                ScalarType wire_dtype, const OptionalTensor& state, int64_t tag) {
   const Device device(memory);
   const int64_t numel = memory.numel();
   check_numel(numel, "memory");
   check_vector(memory, "memory", device, ScalarType::Float, numel);
   check_k(k, numel);
   const WireType wire = check_wire_type(wire_dtype);
-  RuleTensors rule = rule_tensors(memory, grads, momentum, aggregate.has_value(), momentum_buffer,
-                                  nesterov, weight_decay, params, maximize, grad_scale, found_inf);
+  GMC_CHECK_VALUE(tag >= 0 && tag < kTags, "tag: got ", tag, ", must be between 0 and 2**24 - 1");
+  RuleTensors rule =
+      rule_tensors(memory, grads, momentum, aggregate.has_value(), momentum_buffer, nesterov,
+                   weight_decay, memory_decay, params, maximize, grad_scale, found_inf);
   if (aggregate) check_aggregate(*aggregate, device, numel);
   if (state) {  // one for a larger k will do
     const int64_t needed = state_size(numel, k, !device.is_cpu());
@@ -198,7 +209,8 @@ Tensor compress(const Tensor& memory, const TensorOrNoneList& grads, int64_t k,
 
   Tensor payload = empty({PayloadLayout({numel, k, wire}).nbytes}, ScalarType::Byte, device);
   if (gpu) {
-    if constexpr (kWithCuda) cuda::compress(rule, aggregate, k, wire, payload, state);
+    if constexpr (kWithCuda)
+      cuda::compress(rule, aggregate, k, wire, static_cast<uint32_t>(tag), payload, state);
     return payload;
   }
   cpu::compress({
@@ -206,6 +218,7 @@ Tensor compress(const Tensor& memory, const TensorOrNoneList& grads, int64_t k,
       .aggregate = aggregate ? data<uint8_t>(*aggregate) : nullptr,
       .k = k,
       .wire = wire,
+      .tag = static_cast<uint32_t>(tag),
       .payload = mutable_data<uint8_t>(payload),
       .state = state ? mutable_data<uint8_t>(*state) : nullptr,
   });
@@ -215,7 +228,7 @@ Tensor compress(const Tensor& memory, const TensorOrNoneList& grads, int64_t k,
 Tensor accumulate(const Tensor& memory, const TensorOrNoneList& grads, int64_t rank, int64_t ranks,
                   const Tensor& momentum, const OptionalTensor& aggregate,
                   const OptionalTensor& momentum_buffer, bool nesterov, double weight_decay,
-                  const std::optional<TensorList>& params, bool maximize,
+                  double memory_decay, const std::optional<TensorList>& params, bool maximize,
                   const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
   const Device device(memory);
   const int64_t numel = memory.numel();
@@ -224,8 +237,9 @@ Tensor accumulate(const Tensor& memory, const TensorOrNoneList& grads, int64_t r
   GMC_CHECK_VALUE(ranks >= 1, "ranks: got ", ranks, ", must be at least 1");
   GMC_CHECK_VALUE(rank >= 0 && rank < ranks, "rank: got ", rank,
                   ", must be between 0 and ranks - 1 = ", ranks - 1);
-  RuleTensors rule = rule_tensors(memory, grads, momentum, aggregate.has_value(), momentum_buffer,
-                                  nesterov, weight_decay, params, maximize, grad_scale, found_inf);
+  RuleTensors rule =
+      rule_tensors(memory, grads, momentum, aggregate.has_value(), momentum_buffer, nesterov,
+                   weight_decay, memory_decay, params, maximize, grad_scale, found_inf);
   if (aggregate) check_vector(*aggregate, "aggregate", device, ScalarType::Float, numel);
   const bool gpu = on_gpu(memory, "accumulate_");
   Tensor total = empty({numel + ranks}, ScalarType::Float, device);
@@ -244,8 +258,8 @@ Tensor accumulate(const Tensor& memory, const TensorOrNoneList& grads, int64_t r
 }
 
 void apply_dense(const TensorList& params, const Tensor& memory, const Tensor& total,
-                 const Tensor& lr, const OptionalTensor& skip,
-                 const OptionalTensor& skipped_steps) {
+                 const Tensor& lr, const OptionalTensor& skip, const OptionalTensor& skipped_steps,
+                 const OptionalTensor& flags) {
   const Device device(memory);
   const int64_t numel = memory.numel();
   check_numel(numel, "memory");
@@ -253,7 +267,7 @@ void apply_dense(const TensorList& params, const Tensor& memory, const Tensor& t
   check_tensor(total, "total", device, ScalarType::Float);
   GMC_CHECK_VALUE(total.dim() == 1 && total.numel() > numel, "total: got shape ", sizes_of(total),
                   ", must be [numel + ranks], numel = ", numel, " like memory");
-  MoveTensors move = move_tensors(params, lr, skip, skipped_steps, device);
+  MoveTensors move = move_tensors(params, lr, skip, skipped_steps, flags, device);
   const int64_t got = total_numel(move.params);
   GMC_CHECK_VALUE(got == numel, "params: got ", got, " elements in all, must be ", numel,
                   " like memory");
@@ -334,8 +348,12 @@ Tensor verdict(const TensorList& payloads, const TensorList& counts) {
   const Device device(any);
   for (size_t i = 0; i < payloads.size(); ++i)
     check_gathered(payloads[i], Name("payloads", i), device);
-  for (size_t i = 0; i < counts.size(); ++i)
+  for (size_t i = 0; i < counts.size(); ++i) {
     check_tensor(counts[i], Name("counts", i), device, ScalarType::Float);
+    GMC_CHECK_VALUE(counts[i].numel() >= 2 && counts[i].numel() % 2 == 0, Name("counts", i),
+                    ": got ", counts[i].numel(),
+                    " elements, must be a count for each rank and then a tag for each");
+  }
   const bool gpu = on_gpu(any, "verdict");
   const Tensor verdict = empty({1}, ScalarType::Int, device);
   if (gpu) {
@@ -345,9 +363,7 @@ Tensor verdict(const TensorList& payloads, const TensorList& counts) {
   uint32_t flags = 0;
   for (const Tensor& payload : payloads)
     flags |= cpu::verdict(data<uint8_t>(payload), payload.size(0), payload.size(1));
-  for (const Tensor& count : counts)
-    for (int64_t rank = 0; rank < count.numel(); ++rank)
-      flags |= count_flags(data<float>(count)[rank]);
+  for (const Tensor& count : counts) flags |= cpu::verdict(data<float>(count), count.numel() / 2);
   *mutable_data<int32_t>(verdict) = static_cast<int32_t>(flags);
   return verdict;
 }
@@ -445,11 +461,10 @@ void apply(const TensorList& params, const Tensor& aggregate, const Tensor& lr,
            const OptionalTensor& flags, const OptionalTensor& memory, const OptionalTensor& payload,
            int64_t k, ScalarType wire_dtype) {
   const Device device(aggregate);
-  const MoveTensors move = move_tensors(params, lr, skip, skipped_steps, device);
+  const MoveTensors move = move_tensors(params, lr, skip, skipped_steps, flags, device);
   const int64_t numel = total_numel(move.params);
   check_numel(numel, "params");
   check_aggregate(aggregate, device, numel);
-  if (flags) check_vector(*flags, "flags", device, ScalarType::Int, 1);
   GMC_CHECK_VALUE(memory.has_value() == payload.has_value(),
                   "memory: must be given together with payload");
   std::optional<PayloadTensor> own;
@@ -458,7 +473,7 @@ void apply(const TensorList& params, const Tensor& aggregate, const Tensor& lr,
     own = payload_tensor(*payload, device, numel, k, wire_dtype);
   }
   if (on_gpu(aggregate, "apply_")) {
-    if constexpr (kWithCuda) cuda::apply(move, aggregate, numel, flags, memory, own);
+    if constexpr (kWithCuda) cuda::apply(move, aggregate, numel, memory, own);
   } else if (!skipped(move)) {
     cpu::apply(move.params, data<uint8_t>(aggregate), numel, number(lr));
   } else if (memory) {
@@ -529,18 +544,18 @@ STABLE_TORCH_LIBRARY(gmc_cuda, m) {
   m.def(
       "compress_(Tensor(a!) memory, Tensor?[] grads, int k, *, Tensor momentum, "
       "Tensor? aggregate=None, Tensor(b!)? momentum_buffer=None, bool nesterov=False, "
-      "float weight_decay=0.0, Tensor[]? params=None, bool maximize=False, "
-      "Tensor? grad_scale=None, Tensor? found_inf=None, ScalarType wire_dtype, "
-      "Tensor(c!)? state=None) -> Tensor");
+      "float weight_decay=0.0, float memory_decay=1.0, Tensor[]? params=None, "
+      "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None, "
+      "ScalarType wire_dtype, Tensor(c!)? state=None, int tag=0) -> Tensor");
   m.def("repairs(Tensor state) -> int");
   m.def(
       "accumulate_(Tensor(a!) memory, Tensor?[] grads, *, int rank, int ranks, Tensor momentum, "
       "Tensor? aggregate=None, Tensor(b!)? momentum_buffer=None, bool nesterov=False, "
-      "float weight_decay=0.0, Tensor[]? params=None, bool maximize=False, "
-      "Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor");
+      "float weight_decay=0.0, float memory_decay=1.0, Tensor[]? params=None, "
+      "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> Tensor");
   m.def(
       "apply_dense_(Tensor(a!)[] params, Tensor(b!) memory, Tensor(c!) total, Tensor lr, *, "
-      "Tensor? skip=None, Tensor(d!)? skipped_steps=None) -> ()");
+      "Tensor? skip=None, Tensor(d!)? skipped_steps=None, Tensor(e!)? flags=None) -> ()");
   m.def(
       "unpack(Tensor payload, int numel, int k, ScalarType wire_dtype) -> "
       "(Tensor indices, Tensor values, Tensor nonfinite)");

@@ -51,18 +51,23 @@ GMC_HD int64_t block_count(int64_t numel) { return (numel + kBlock - 1) / kBlock
 // "GMC", format version 2 in the high half of the last byte, wire type in its low half.
 constexpr uint32_t kPayloadMagic = 0x20434d47u;
 
-GMC_HD uint32_t payload_tag(WireType wire) {
+GMC_HD uint32_t payload_magic(WireType wire) {
   return kPayloadMagic | (static_cast<uint32_t>(wire) << 24);
 }
 
+// Tags are what a float32 holds exactly, as which those of dense buckets travel.
+constexpr uint32_t kTags = 1u << 24;
+constexpr uint32_t kCalledOff = 1;
+
 struct PayloadHeader {
-  uint32_t tag;
+  uint32_t magic;
   uint32_t nonfinite;  // non-finite values this rank met; saturates at 2**32 - 1
   uint32_t k;
   uint32_t numel;
   int32_t scale;  // codes of 8 and 4 bits count from 2**scale; 0 for others
+  uint32_t tag;   // what the sender says that this is for; kCalledOff: its step does not happen
 };
-static_assert(sizeof(PayloadHeader) == 20, "the header is 20 bytes on the wire");
+static_assert(sizeof(PayloadHeader) == 24, "the header is 24 bytes on the wire");
 
 // What fixes a payload's size and layout.
 struct PayloadShape {
@@ -70,9 +75,10 @@ struct PayloadShape {
   WireType wire;
 };
 
-GMC_HD PayloadHeader make_header(const PayloadShape& shape, uint32_t nonfinite, int scale) {
-  return {payload_tag(shape.wire), nonfinite, static_cast<uint32_t>(shape.k),
-          static_cast<uint32_t>(shape.numel), scale};
+GMC_HD PayloadHeader make_header(const PayloadShape& shape, uint32_t nonfinite, int scale,
+                                 uint32_t tag) {
+  const auto k = static_cast<uint32_t>(shape.k), numel = static_cast<uint32_t>(shape.numel);
+  return {payload_magic(shape.wire), nonfinite, k, numel, scale, tag};
 }
 
 struct PayloadLayout {
@@ -134,15 +140,16 @@ GMC_HD PayloadHeader read_header(const uint8_t* payload) {
     const uint8_t* at = payload + 4 * i;
     return at[0] | at[1] << 8 | at[2] << 16 | static_cast<uint32_t>(at[3]) << 24;
   };
-  return {word(0), word(1), word(2), word(3), static_cast<int32_t>(word(4))};
+  return {word(0), word(1), word(2), word(3), static_cast<int32_t>(word(4)), word(5)};
 }
 
-// How a header contradicts what is expected of it.
+// How a header contradicts what is expected of it. Any tag will do: it is compared with those of
+// the other ranks, by the verdict.
 enum class HeaderFault : uint32_t { kNone, kFormat, kK, kNumel, kSize, kScale };
 
 // Of a payload whose shape is known.
 GMC_HD HeaderFault header_fault(const PayloadHeader& header, const PayloadShape& expected) {
-  if (header.tag != payload_tag(expected.wire)) return HeaderFault::kFormat;
+  if (header.magic != payload_magic(expected.wire)) return HeaderFault::kFormat;
   if (header.k != expected.k) return HeaderFault::kK;
   if (header.numel != expected.numel) return HeaderFault::kNumel;
   if (!sound_scale(expected.wire, header.scale)) return HeaderFault::kScale;
@@ -151,7 +158,7 @@ GMC_HD HeaderFault header_fault(const PayloadHeader& header, const PayloadShape&
 
 // Of a payload of which only the size is known: it must describe one that has this size.
 GMC_HD HeaderFault header_fault(const PayloadHeader& header, int64_t nbytes) {
-  const uint32_t wire = (header.tag >> 24) & 0xfu;
+  const uint32_t wire = (header.magic >> 24) & 0xfu;
   if (wire >= kWireTypes) return HeaderFault::kFormat;
   if (header.numel > kMaxNumel) return HeaderFault::kNumel;
   if (header.k < 1 || header.k > header.numel) return HeaderFault::kK;
@@ -195,14 +202,49 @@ constexpr uint32_t kAggregateMagic = 0x41434d47u;  // "GMCA"
 // Bits of AggregateHeader::flags and of the verdict.
 constexpr uint32_t kNonfinite = 1;
 constexpr uint32_t kDamaged = 2;
+// Bits of the verdict alone.
+constexpr uint32_t kMismatch = 4;  // two ranks' tags differ
+constexpr uint32_t kOff = 8;       // a rank called its step off
 
-GMC_HD uint32_t verdict_flags(const PayloadHeader& header, int64_t nbytes) {
-  return (header_fault(header, nbytes) == HeaderFault::kNone ? 0 : kDamaged) |
-         (header.nonfinite != 0 ? kNonfinite : 0);
-}
+// What a word that steps leave behind keeps of their verdicts: all but non-finite values, which are
+// counted.
+constexpr uint32_t kKept = kDamaged | kMismatch | kOff;
 
-// The same of the count that stands for a header where a bucket is sent whole.
-GMC_HD uint32_t count_flags(float nonfinite) { return nonfinite != 0.0f ? kNonfinite : 0; }
+// What the ranks say of one bucket. They are compared with each other, never with the rank that
+// asks: all received the same bytes, so all come to the same verdict.
+struct BucketVerdict {
+  uint32_t flags = 0;
+  uint32_t least = ~0u, largest = 0;  // of the tags' words, so that none, one or equal ones agree
+
+  // A damaged header may say anything, so its tag says nothing.
+  GMC_HD void add(const PayloadHeader& header, int64_t nbytes) {
+    if (header.nonfinite != 0) flags |= kNonfinite;
+    if (header_fault(header, nbytes) != HeaderFault::kNone) {
+      flags |= kDamaged;
+    } else {
+      add_tag(header.tag, kCalledOff);
+    }
+  }
+
+  // The numbers that stand for a header where a bucket is sent whole. The tag is compared by its
+  // bits, so that a sum that went wrong need not be a number.
+  GMC_HD void add(float nonfinite, float tag) {
+    if (nonfinite != 0.0f) flags |= kNonfinite;
+    add_tag(float_bits(tag), float_bits(static_cast<float>(kCalledOff)));
+  }
+
+  GMC_HD uint32_t result() const { return flags | (least < largest ? kMismatch : 0); }
+
+ private:
+  GMC_HD void add_tag(uint32_t word, uint32_t called_off) {
+    if (word == called_off) {
+      flags |= kOff;
+    } else {
+      least = word < least ? word : least;
+      largest = word > largest ? word : largest;
+    }
+  }
+};
 
 struct AggregateHeader {
   uint32_t tag;

@@ -1,11 +1,12 @@
 // What v is for one element: the rule of the optimizer, for every backend. Each operation is
 // rounded to float32 on its own, in the order written here.
 //
-//   global momentum (GMC)   v = ((u + g') + lambda * w) + beta * a
+//   global momentum (GMC)   v = ((d * u + g') + lambda * w) + beta * a
 //   local momentum (DGC)    g'' = g' + lambda * w,   m = beta * m + g'',
-//                           v = u + m, or with Nesterov's look-ahead (u + g'') + beta * m
+//                           v = d * u + m, or with Nesterov's look-ahead (d * u + g'') + beta * m
 //
-// and then v + 0. Where v is not finite, u and m stay as they were (zero if they are not finite).
+// and then v + 0. Where v is not finite, u and m stay as they were (zero if they are not finite):
+// u does not decay either.
 #pragma once
 
 #include "numbers.h"
@@ -54,6 +55,9 @@ GMC_HD float scaled_gradient(float g, float factor, uint32_t* nonfinite) {
   return finite_or_zero(scaled);
 }
 
+// d * u. Exact for d = 1, so that nobody needs a rule without it.
+GMC_HD float decayed(float u, float memory_decay) { return multiply(memory_decay, u); }
+
 // x + lambda * w, and x + beta * a.
 GMC_HD float add_scaled(float x, float factor, float y) { return add(x, multiply(factor, y)); }
 
@@ -61,7 +65,7 @@ GMC_HD float next_momentum(float m, float g, float momentum) {
   return add(multiply(momentum, m), g);
 }
 
-// m: already that of this step.
+// u: decayed. m: already that of this step.
 GMC_HD float local_momentum_value(float u, float g, float m, float momentum, bool nesterov) {
   const float ahead = add_scaled(add(u, g), momentum, m);
   return nesterov ? ahead : add(u, m);

@@ -12,7 +12,7 @@ to compress v, what is sent c, parameters w, learning rate eta, numel N, world s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ __all__ = [
 _ops = torch.ops.gmc_cuda
 
 NONFINITE, DAMAGED = 1, 2  # bits of a verdict and of an aggregate's flags
+MISMATCH, OFF = 4, 8  # bits of a verdict
+CALLED_OFF = 1  # the tag by which a rank calls its step off
 _KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError)}
 
 
@@ -83,7 +85,7 @@ def _unusual_layout(op: Any, args: Sequence[Any]) -> Exception | None:
 def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes of one rank's payload for a bucket.
 
-    A header of 20 bytes, a uint32 for each tile of 65,536 elements, the low byte of each index, a
+    A header of 24 bytes, a uint32 for each tile of 65,536 elements, the low byte of each index, a
     bitmap with a 1 for each entry and a 0 for each block of 256 elements, and a value for each
     entry; each section padded to 16 bytes.
 
@@ -138,26 +140,29 @@ def compress_(
     momentum_buffer: Tensor | None = None,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    memory_decay: float = 1.0,
     params: Sequence[Tensor] | None = None,
     maximize: bool = False,
     grad_scale: float | Tensor | None = None,
     found_inf: Tensor | None = None,
     wire_dtype: torch.dtype = torch.bfloat16,
     state: Tensor | None = None,
+    tag: int = 0,
 ) -> Tensor:
     """Accumulates a gradient into memory and takes the k largest entries out, as a payload.
 
-    With g' = g / grad_scale (negated for ``maximize``; zero where that is not finite):
+    With g' = g / grad_scale (negated for ``maximize``; zero where that is not finite) and
+    d = memory_decay:
 
-    - global momentum (GMC): v = ((u + g') + weight_decay * w) + momentum * a
+    - global momentum (GMC): v = ((d * u + g') + weight_decay * w) + momentum * a
     - local momentum (DGC), with ``momentum_buffer`` m: g'' = g' + weight_decay * w,
-      m = momentum * m + g'', v = u + m, or with ``nesterov`` v = (u + g'') + momentum * m
+      m = momentum * m + g'', v = d * u + m, or with ``nesterov`` v = (d * u + g'') + momentum * m
 
     each operation rounded to float32. The k entries of largest \\|v\\| (ties to the lowest index)
     become the payload, rounded to ``wire_dtype`` and saturated at its largest finite value, which
     for the 8- and 4-bit types counts from a power of two that suits these k; the rest, rounding
-    included, stays: u = v - c. An element whose v is not finite keeps its u and m
-    (or zero) and is counted.
+    included, stays: u = v - c. An element whose v is not finite keeps its u, which does not
+    decay either, and m (or zero) and is counted.
 
     Args:
         memory: u, float32 [numel], updated in place.
@@ -169,6 +174,7 @@ def compress_(
         momentum_buffer: m, float32 [numel], updated in place; selects local momentum.
         nesterov: look ahead; local momentum only.
         weight_decay: lambda; needs ``params``.
+        memory_decay: d, 0 to 1: what share of u is kept.
         params: w, tensors like ``grads``. Looked at only where they are needed: with
             ``weight_decay``, or where ``grads`` holds None.
         maximize: ascend instead of descend.
@@ -178,6 +184,9 @@ def compress_(
         wire_dtype: dtype of the values sent.
         state: from :func:`select_state` for this k or a larger one; without it every call starts
             from nothing.
+        tag: what this payload is for, 0 to 2**24 - 1, such as a digest of optimizer, step, bucket
+            and options: :func:`verdict` tells where the ranks' differ. 0: untagged. CALLED_OFF:
+            this rank calls its step off.
 
     Returns:
         The payload, uint8 [payload_nbytes(numel, k, wire_dtype)].
@@ -193,12 +202,14 @@ def compress_(
         momentum_buffer=momentum_buffer,
         nesterov=nesterov,
         weight_decay=float(weight_decay),
+        memory_decay=_float(memory_decay, "memory_decay"),
         params=params,
         maximize=maximize,
         grad_scale=None if grad_scale is None else _number(grad_scale, "grad_scale"),
         found_inf=found_inf,
         wire_dtype=wire_dtype,
         state=state,
+        tag=_tag(tag),
     )
 
 
@@ -213,6 +224,7 @@ def accumulate_(
     momentum_buffer: Tensor | None = None,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    memory_decay: float = 1.0,
     params: Sequence[Tensor] | None = None,
     maximize: bool = False,
     grad_scale: float | Tensor | None = None,
@@ -232,7 +244,8 @@ def accumulate_(
     Returns:
         What is to be summed over all ranks, float32 [numel + ranks]: v, then zeros but for place
         ``numel + rank``, which holds this rank's count of non-finite values (2**24 at most, up to
-        where a float32 counts on).
+        where a float32 counts on). More ``ranks`` than p make room for what else is to be summed,
+        such as the tags that :func:`verdict` asks for.
     """
     grads, params = _lists(grads, params, weight_decay)
     return _tensor(
@@ -246,6 +259,7 @@ def accumulate_(
         momentum_buffer=momentum_buffer,
         nesterov=nesterov,
         weight_decay=float(weight_decay),
+        memory_decay=_float(memory_decay, "memory_decay"),
         params=params,
         maximize=maximize,
         grad_scale=None if grad_scale is None else _number(grad_scale, "grad_scale"),
@@ -261,6 +275,7 @@ def apply_dense_(
     *,
     skip: Tensor | None = None,
     skipped_steps: Tensor | None = None,
+    flags: Tensor | None = None,
 ) -> None:
     """w -= eta * a for a dense bucket, a = total / p, and memory is empty: all of it was sent.
 
@@ -275,6 +290,8 @@ def apply_dense_(
         lr: eta, a number or a tensor holding one.
         skip: int32 [1]; non-zero leaves params and memory as they are, and a is zero.
         skipped_steps: int64 [1]; one is added where ``skip`` is not zero.
+        flags: int32 [1]; gets those of the bits DAMAGED, MISMATCH and OFF that ``skip`` has, and
+            keeps them.
     """
     params = list(params)
     _call(
@@ -285,6 +302,7 @@ def apply_dense_(
         _number(lr, "lr"),
         skip=skip,
         skipped_steps=skipped_steps,
+        flags=flags,
     )
     _changed(params)
 
@@ -310,12 +328,17 @@ def verdict(payloads: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Tensor
 
     Args:
         payloads: for each sparse bucket the gathered payloads, uint8 [p, payload_nbytes].
-        counts: for each dense bucket every rank's count of non-finite values, float32 [p], the end
-            of what :func:`accumulate_` gave, summed over all ranks.
+        counts: for each dense bucket float32 [2 p], summed over all ranks: every rank's count of
+            non-finite values, as from :func:`accumulate_`, then every rank's tag.
 
     Returns:
-        int32 [1], to be handed on as ``skip``. Zero: go on. Bit 0: some rank met a non-finite
-        value. Bit 1: a header is damaged.
+        int32 [1], to be handed on as ``skip``. Zero: go on. Otherwise the sum of
+
+        - NONFINITE (1): some rank met a non-finite value;
+        - DAMAGED (2): a header is damaged;
+        - MISMATCH (4): in some bucket the tags of two ranks differ. Those of damaged headers and
+          CALLED_OFF are not compared;
+        - OFF (8): a tag is CALLED_OFF, and its header is not damaged.
     """
     if not payloads and not counts:
         raise ValueError("payloads: got an empty list, must hold one tensor for each bucket")
@@ -387,8 +410,9 @@ def apply_(
         lr: eta, a number or a tensor holding one.
         skip: int32 [1]; non-zero leaves params as they are.
         skipped_steps: int64 [1]; one is added where ``skip`` is not zero.
-        flags: int32 [1]; gets bit 1 where a payload was damaged, and keeps it (CUDA; on the CPU
-            :func:`merge` raises).
+        flags: int32 [1]; gets those of the bits DAMAGED, MISMATCH and OFF that ``skip`` has, and
+            DAMAGED where a payload was damaged behind its header (CUDA; on the CPU :func:`merge`
+            raises), and keeps them.
         memory: float32 [numel], which a skipped step gives ``payload`` back to. None: it does not.
         payload: this rank's own, uint8 [payload_nbytes(numel, k, wire_dtype)].
     """
@@ -515,3 +539,17 @@ def _number(value: float | Tensor, name: str) -> Tensor:
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name}: got {type(value).__name__}, must be a number or a tensor")
     return torch.tensor(float(value), dtype=torch.float64)
+
+
+def _float(value: float, name: str) -> float:
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
+        raise TypeError(f"{name}: got {type(value).__name__}, must be a number")
+    return float(value)
+
+
+def _tag(tag: int) -> int:
+    if type(tag) is not int and (isinstance(tag, bool) or not isinstance(tag, Integral)):
+        raise TypeError(f"tag: got {type(tag).__name__}, must be a whole number")
+    if not 0 <= tag < 2**24:  # here too, because of numbers that no int64 holds
+        raise ValueError(f"tag: got {tag}, must be between 0 and 2**24 - 1")
+    return int(tag)

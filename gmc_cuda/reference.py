@@ -21,7 +21,8 @@ TILE, BLOCK = 65536, 256
 PAYLOAD_MAGIC = 0x20434D47
 MAX_NUMEL = 2**31 - 1
 LARGEST_COUNT = 2**24  # a float32 sum counts on exactly up to here
-NONFINITE, DAMAGED = 1, 2
+NONFINITE, DAMAGED, MISMATCH, OFF = 1, 2, 4, 8
+CALLED_OFF, TAGS = 1, 2**24
 FLOAT8, FLOAT4 = torch.float8_e4m3fn, torch.float4_e2m1fn_x2
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, FLOAT8, FLOAT4)  # in order of number
 # Exponents of the largest value and of the smallest step of small wire types.
@@ -39,18 +40,22 @@ def accumulate(
     momentum_buffer: Tensor | None = None,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    memory_decay: float = 1.0,
     params: Sequence[Tensor] | None = None,
     maximize: bool = False,
     grad_scale: float | Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The vector to compress: v = u + g + beta * a for GMC, v = u + m for DGC.
+    """The vector to compress: v = d * u + g + beta * a for GMC, v = d * u + m for DGC.
 
-    Every operation is rounded to float32 in the order written here. ``aggregate`` is the dense
-    a_{t-1}, float32 [numel]. Returns v (float32 [numel]), the new momentum buffer (or None) and
-    the number of non-finite values met (int64 scalar tensor).
+    d is ``memory_decay``. Every operation is rounded to float32 in the order written here.
+    ``aggregate`` is the dense a_{t-1}, float32 [numel]. Returns v (float32 [numel]), the new
+    momentum buffer (or None) and the number of non-finite values met (int64 scalar tensor).
     """
+    if not 0 <= memory_decay <= 1:
+        raise ValueError(f"memory_decay: got {memory_decay}, must be between 0 and 1")
     beta = torch.as_tensor(momentum, dtype=torch.float32)
+    kept = torch.tensor(memory_decay, dtype=torch.float32) * memory
     # Without params no gradient is None: nothing would say how large it is.
     sizes = [0] * len(grads) if params is None else [p.numel() for p in params]
     grad = torch.cat(
@@ -77,7 +82,7 @@ def accumulate(
         decay = torch.tensor(weight_decay, dtype=torch.float32) * flat
 
     if momentum_buffer is None:
-        value = memory + grad
+        value = kept + grad
         if decay is not None:
             value = value + decay
         if aggregate is not None:
@@ -87,10 +92,10 @@ def accumulate(
         if decay is not None:
             grad = grad + decay
         new_buffer = beta * momentum_buffer + grad
-        value = (memory + grad) + beta * new_buffer if nesterov else memory + new_buffer
+        value = (kept + grad) + beta * new_buffer if nesterov else kept + new_buffer
     value = value + 0.0  # -0 becomes +0
 
-    # An overflow of float32 leaves the element as it was.
+    # An overflow of float32 leaves the element as it was, without a decay.
     if not _all_finite(value):
         overflow = ~value.isfinite()
         nonfinite += overflow.sum()
@@ -166,7 +171,7 @@ def _section_sizes(numel: int, k: int, wire_dtype: torch.dtype) -> list[int]:
     """Bytes of header, tile starts, low bytes of indices, bitmap, values."""
     bits_each = 4 if wire_dtype == FLOAT4 else 8 * wire_dtype.itemsize
     bitmap = k + -(-numel // BLOCK)
-    return [20, 4 * -(-numel // TILE), k, -(-bitmap // 8), -(-k * bits_each // 8)]
+    return [24, 4 * -(-numel // TILE), k, -(-bitmap // 8), -(-k * bits_each // 8)]
 
 
 def select_state(numel: int, k: int, device: torch.device | str) -> Tensor:
@@ -183,12 +188,14 @@ def compress_(
     momentum_buffer: Tensor | None = None,
     wire_dtype: torch.dtype = torch.bfloat16,
     state: Tensor | None = None,
+    tag: int = 0,
     **rule: Any,
 ) -> Tensor:
     """c = C(v) becomes the payload, u = v - c stays in ``memory``. See ``ops.compress_``.
 
     ``rule``: the other arguments of :func:`accumulate`.
     """
+    _check_tag(tag)
     numel = memory.numel()
     value, new_buffer, nonfinite = accumulate(
         memory,
@@ -204,7 +211,7 @@ def compress_(
     memory.copy_(value)
     if new_buffer is not None and momentum_buffer is not None:
         momentum_buffer.copy_(new_buffer)
-    return pack(indices, codes, numel, wire_dtype, scale, nonfinite)
+    return pack(indices, codes, numel, wire_dtype, scale, nonfinite, tag)
 
 
 def accumulate_(
@@ -239,10 +246,11 @@ def apply_dense_(
     *,
     skip: Tensor | None = None,
     skipped_steps: Tensor | None = None,
+    flags: Tensor | None = None,
 ) -> None:
     """a = total / p, w_{t+1} = w_t - eta_t * a, and u = 0. See ``ops.apply_dense_``."""
     mean = total[: memory.numel()]
-    if _skips(skip, skipped_steps):
+    if _skips(skip, skipped_steps, flags):
         mean.zero_()
         return
     mean.mul_(torch.tensor(1 / (total.numel() - memory.numel()), dtype=torch.float32))
@@ -260,12 +268,14 @@ def pack(
     wire_dtype: torch.dtype,
     scale: int,
     nonfinite: Tensor,
+    tag: int = 0,
 ) -> Tensor:
     """A payload's bytes: indices int64 [k] ascending, their codes from :func:`encode` [k]."""
+    _check_tag(tag)
     k = indices.numel()
-    tag = PAYLOAD_MAGIC | WIRE_DTYPES.index(wire_dtype) << 24
+    magic = PAYLOAD_MAGIC | WIRE_DTYPES.index(wire_dtype) << 24
     count = int(nonfinite.clamp(max=2**32 - 1))
-    header = _uint32([tag, count, k, numel, scale % 2**32], indices.device)
+    header = _uint32([magic, count, k, numel, scale % 2**32, tag], indices.device)
     tile_begins = torch.arange(0, numel, TILE, device=indices.device)
     starts = torch.searchsorted(indices, tile_begins)
     # A 1 for each entry, and behind each block of 256 elements a 0 (Elias-Fano, 8 low bits).
@@ -279,6 +289,11 @@ def pack(
         _packed(codes, 4) if wire_dtype == FLOAT4 else codes.view(torch.uint8),
     ]
     return torch.cat([_padded(section) for section in sections])
+
+
+def _check_tag(tag: int) -> None:
+    if not 0 <= tag < TAGS:
+        raise ValueError(f"tag: got {tag}, must be between 0 and 2**24 - 1")
 
 
 def unpack(
@@ -304,12 +319,26 @@ def _sections(payload: Tensor, numel: int, k: int, wire_dtype: torch.dtype) -> l
 
 
 def verdict(payloads: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Tensor:
-    """int32 [1]: bit 0 when any header counts a non-finite value, bit 1 for a damaged header."""
-    flags = NONFINITE * any(bool(count.any()) for count in counts)
+    """int32 [1]: what the ranks' headers and numbers say together. See ``ops.verdict``."""
+    flags = 0
     for gathered in payloads:
         flags |= NONFINITE * bool(payload_nonfinite(gathered).any())
-        flags |= DAMAGED * any(_described(payload) is None for payload in gathered)
+        sound = [payload for payload in gathered if _described(payload) is not None]
+        flags |= DAMAGED * (len(sound) < len(gathered))
+        flags |= _tag_flags([int(_header(payload)[5]) for payload in sound], CALLED_OFF)
+    for numbers in counts:
+        nonfinite, tags = numbers.chunk(2)
+        flags |= NONFINITE * bool(nonfinite.any())
+        bits = tags.contiguous().view(torch.int32)  # a sum that went wrong is perhaps no number
+        called_off = torch.tensor(float(CALLED_OFF)).view(torch.int32)
+        flags |= _tag_flags(bits.tolist(), int(called_off))
     return torch.tensor([flags], dtype=torch.int32, device=[*payloads, *counts][0].device)
+
+
+def _tag_flags(tags: Sequence[int], called_off: int) -> int:
+    """Of one bucket: the ranks' tags against each other, but for steps that were called off."""
+    others = set(tags) - {called_off}
+    return MISMATCH * (len(others) > 1) | OFF * (called_off in tags)
 
 
 def payload_nonfinite(payloads: Tensor) -> Tensor:
@@ -318,15 +347,15 @@ def payload_nonfinite(payloads: Tensor) -> Tensor:
 
 
 def _header(payload: Tensor) -> Tensor:
-    """Tag, count of non-finite values, k, numel and scale, int64 [5]."""
-    return payload[:20].clone().view(torch.int32).long() & 0xFFFFFFFF
+    """Magic, count of non-finite values, k, numel, scale and tag, int64 [6]."""
+    return payload[:24].clone().view(torch.int32).long() & 0xFFFFFFFF
 
 
 def _described(payload: Tensor) -> tuple[int, int, torch.dtype] | None:
     """numel, k and wire dtype as the header says, or None if it describes no payload like this."""
-    tag, _, k, numel, scale = _header(payload).tolist()
-    code = tag >> 24 & 0xF
-    if tag & 0xF0FFFFFF != PAYLOAD_MAGIC or code >= len(WIRE_DTYPES):
+    magic, _, k, numel, scale, _ = _header(payload).tolist()
+    code = magic >> 24 & 0xF
+    if magic & 0xF0FFFFFF != PAYLOAD_MAGIC or code >= len(WIRE_DTYPES):
         return None
     if not 1 <= k <= numel <= MAX_NUMEL:
         return None
@@ -365,13 +394,14 @@ def apply_(
     *,
     skip: Tensor | None = None,
     skipped_steps: Tensor | None = None,
+    flags: Tensor | None = None,
     memory: Tensor | None = None,
     payload: Tensor | None = None,
     k: int = 0,
     wire_dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """w_{t+1} = w_t - eta_t * a_t, in float32, rounded to each parameter's dtype."""
-    if _skips(skip, skipped_steps):
+    if _skips(skip, skipped_steps, flags):
         if memory is not None and payload is not None:
             restore_(memory, payload, k, wire_dtype)
         return
@@ -384,10 +414,12 @@ def apply_(
         param.detach().copy_(torch.where(delta != 0, moved, param.detach()))
 
 
-def _skips(skip: Tensor | None, skipped_steps: Tensor | None) -> bool:
+def _skips(skip: Tensor | None, skipped_steps: Tensor | None, flags: Tensor | None) -> bool:
     skips = skip is not None and bool(skip.item())
     if skips and skipped_steps is not None:
         skipped_steps += 1
+    if skip is not None and flags is not None:
+        flags |= skip & (DAMAGED | MISMATCH | OFF)
     return skips
 
 

@@ -77,7 +77,8 @@ class Call:
 
     def accumulate(self, backend: Any, rank: int, ranks: int) -> Tensor:
         """Calls backend.accumulate_ with the same rule; memory and momentum buffer are updated."""
-        rule = {name: value for name, value in self.options.items() if name != "wire_dtype"}
+        of_the_payload = ("wire_dtype", "tag")
+        rule = {name: x for name, x in self.options.items() if name not in of_the_payload}
         return backend.accumulate_(
             self.memory,
             self.grads,
@@ -136,6 +137,10 @@ def sample_call(seed: int, values: str, n: int, k: int) -> Call:
     elif draw.random() < 0.8:
         aggregate = torch.randn(n) * (torch.rand(n) < 0.1)
     memory = draw.choice([make, torch.zeros, torch.randn])(n)
+    options["memory_decay"] = draw.choice([1.0, 0.95, 0.3, 1e-39, 0.0])
+    options["tag"] = draw.choice(
+        [0, reference.CALLED_OFF, reference.TAGS - 1, draw.randrange(2**24)]
+    )
     return Call(memory, grads, k, aggregate, momentum_buffer, options)
 
 

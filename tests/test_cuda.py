@@ -226,6 +226,30 @@ def test_damaged_payloads(wire):
         assert ops.verdict([broken.cuda()]).item() == ops.verdict([broken]).item()
 
 
+def test_verdict_over_tags_equals_cpu():
+    """More ranks than a warp has lanes, and more buckets than a launch takes."""
+    torch.manual_seed(9)
+    payload = ops.compress_(torch.zeros(900), [torch.randn(900)], 9)
+    for ranks, buckets in [(1, 1), (2, 1), (8, 3), (70, 1), (300, 2), (3, 200)]:
+        for choices in ([7], [7, ops.CALLED_OFF], [7, 8], [7, 8, ops.CALLED_OFF]):
+            tags = torch.tensor(choices)[torch.randint(len(choices), (buckets, ranks))]
+            words = tags.to(torch.int32).unsqueeze(-1).view(torch.uint8)
+            sparse = payload.repeat(buckets, ranks, 1)
+            sparse[:, :, 20:24] = words
+            sparse[-1, 0, 0] ^= ranks % 2  # a damaged header's tag does not count
+            dense = torch.cat([torch.zeros(buckets, ranks), tags.float()], 1)
+            for args in ([list(sparse), []], [[], list(dense)], [list(sparse), list(dense)]):
+                flags = torch.zeros(1, dtype=torch.int32, device="cuda")
+                skip = ops.verdict(*on_gpu(args))
+                expected = ops.verdict(*args).item()
+                assert skip.item() == expected, (ranks, buckets, choices)
+                w, total = torch.ones(9, device="cuda"), torch.zeros(10, device="cuda")
+                ops.apply_dense_(
+                    [w], torch.zeros(9, device="cuda"), total, 1.0, skip=skip, flags=flags
+                )
+                assert flags.item() == expected
+
+
 def test_capture_and_replay_of_compress():
     n, k = 200_000, 2000
     torch.manual_seed(3)
@@ -380,8 +404,9 @@ def test_no_op_waits_for_the_device():
         ops.densify(ops.sparsify(memory), n)
         ops.payload_nonfinite(payloads)
         ops.aggregate_flags([aggregate])
-        total = ops.accumulate_(memory, [param], grad_scale=scale, found_inf=found_inf)
-        ops.apply_dense_([param], memory, total, 0.1, skip=skip)
+        total = ops.accumulate_(memory, [param], ranks=2, grad_scale=scale, found_inf=found_inf)
+        skip = ops.verdict([payloads], [total[n:]])
+        ops.apply_dense_([param], memory, total[: n + 1], 0.1, skip=skip, flags=skip.clone())
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -1,5 +1,6 @@
 """Invariant 9: a damaged payload is rejected, or still in range and finite; nothing is harmed."""
 
+import itertools
 import struct
 
 import pytest
@@ -143,39 +144,58 @@ def test_payload_of_another_bucket_is_rejected():
 
 def test_every_header_check_agrees():
     """ops and reference, verdict and reader: on each bit of a header, and on what it may say."""
-    tag, count = struct.unpack("<2I", sound_payload()[:8].numpy().tobytes())
-    wires = {tag + (i - 1 << 24): wire for i, wire in enumerate(WIRES)}
+    magic, count = struct.unpack("<2I", sound_payload()[:8].numpy().tobytes())
+    wires = {magic + (i - 1 << 24): wire for i, wire in enumerate(WIRES)}
     headers = []
     for word, values in [
-        (0, (0, tag + (1 << 24), tag + (4 << 24), tag + (1 << 28))),
+        (0, (0, magic + (1 << 24), magic + (4 << 24), magic + (1 << 28))),
         (1, (1, 2**32 - 1)),
         (2, (0, 1, K - 1, K + 1, K + 8, N, N + 1)),
         (3, (0, K - 1, K, N - 1, N + 1, 4 * 65536, 4 * 65536 + 1, 2**31 - 1, 2**31, 2**32 - 1)),
         (4, (1, 2**32 - 1)),
+        (5, (1, 2**24 - 1, 2**24, 2**32 - 1)),
     ]:
-        sound = [tag, count, K, N, 0]
+        sound = [magic, count, K, N, 0, 0]
         for value in (*values, *(sound[word] ^ 1 << bit for bit in range(32))):
             headers.append([*sound[:word], value, *sound[word + 1 :]])
     for header in headers:
         payload = sound_payload()
-        payload[:20] = torch.frombuffer(bytearray(struct.pack("<5I", *header)), dtype=torch.uint8)
-        own_tag, nonfinite, k, numel, scale = header
+        payload[:24] = torch.frombuffer(bytearray(struct.pack("<6I", *header)), dtype=torch.uint8)
+        own_magic, nonfinite, k, numel, scale, tag = header
         sound = (
-            own_tag in wires
+            own_magic in wires
             and 1 <= k <= numel < 2**31
-            and ops.payload_nbytes(numel, k, wires[own_tag]) == payload.numel()
-            and (scale == 0 or wires[own_tag] in reference.SMALL)
+            and ops.payload_nbytes(numel, k, wires[own_magic]) == payload.numel()
+            and (scale == 0 or wires[own_magic] in reference.SMALL)
         )
-        readable = sound and (own_tag, k, numel) == (tag, K, N)
+        readable = sound and (own_magic, k, numel) == (magic, K, N)
+        beside = torch.stack([sound_payload(), payload])
         for backend in (ops, reference):
             expected = reference.DAMAGED * (not sound) + reference.NONFINITE * (nonfinite > 0)
+            expected += reference.OFF * (sound and tag == reference.CALLED_OFF)
             assert backend.verdict([payload.unsqueeze(0)]).item() == expected, header
+            expected += reference.MISMATCH * (sound and tag not in (0, reference.CALLED_OFF))
+            assert backend.verdict([beside]).item() == expected, header
             assert backend.payload_nonfinite(payload.unsqueeze(0)).item() == nonfinite
             if readable:
                 assert backend.unpack(payload, N, K, WIRE)[2] == nonfinite
             else:
                 with pytest.raises(RuntimeError, match="damaged"):
                     backend.unpack(payload, N, K, WIRE)
+
+
+def test_each_byte_of_a_tag_changed():
+    """Whatever it becomes, the payload is sound, and the verdict tells it from the others."""
+    torch.manual_seed(1)
+    payload = ops.compress_(torch.zeros(N), [torch.randn(N)], K, wire_dtype=WIRE, tag=0x20304)
+    for byte, change in itertools.product(range(20, 24), (1, 0x80, 0xFF)):
+        changed = payload.clone()
+        changed[byte] ^= change
+        assert not judged(changed, WIRE)
+        for backend in (ops, reference):
+            for gathered in ([payload, changed], [changed, payload, payload]):
+                assert backend.verdict([torch.stack(gathered)]).item() == reference.MISMATCH
+            assert backend.verdict([torch.stack([changed, changed])]).item() == 0
 
 
 def test_verdict_of_another_wire_type_or_size():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gmc_cuda import ops
+from gmc_cuda import ops, reference
 
 N, K, WIRE = 100, 5, torch.bfloat16
 
@@ -97,6 +97,52 @@ CASES = {
         TypeError,
         "momentum: got str, must be a number or a tensor",
     ),
+    "memory decay below zero": (
+        lambda: compress(memory_decay=-0.1),
+        ValueError,
+        "memory_decay: got -0.1, must be between 0 and 1",
+    ),
+    "memory decay above one": (
+        lambda: ops.accumulate_(torch.zeros(N), [torch.ones(N)], memory_decay=1.01),
+        ValueError,
+        "memory_decay: got 1.01, must be between 0 and 1",
+    ),
+    "memory decay that is no number": (
+        lambda: compress(memory_decay=float("nan")),
+        ValueError,
+        "memory_decay: got nan, must be between 0 and 1",
+    ),
+    "memory decay type": (
+        lambda: compress(memory_decay="0.9"),
+        TypeError,
+        "memory_decay: got str, must be a number",
+    ),
+    "memory decay of the reference": (
+        lambda: reference.compress_(torch.zeros(N), [torch.ones(N)], K, memory_decay=1.5),
+        ValueError,
+        "memory_decay: got 1.5, must be between 0 and 1",
+    ),
+    "tag below zero": (
+        lambda: compress(tag=-1),
+        ValueError,
+        r"tag: got -1, must be between 0 and 2\*\*24 - 1",
+    ),
+    "tag too large": (
+        lambda: compress(tag=2**24),
+        ValueError,
+        "tag: got 16777216, must be between 0 and",
+    ),
+    "tag far too large": (
+        lambda: compress(tag=2**63),
+        ValueError,
+        "tag: got 9223372036854775808, must be between 0 and",
+    ),
+    "tag type": (lambda: compress(tag=7.0), TypeError, "tag: got float, must be a whole number"),
+    "tag of the reference": (
+        lambda: reference.compress_(torch.zeros(N), [torch.ones(N)], K, tag=2**24),
+        ValueError,
+        "tag: got 16777216, must be between 0 and",
+    ),
     "weight decay without params": (
         lambda: compress(weight_decay=0.1),
         ValueError,
@@ -148,6 +194,23 @@ CASES = {
         r"payloads: got shape \[96\], must be \[world size, 96\]",
     ),
     "verdict of nothing": (lambda: ops.verdict([]), ValueError, "payloads: got an empty list"),
+    "counts without tags": (
+        lambda: ops.verdict([], [torch.zeros(4), torch.zeros(3)]),
+        ValueError,
+        r"counts\[1\]: got 3 elements, must be a count for each rank and then a tag for each",
+    ),
+    "counts of nobody": (
+        lambda: ops.verdict([], [torch.zeros(0)]),
+        ValueError,
+        r"counts\[0\]: got 0 elements, must be a count for each rank",
+    ),
+    "flags": (
+        lambda: ops.apply_dense_(
+            [torch.ones(N)], torch.zeros(N), torch.zeros(N + 1), 0.1, flags=torch.zeros(1)
+        ),
+        TypeError,
+        "flags: got torch.float32, must be torch.int32",
+    ),
     "skip dtype": (
         lambda: ops.merge(payload().unsqueeze(0), N, K, WIRE, skip=torch.zeros(1)),
         TypeError,
@@ -187,6 +250,9 @@ def test_an_error_changes_nothing():
     memory, buffer = torch.ones(N), torch.ones(N)
     with pytest.raises(ValueError):
         ops.compress_(memory, [torch.ones(N)], K, momentum_buffer=buffer, weight_decay=0.1)
+    for wrong in ({"tag": -1}, {"memory_decay": 2.0}):
+        with pytest.raises(ValueError):
+            reference.compress_(memory, [torch.ones(N)], K, momentum_buffer=buffer, **wrong)
     assert torch.equal(memory, torch.ones(N)) and torch.equal(buffer, torch.ones(N))
 
 
@@ -197,6 +263,10 @@ def test_the_operators_themselves_check_too():
         torch.ops.gmc_cuda.compress_(memory, [torch.ones(N)], 0, momentum=momentum, wire_dtype=WIRE)
     with pytest.raises(RuntimeError, match=r"^TypeError: wire_dtype: got torch\.Char"):
         torch.ops.gmc_cuda.payload_nbytes(N, K, torch.int8)
+    with pytest.raises(RuntimeError, match=r"^ValueError: tag: got -1, must be between 0 and"):
+        torch.ops.gmc_cuda.compress_(
+            memory, [torch.ones(N)], K, momentum=momentum, wire_dtype=WIRE, tag=-1
+        )
 
 
 def test_other_errors_pass_unchanged():

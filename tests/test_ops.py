@@ -208,6 +208,53 @@ def test_float32_overflow_keeps_the_old_memory_and_is_counted():
     assert memory.tolist() == [0.0, 2.0, 0.0]
 
 
+@pytest.mark.parametrize("decay", [1.0, 0.95, 1 / 3, 1e-39, 0.0])
+@pytest.mark.parametrize("local", [False, True])
+def test_memory_decay_is_a_product_before_the_rule(decay, local):
+    """As memory.mul_(d) and then a call without it."""
+    for seed in range(8):
+        call = sample_call(seed, "gaussian", 3000, 100)
+        call.momentum_buffer = torch.randn(3000) if local else None
+        call.aggregate = None if local else torch.randn(3000)
+        call.options["nesterov"] = local and seed % 2 == 0
+        decayed, before = call.copy(), call.copy()
+        decayed.options = call.options | {"memory_decay": decay}
+        before.options = call.options | {"memory_decay": 1.0}
+        before.memory.mul_(decay)
+        for run in (lambda side: side.run(ops), lambda side: side.accumulate(ops, 0, 1)):
+            mine, theirs = decayed.copy(), before.copy()
+            mine.assert_same(theirs, run(mine), run(theirs))
+
+
+@pytest.mark.parametrize("backend", [ops, reference])
+@pytest.mark.parametrize("local", [False, True])
+def test_what_overflows_does_not_decay(backend, local):
+    memory = torch.tensor([3e38, 2.0, float("inf"), 4.0])
+    buffer = torch.zeros(4) if local else None
+    gradient = torch.tensor([3e38, 1.0, 1.0, float("nan")])
+    rule = {"memory_decay": 0.5, "momentum": 1.0, "momentum_buffer": buffer}
+    sent, dense = memory.clone(), memory.clone()
+    payload = backend.compress_(sent, [gradient], 1, wire_dtype=torch.float32, **rule)
+    indices, values, nonfinite = backend.unpack(payload, 4, 1, torch.float32)
+    assert (indices.item(), values.item(), nonfinite.item()) == (0, torch.tensor(3e38).item(), 3)
+    assert sent.tolist() == [0.0, 2.0, 0.0, 2.0]
+    if local:
+        assert buffer.tolist() == [0.0, 1.0, 0.0, 0.0]
+        buffer.zero_()
+    total = backend.accumulate_(dense, [gradient], **rule)
+    assert dense.tolist() == [torch.tensor(3e38).item(), 2.0, 0.0, 2.0]
+    assert total.tolist() == [*dense.tolist(), 3.0]
+
+
+def test_the_guess_knows_of_memory_decay():
+    """With memory far above the gradient, a sample that forgot it would be far too high."""
+    n, k = 200_000, 2000
+    state = ops.select_state(n, k, "cpu")
+    for _ in range(5):
+        ops.compress_(100 * torch.randn(n), [torch.randn(n)], k, memory_decay=0.01, state=state)
+    assert ops.repairs(state) == 0
+
+
 def test_payload_sizes():
     for wire, percent, permille in [
         (torch.bfloat16, 3.2, 3.75),
@@ -396,6 +443,23 @@ def test_skipped_steps_are_counted(backend):
 
 
 @pytest.mark.parametrize("backend", [ops, reference])
+def test_what_should_not_have_happened_is_kept(backend):
+    aggregate, w = backend.sparsify(torch.ones(8)), torch.ones(8)
+    moves = [
+        lambda **words: backend.apply_([w], aggregate, 0.5, **words),
+        lambda **words: backend.apply_dense_([w], torch.ones(8), torch.ones(9), 0.5, **words),
+    ]
+    for move in moves:
+        for verdict in range(16):
+            flags = torch.tensor([256], dtype=torch.int32)
+            move(skip=torch.tensor([verdict], dtype=torch.int32), flags=flags)
+            assert flags.item() == 256 | verdict & (ops.DAMAGED | ops.MISMATCH | ops.OFF)
+            move(skip=torch.zeros(1, dtype=torch.int32), flags=flags)
+            move(flags=flags)
+            assert flags.item() == 256 | verdict & 14
+
+
+@pytest.mark.parametrize("backend", [ops, reference])
 def test_a_skipped_step_gives_back(backend):
     memory, w = torch.zeros(100), torch.ones(100)
     payload = ops.compress_(memory, [torch.arange(100.0)], 7)
@@ -431,12 +495,116 @@ def test_verdict():
     assert ops.verdict([gathered, healthy]).item() & 2
     for backend in (ops, reference):
         assert backend.payload_nonfinite(gathered).tolist() == [0, 1]
-        none, one = torch.zeros(3), torch.tensor([0.0, 0.0, 1.0])
+        none, one = torch.zeros(6), torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
         assert backend.verdict([], [none]).tolist() == [0]
         assert backend.verdict([], [none, one]).tolist() == [1]
         assert backend.verdict([gathered[:1]], [one]).tolist() == [1]
     gathered[0, 4:8] = 255
     assert ops.payload_nonfinite(gathered).tolist() == [2**32 - 1, 1]
+
+
+BUCKETS = [
+    # what each rank sent: its tag, or what else is to be known of it; the verdict
+    ([0], 0),
+    ([0, 0, 0], 0),
+    ([7, 7, 7], 0),
+    ([2**24 - 1, 2**24 - 1], 0),
+    ([7, 7, 8], ops.MISMATCH),
+    ([7, 8, 7], ops.MISMATCH),
+    ([8, 7, 7], ops.MISMATCH),
+    ([7, 7, 8, 8], ops.MISMATCH),
+    ([0, 7], ops.MISMATCH),
+    ([2**24 - 1, 2**24 - 2], ops.MISMATCH),
+    ([ops.CALLED_OFF], ops.OFF),
+    ([ops.CALLED_OFF, ops.CALLED_OFF], ops.OFF),
+    ([7, ops.CALLED_OFF, 7], ops.OFF),
+    ([0, ops.CALLED_OFF], ops.OFF),
+    ([7, ops.CALLED_OFF, 8], ops.OFF | ops.MISMATCH),
+    (["nonfinite", 7], ops.NONFINITE),
+    (["nonfinite", ops.CALLED_OFF, 8], ops.NONFINITE | ops.OFF | ops.MISMATCH),
+    (["damaged"], ops.DAMAGED),
+    (["damaged", 7, 7], ops.DAMAGED),
+    (["damaged", 7, 8], ops.DAMAGED | ops.MISMATCH),
+    ([7, "damaged", 8], ops.DAMAGED | ops.MISMATCH),
+    (["damaged", "damaged", ops.CALLED_OFF], ops.DAMAGED | ops.OFF),
+    (["damaged and called off", 7], ops.DAMAGED),
+]
+
+
+def sparse_bucket(ranks):
+    n, k = 1000, 10
+    payloads = []
+    for rank in ranks:
+        # What is damaged has a tag that would be a mismatch.
+        tag = rank if isinstance(rank, int) else {"nonfinite": 7, "damaged": 99}.get(rank, 1)
+        gradient = torch.full((n,), float("nan") if rank == "nonfinite" else 1.0)
+        payloads.append(ops.compress_(torch.zeros(n), [gradient], k, tag=tag))
+        payloads[-1][0] ^= isinstance(rank, str) and rank.startswith("damaged")
+    return torch.stack(payloads)
+
+
+def dense_bucket(ranks):
+    counts = torch.tensor([float(rank == "nonfinite") for rank in ranks])
+    return torch.cat(
+        [counts, torch.tensor([7.0 if isinstance(rank, str) else rank for rank in ranks])]
+    )
+
+
+def can_be_dense(ranks):
+    """A dense bucket has no header that could be damaged."""
+    return not any(str(rank).startswith("damaged") for rank in ranks)
+
+
+@pytest.mark.parametrize("backend", [ops, reference])
+def test_verdict_over_tags(backend):
+    for ranks, expected in BUCKETS:
+        assert backend.verdict([sparse_bucket(ranks)]).item() == expected, ranks
+        if can_be_dense(ranks):
+            assert backend.verdict([], [dense_bucket(ranks)]).item() == expected, ranks
+
+
+@pytest.mark.parametrize("backend", [ops, reference])
+def test_verdict_over_tags_of_several_buckets(backend):
+    """Each is compared in itself: what two say together is what one or the other says."""
+    for (one, says), (other, too) in itertools.product(BUCKETS, BUCKETS[4:]):
+        sparse = [sparse_bucket(one), sparse_bucket(other)]
+        assert backend.verdict(sparse).item() == says | too, (one, other)
+        if can_be_dense(other):
+            mixed = backend.verdict(sparse[:1], [dense_bucket(other)])
+            assert mixed.item() == says | too, (one, other)
+    assert backend.verdict([sparse_bucket([7, 7]), sparse_bucket([8, 8])]).item() == 0
+    assert backend.verdict([sparse_bucket([7, 7])], [dense_bucket([8, 8])]).item() == 0
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.sampled_from([0, ops.CALLED_OFF, 7, 8, "nonfinite", "damaged"]), min_size=1),
+    st.randoms(use_true_random=False),
+)
+def test_every_rank_comes_to_the_same_verdict(ranks, draw):
+    """The order of the ranks does not matter, so nobody's own place does."""
+    expected = reference.verdict([sparse_bucket(ranks)])
+    assert torch.equal(ops.verdict([sparse_bucket(ranks)]), expected)
+    draw.shuffle(ranks)
+    assert torch.equal(ops.verdict([sparse_bucket(ranks)]), expected)
+
+
+def test_tags_of_a_dense_bucket_that_are_no_numbers():
+    """A sum that went wrong: compared by their bits, on every backend alike."""
+    nan, inf = float("nan"), float("inf")
+    for tags in itertools.product((nan, inf, -0.0, 0.0, 0.5, 1.0, 2.0**31, 1e-45), repeat=2):
+        counts = torch.tensor([0.0, 0.0, *tags])
+        assert torch.equal(ops.verdict([], [counts]), reference.verdict([], [counts])), tags
+
+
+def test_an_untagged_payload_is_what_it_was():
+    """The tag took the place of zeros that padded the header."""
+    payload = ops.compress_(torch.zeros(100), [torch.ones(100)], 5)
+    assert not payload[20:32].any()
+    tagged = ops.compress_(torch.zeros(100), [torch.ones(100)], 5, tag=0xABCDEF)
+    assert tagged[20:24].tolist() == [0xEF, 0xCD, 0xAB, 0]
+    payload[20:24] = tagged[20:24]
+    assert torch.equal(payload, tagged)
 
 
 def test_aggregate_flags():
@@ -467,18 +635,20 @@ def test_apply_tells_autograd_that_parameters_changed():
 
 
 def test_operators_inside_a_compiled_function():
-    def step(memory, grad, w, state):
-        payload = ops.compress_(memory, [grad], 10, momentum=0.5, state=state)
+    def step(memory, grad, w, state, tag):
+        payload = ops.compress_(
+            memory, [grad], 10, momentum=0.5, memory_decay=0.9, state=state, tag=tag
+        )
         aggregate = ops.merge(payload.unsqueeze(0), 100, 10)
         ops.apply_([w], aggregate, 0.1)
-        return ops.densify(aggregate, 100)
+        return ops.densify(aggregate, 100), payload
 
     grad = torch.randn(100)
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         memory, w, state = torch.zeros(100), torch.ones(100), ops.select_state(100, 10, "cpu")
-        sent = [function(memory, grad, w, state) for _ in range(3)]
-        results.append([memory, w, *sent])
+        sent = [function(memory, grad, w, state, tag) for tag in (5, 6, 7)]
+        results.append([memory, w, *itertools.chain(*sent)])
     assert all(torch.equal(eager, compiled) for eager, compiled in zip(*results))
 
 
@@ -498,17 +668,19 @@ def test_opcheck(name):
     rule = {"momentum": beta, "wire_dtype": wire, "state": ops.select_state(n, k, "cpu")}
     arguments = {
         "compress_": ((torch.zeros(n), [dense, None], k),
-                      rule | {"aggregate": None, "params": [dense[:200], dense[:100]]}),
-        "compress_dgc": ((torch.zeros(n), [dense], k), rule | {"momentum_buffer": torch.zeros(n)}),
+                      rule | {"aggregate": None, "params": [dense[:200], dense[:100]], "tag": 9}),
+        "compress_dgc": ((torch.zeros(n), [dense], k),
+                         rule | {"momentum_buffer": torch.zeros(n), "memory_decay": 0.5}),
         "accumulate_": ((torch.zeros(n), [dense[:200], None]),
                         {"rank": 0, "ranks": 2, "momentum": beta, "aggregate": torch.randn(n),
-                         "params": [dense[:200], dense[:100]]}),
+                         "memory_decay": 0.5, "params": [dense[:200], dense[:100]]}),
         "apply_dense_": (([torch.zeros(n)], torch.zeros(n), torch.randn(n + 2), lr),
-                         {"skip": skip, "skipped_steps": torch.zeros(1, dtype=torch.int64)}),
+                         {"skip": skip, "skipped_steps": torch.zeros(1, dtype=torch.int64),
+                          "flags": skip.clone()}),
         "payload_nonfinite": ((gathered,), {}),
         "aggregate_flags": (([aggregate, aggregate.clone()],), {}),
         "unpack": ((payload, n, k, wire), {}),
-        "verdict": (([gathered], [torch.zeros(2)]), {}),
+        "verdict": (([gathered], [torch.zeros(4)]), {}),
         "merge": ((gathered, n, k, wire), {"skip": skip}),
         "merge_": ((ops.merge(gathered, n, k, wire), gathered, n, k, wire), {"skip": skip}),
         "apply_": (([torch.zeros(n)], aggregate, lr),

@@ -80,7 +80,7 @@ void compress(const CompressArgs& args) {
 
   uint64_t count = rule.found_inf;
   for (const uint64_t of_part : nonfinite) count += of_part;
-  write_frame(shape, count, scale, args.payload);
+  write_frame(shape, count, scale, args.tag, args.payload);
   for_each_part(parts, [&](int64_t part) {
     const int64_t tile = first_tile(part, parts, rule.numel);
     Emitter emitter(shape, scale, args.payload, collector, selection, part, tile);

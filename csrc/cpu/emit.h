@@ -31,6 +31,7 @@ class Emitter {
 };
 
 // Header and padding, the parts that do not depend on entries; and zeros where emitters set bits.
-void write_frame(const PayloadShape& shape, uint64_t nonfinite, int scale, uint8_t* payload);
+void write_frame(const PayloadShape& shape, uint64_t nonfinite, int scale, uint32_t tag,
+                 uint8_t* payload);
 
 }  // namespace gmc::cpu

@@ -24,6 +24,7 @@ struct RuleArgs {
   int64_t numel;
   float momentum;
   float weight_decay;
+  float memory_decay;
   float grad_factor;  // 1 / grad_scale, negated to maximize
   bool nesterov;
   bool found_inf;  // counts the whole gradient as zero
@@ -34,6 +35,7 @@ struct CompressArgs {
   const uint8_t* aggregate;  // nullptr: no global momentum
   int64_t k;
   WireType wire;
+  uint32_t tag;
   uint8_t* payload;
   uint8_t* state;  // kStateBytes, or nullptr: start without a guess
 };
@@ -68,7 +70,10 @@ struct ApplyDenseArgs {
 void apply_dense(const ApplyDenseArgs& args);
 
 void unpack(const Payload& payload, int64_t* indices, float* values, int64_t* nonfinite);
+// The verdict over one bucket: from the headers of its payloads, or of a dense one from each rank's
+// count of non-finite values and then each rank's tag.
 uint32_t verdict(const uint8_t* payloads, int64_t ranks, int64_t nbytes);
+uint32_t verdict(const float* counts, int64_t ranks);
 // nonfinite[rank] = the count in each header.
 void payload_nonfinite(const uint8_t* payloads, int64_t ranks, int64_t nbytes, int64_t* nonfinite);
 void fingerprint(const std::vector<Segment>& params, int64_t numel, uint64_t* prints);

@@ -24,24 +24,26 @@ GMC_TARGET static void load_gradient(float* out, const void* grads, DType dtype,
   });
 }
 
-// value = (value + factor * grad) + 0, in place; keeps the old values in `before`. Not finite where
-// the gradient is not.
+// value = (memory_decay * value + factor * grad) + 0, in place; keeps the old values in `before`.
+// Not finite where the gradient is not.
 template <class Format>
 GMC_TARGET static uint32_t add_gradient_as(float* __restrict value, float* __restrict before,
-                                           const void* grads, float factor, int64_t n) {
+                                           float memory_decay, const void* grads, float factor,
+                                           int64_t n) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     before[i] = value[i];
-    value[i] = settle(add_scaled(value[i], factor, load_as<Format>(grads, i)));
+    const float u = decayed(value[i], memory_decay);
+    value[i] = settle(add_scaled(u, factor, load_as<Format>(grads, i)));
     keep_largest(&largest, value[i]);
   }
   return largest;
 }
 
-GMC_TARGET static uint32_t add_gradient(float* value, float* before, const void* grads, DType dtype,
-                                        float factor, int64_t n) {
+GMC_TARGET static uint32_t add_gradient(float* value, float* before, float memory_decay,
+                                        const void* grads, DType dtype, float factor, int64_t n) {
   return with_dtype(dtype, [=](auto format) {
-    return add_gradient_as<decltype(format)>(value, before, grads, factor, n);
+    return add_gradient_as<decltype(format)>(value, before, memory_decay, grads, factor, n);
   });
 }
 
@@ -68,14 +70,15 @@ GMC_TARGET static uint32_t add_multiple(float* value, const void* other, DType d
 // Local momentum, in place; keeps the old value and m. value is not finite where m is not.
 GMC_TARGET static uint32_t local_momentum(float* __restrict value, float* __restrict before,
                                           float* __restrict buffer, float* __restrict buffer_before,
-                                          const float* __restrict grad, float momentum,
-                                          bool nesterov, int64_t n) {
+                                          const float* __restrict grad, float memory_decay,
+                                          float momentum, bool nesterov, int64_t n) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     before[i] = value[i];
     buffer_before[i] = buffer[i];
     buffer[i] = next_momentum(buffer[i], grad[i], momentum);
-    value[i] = settle(local_momentum_value(value[i], grad[i], buffer[i], momentum, nesterov));
+    const float u = decayed(value[i], memory_decay);
+    value[i] = settle(local_momentum_value(u, grad[i], buffer[i], momentum, nesterov));
     keep_largest(&largest, value[i]);
   }
   return largest;

@@ -37,10 +37,16 @@ void unpack(const Payload& payload, int64_t* indices, float* values, int64_t* no
 }
 
 uint32_t verdict(const uint8_t* payloads, int64_t ranks, int64_t nbytes) {
-  uint32_t flags = 0;
+  BucketVerdict verdict;
   for (int64_t rank = 0; rank < ranks; ++rank)
-    flags |= verdict_flags(read_header(payloads + rank * nbytes), nbytes);
-  return flags;
+    verdict.add(read_header(payloads + rank * nbytes), nbytes);
+  return verdict.result();
+}
+
+uint32_t verdict(const float* counts, int64_t ranks) {
+  BucketVerdict verdict;
+  for (int64_t rank = 0; rank < ranks; ++rank) verdict.add(counts[rank], counts[ranks + rank]);
+  return verdict.result();
 }
 
 void payload_nonfinite(const uint8_t* payloads, int64_t ranks, int64_t nbytes, int64_t* nonfinite) {

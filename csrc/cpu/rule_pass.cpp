@@ -25,7 +25,8 @@ void RulePass::chunk(int64_t begin, int64_t n) {
     load_gradients(begin, n, &nonfinite);
     add_decay(grad_, begin, n, -0.0f);
     keep_largest(loops_.local_momentum(value, before_, args_.momentum_buffer + begin,
-                                       buffer_before_, grad_, args_.momentum, args_.nesterov, n));
+                                       buffer_before_, grad_, args_.memory_decay, args_.momentum,
+                                       args_.nesterov, n));
   } else {
     const Places start = next_;
     const auto add_others = [&] {
@@ -34,7 +35,8 @@ void RulePass::chunk(int64_t begin, int64_t n) {
     };
     for_each_gradient(
         begin, n, [&](const void* data, DType dtype, float factor, int64_t at, int64_t length) {
-          keep_largest(loops_.add_gradient(value + at, before_ + at, data, dtype, factor, length));
+          keep_largest(loops_.add_gradient(value + at, before_ + at, args_.memory_decay, data,
+                                           dtype, factor, length));
         });
     add_others();
     // Only now, and only if something is not finite, is each gradient looked at.
@@ -42,7 +44,7 @@ void RulePass::chunk(int64_t begin, int64_t n) {
       std::copy_n(before_, n, value);
       next_ = start;
       load_gradients(begin, n, &nonfinite);
-      loops_.add_gradient(value, before_, grad_, DType::kFloat32, 1.0f, n);
+      loops_.add_gradient(value, before_, args_.memory_decay, grad_, DType::kFloat32, 1.0f, n);
       add_others();
     }
   }

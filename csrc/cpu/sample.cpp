@@ -49,10 +49,11 @@ SampledValues::SampledValues(const RuleArgs& args, const Sample& sample) : keys_
       const float scaled =
           args.found_inf ? 0.0f : scaled_gradient(g[i], args.grad_factor, &ignored);
       gradient_ += std::fabs(scaled);
-      const float v = args.momentum_buffer ? sampled_value(u[i], scaled, decay, w[i],
+      const float kept = decayed(u[i], args.memory_decay);
+      const float v = args.momentum_buffer ? sampled_value(kept, scaled, decay, w[i],
                                                            args.momentum_buffer[begin + i],
                                                            args.momentum, args.nesterov)
-                                           : sampled_value(u[i], scaled, decay, w[i]);
+                                           : sampled_value(kept, scaled, decay, w[i]);
       key[i] = magnitude_key(finite_or_zero(v));
     }
   }

@@ -37,22 +37,12 @@ __device__ __forceinline__ void move_words(typename Format::Word* words, uint32_
   }
 }
 
-// For one thread of all. A damaged header shows in the verdict, what lies behind it in the
-// aggregate.
-__device__ __forceinline__ void add_damage(const ApplyArgs& args) {
-  if (!args.flags) return;
-  const uint32_t found = at<AggregateHeader>(args.aggregate.data, 0)->flags |
-                         (args.move.skip ? static_cast<uint32_t>(*args.move.skip) : 0);
-  *args.flags |= found & kDamaged;
-}
-
 // A block owns one wire tile.
 __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__ ApplyArgs args) {
   static __shared__ PayloadTile own;
-  const bool first_of_all = blockIdx.x == 0 && threadIdx.x == 0;
-  if (first_of_all) add_damage(args);
+  if (blockIdx.x == 0 && threadIdx.x == 0)
+    args.move.leave_behind(at<AggregateHeader>(args.aggregate.data, 0)->flags & kDamaged);
   if (args.move.skipped()) {
-    if (first_of_all) args.move.count();
     if (!args.memory) return;
     with_wire_type(args.payload.shape.wire, [&](auto format) {
       for_each_entry<decltype(format)>(PayloadSource(args.payload), &own, GiveBack{args.memory});

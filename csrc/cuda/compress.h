@@ -12,6 +12,7 @@ struct CompressArgs {
   Aggregate aggregate;
   int64_t k;
   WireType wire;
+  uint32_t tag;
   uint8_t* payload;
   Workspace workspace;
   bool fresh;  // the workspace holds anything, not yet zeros
@@ -25,6 +26,7 @@ struct SelectArgs {
   Scalar found_inf;
   uint8_t* payload;
   PayloadShape shape;
+  uint32_t tag;
   PayloadLayout layout;
   PayloadView<uint8_t> out;
   Workspace workspace;
@@ -34,6 +36,7 @@ struct SelectArgs {
         found_inf(args.rule.found_inf),
         payload(args.payload),
         shape{args.rule.numel, args.k, args.wire},
+        tag(args.tag),
         layout(shape),
         out(payload, layout),
         workspace(args.workspace) {}

@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kThreads)
   const WorkTile tile(blockIdx.x, args.numel);
   float a[kPerThread], w[kPerThread];
   const MoveArgs& move = args.move;
+  if (blockIdx.x == 0 && threadIdx.x == 0) move.leave_behind(0);
   if (move.skipped()) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) move.count();
     zero(a);
     store_floats(args.total, tile, a);
     return;

@@ -2,6 +2,7 @@
 // the counts of non-finite values, the flags of aggregates.
 #include <algorithm>
 
+#include "block.cuh"
 #include "kernels.h"
 #include "launch.h"
 
@@ -19,20 +20,29 @@ struct Aggregates {
   const uint8_t* data[kAggregates];
 };
 
-// One block. Further launches add to what the first one wrote.
+// One block, whose warps take a bucket each. Further launches add to what the first one wrote.
 __global__ void __launch_bounds__(kThreads)
     verdict_kernel(const __grid_constant__ Buckets buckets, bool first, uint32_t* flags) {
   uint32_t own = 0;
-  for (int b = 0; b < buckets.count; ++b) {
+  for (int b = static_cast<int>(warp_id()); b < buckets.count; b += kWarps) {
     const Gathered& bucket = buckets.bucket[b];
-    for (int64_t rank = threadIdx.x; rank < bucket.ranks; rank += kThreads)
-      own |= bucket.nbytes == 0
-                 ? count_flags(at<float>(bucket.data, 0)[rank])
-                 : verdict_flags(read_header(bucket.data + rank * bucket.nbytes), bucket.nbytes);
+    BucketVerdict verdict;
+    for (int64_t rank = lane_id(); rank < bucket.ranks; rank += 32) {
+      if (bucket.nbytes == 0) {
+        const float* const counts = at<float>(bucket.data, 0);
+        verdict.add(counts[rank], counts[bucket.ranks + rank]);
+      } else {
+        verdict.add(read_header(bucket.data + rank * bucket.nbytes), bucket.nbytes);
+      }
+    }
+    // A lane that has a smaller tag than the largest one of all finds the mismatch.
+    verdict.largest = __reduce_max_sync(kAllLanes, verdict.largest);
+    own |= verdict.result();
   }
-  const uint32_t nonfinite = __syncthreads_or(own & kNonfinite) ? kNonfinite : 0;
-  const uint32_t damaged = __syncthreads_or(own & kDamaged) ? kDamaged : 0;
-  if (threadIdx.x == 0) *flags = (first ? 0 : *flags) | nonfinite | damaged;
+  uint32_t found = 0;
+  for (const uint32_t bit : {kNonfinite, kDamaged, kMismatch, kOff})
+    if (__syncthreads_or(own & bit)) found |= bit;
+  if (threadIdx.x == 0) *flags = (first ? 0 : *flags) | found;
 }
 
 __global__ void __launch_bounds__(kThreads)

@@ -14,8 +14,8 @@ struct Gathered {
   int64_t ranks, nbytes;  // of one payload
 };
 
-// flags = the verdict over all headers; of buckets sent whole (nbytes is 0) data is a float for
-// each rank, its count of non-finite values.
+// flags = the verdict over all buckets; of those sent whole (nbytes is 0) data is a float for each
+// rank, its count of non-finite values, then a float for each rank, its tag.
 cudaError_t verdict_launch(const Gathered* buckets, int count, uint32_t* flags,
                            cudaStream_t stream);
 // nonfinite[rank] = the count in each header.
@@ -39,13 +39,17 @@ struct MoveArgs {
   Scalar lr;
   const int32_t* skip;     // nullptr, or a number that is not zero for a step that is skipped
   int64_t* skipped_steps;  // nullptr, or their count
+  uint32_t* flags;         // nullptr, or kKept of the verdict and of damage is added
   SegmentList params;
   SegmentPiece own;  // segments that are not stored
 
   GMC_HD bool skipped() const { return skip && *skip != 0; }
-  // For one thread of all to call in a skipped step.
-  GMC_HD void count() const {
-    if (skipped_steps) ++*skipped_steps;
+  // For one thread of all to call: what a step leaves behind. damage: kDamaged where a payload was
+  // damaged behind its header, which the verdict does not know of.
+  GMC_HD void leave_behind(uint32_t damage) const {
+    const uint32_t verdict = skip ? static_cast<uint32_t>(*skip) : 0;
+    if (verdict != 0 && skipped_steps) ++*skipped_steps;
+    if (flags) *flags |= (verdict | damage) & kKept;
   }
 };
 
@@ -53,7 +57,6 @@ struct ApplyArgs {
   Aggregate aggregate;
   int64_t numel;
   MoveArgs move;
-  uint32_t* flags;  // nullptr, or what else went wrong is added: kDamaged
   // What a skipped step gives back, and to where. memory is nullptr: nothing.
   float* memory;
   Payload payload;

@@ -36,7 +36,7 @@ class BinnedSample {
 #pragma unroll 4
     for (uint32_t n = threadIdx.x; n < sample.size; n += kLookThreads) {
       const auto i = static_cast<uint32_t>(sample.place(n / kRun) + n % kRun);
-      const float u = args.memory[i];
+      const float u = decayed(args.memory[i], args.memory_decay);
       const float g =
           overflowed ? 0.0f : scaled_gradient(element(args.grads, args, i), factor, &ignored);
       const float w = decays ? element(args.params, args, i) : 0.0f;

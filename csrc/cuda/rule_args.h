@@ -15,7 +15,7 @@ struct RuleArgs {
   Scalar momentum;
   Scalar grad_scale;
   Scalar found_inf;  // non-zero counts the whole gradient as zero
-  float weight_decay;
+  float weight_decay, memory_decay;
   bool maximize, nesterov;
   SegmentPiece own;  // segments that are not stored
 };

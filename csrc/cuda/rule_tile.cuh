@@ -121,7 +121,7 @@ struct GlobalMomentum {
     load_floats(args.memory, tile, u);
     load_gradient(tile, v, nonfinite, loaded);
 #pragma unroll
-    for (int e = 0; e < kPerThread; ++e) v[e] = add(u[e], v[e]);
+    for (int e = 0; e < kPerThread; ++e) v[e] = add(decayed(u[e], args.memory_decay), v[e]);
     if (kDecay) add_decay(tile, v);
     add_momentum(aggregate, args.momentum.load(), tile, v);
     const uint32_t overflowed = settle_tile(v);
@@ -150,6 +150,7 @@ struct LocalMomentum {
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
       m[e] = next_momentum(m[e], v[e], momentum);
+      u[e] = decayed(u[e], args.memory_decay);
       v[e] = local_momentum_value(u[e], v[e], m[e], momentum, args.nesterov);
     }
     const uint32_t overflowed = settle_tile(v);

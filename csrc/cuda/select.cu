@@ -282,8 +282,9 @@ __global__ void __launch_bounds__(kThreads, 6)
   // Exactly k entries, or the header says that the payload is damaged.
   const bool complete = taken(met, ties) == args.shape.k;
   const bool overflowed = args.found_inf.load() != 0.0f;
-  *out.header = make_header(args.shape, control->nonfinite + overflowed, scale);  // 2 N + 1
-  if (!complete) out.header->tag = 0;
+  const uint32_t nonfinite = control->nonfinite + overflowed;  // 2 N + 1 at most
+  *out.header = make_header(args.shape, nonfinite, scale, args.tag);
+  if (!complete) out.header->magic = 0;
   control->guess.scale = scale;
   learn(&control->guess, control->threshold, args.shape.k, control->found,
         control->outcome == kUseless);

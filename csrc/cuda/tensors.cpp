@@ -110,6 +110,7 @@ void fill_rule(const RuleTensors& rule, Temporaries* temporaries, RuleArgs* args
   args->grad_scale = rule.grad_scale ? scalar_of(*rule.grad_scale, "grad_scale") : scalar(1.0f);
   args->found_inf = rule.found_inf ? scalar_of(*rule.found_inf, "found_inf") : scalar(0.0f);
   args->weight_decay = rule.weight_decay;
+  args->memory_decay = rule.memory_decay;
   args->maximize = rule.maximize;
   args->nesterov = rule.nesterov;
 }
@@ -118,6 +119,7 @@ void fill_move(const MoveTensors& move, Temporaries* temporaries, MoveArgs* args
   args->lr = scalar_of(move.lr, "lr");
   args->skip = skip_of(move.skip);
   args->skipped_steps = move.skipped_steps ? mutable_data<int64_t>(*move.skipped_steps) : nullptr;
+  if (move.flags) args->flags = reinterpret_cast<uint32_t*>(mutable_data<int32_t>(*move.flags));
   int used = 0;
   args->params = place_table(move.params, &args->own, &used, temporaries);
 }
@@ -127,7 +129,7 @@ void fill_move(const MoveTensors& move, Temporaries* temporaries, MoveArgs* args
 int64_t state_nbytes(int64_t numel, int64_t k) { return workspace_nbytes(numel, k); }
 
 void compress(const RuleTensors& rule, const OptionalTensor& aggregate, int64_t k, WireType wire,
-              const Tensor& payload, const OptionalTensor& state) {
+              uint32_t tag, const Tensor& payload, const OptionalTensor& state) {
   const Place place(rule.memory);
   Temporaries temporaries{place, {}};
   const int64_t numel = rule.memory.numel();
@@ -138,6 +140,7 @@ void compress(const RuleTensors& rule, const OptionalTensor& aggregate, int64_t 
   args.aggregate = aggregate_of(aggregate);
   args.k = k;
   args.wire = wire;
+  args.tag = tag;
   args.payload = bytes_of(payload, "payload");
   args.workspace = make_workspace(workspace, nbytes, numel);
   args.fresh = !state;
@@ -196,7 +199,7 @@ void verdict(const TensorList& payloads, const TensorList& counts, const Tensor&
   std::vector<Gathered> buckets;
   for (const Tensor& payload : payloads) buckets.push_back(gathered_of(payload));
   for (const Tensor& count : counts)
-    buckets.push_back({reinterpret_cast<const uint8_t*>(data<float>(count)), count.numel(), 0});
+    buckets.push_back({reinterpret_cast<const uint8_t*>(data<float>(count)), count.numel() / 2, 0});
   check_cuda(verdict_launch(buckets.data(), static_cast<int>(buckets.size()),
                             reinterpret_cast<uint32_t*>(mutable_data<int32_t>(flags)),
                             place.stream));
@@ -231,15 +234,13 @@ void merge(const PayloadTensor& payloads, int64_t ranks, const OptionalTensor& s
 }
 
 void apply(const MoveTensors& move, const Tensor& aggregate, int64_t numel,
-           const OptionalTensor& flags, const OptionalTensor& memory,
-           const std::optional<PayloadTensor>& own) {
+           const OptionalTensor& memory, const std::optional<PayloadTensor>& own) {
   const Place place(aggregate);
   Temporaries temporaries{place, {}};
   ApplyArgs args = {};
   args.aggregate = aggregate_of(aggregate);
   args.numel = numel;
   fill_move(move, &temporaries, &args.move);
-  if (flags) args.flags = reinterpret_cast<uint32_t*>(mutable_data<int32_t>(*flags));
   if (memory) {
     args.memory = mutable_data<float>(*memory);
     args.payload = payload_of(*own, "payload");

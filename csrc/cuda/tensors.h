@@ -12,7 +12,7 @@ namespace gmc::cuda {
 
 int64_t state_nbytes(int64_t numel, int64_t k);
 void compress(const RuleTensors& rule, const OptionalTensor& aggregate, int64_t k, WireType wire,
-              const Tensor& payload, const OptionalTensor& state);
+              uint32_t tag, const Tensor& payload, const OptionalTensor& state);
 int64_t repairs(const Tensor& state);  // waits for the device
 void accumulate(const RuleTensors& rule, const OptionalTensor& aggregate, int64_t rank,
                 int64_t ranks, const Tensor& total);
@@ -26,10 +26,9 @@ void aggregate_flags(const TensorList& aggregates, const Tensor& flags);
 void fingerprint(const std::vector<Segment>& params, const Tensor& prints);
 void merge(const PayloadTensor& payloads, int64_t ranks, const OptionalTensor& skip,
            const Tensor& aggregate);
-// flags, and memory with own: as in ApplyArgs.
+// memory with own: as in ApplyArgs.
 void apply(const MoveTensors& move, const Tensor& aggregate, int64_t numel,
-           const OptionalTensor& flags, const OptionalTensor& memory,
-           const std::optional<PayloadTensor>& own);
+           const OptionalTensor& memory, const std::optional<PayloadTensor>& own);
 void restore(const Tensor& memory, const PayloadTensor& payload, const OptionalTensor& skip);
 void mask(const Tensor& momentum_buffer, const PayloadTensor& payload, const OptionalTensor& skip);
 void sparsify(const Tensor& dense, const Tensor& aggregate);

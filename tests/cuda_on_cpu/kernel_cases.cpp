@@ -77,6 +77,7 @@ void fill_rule(Case& in, RuleArgs* args) {
   args->grad_scale = number(in, "grad_scale", 1.0f);
   args->found_inf = number(in, "found_inf", 0.0f);
   args->weight_decay = static_cast<float>(in.number("weight_decay"));
+  args->memory_decay = static_cast<float>(in.number("memory_decay"));
   args->maximize = in.integer("maximize") != 0;
   args->nesterov = in.integer("nesterov") != 0;
 }
@@ -85,6 +86,7 @@ void fill_move(Case& in, MoveArgs* args) {
   args->lr = number(in, "lr", 0.0f);
   args->skip = skip(in);
   if (in.has("skipped_steps")) args->skipped_steps = in.array<int64_t>("skipped_steps");
+  if (in.has("flags")) args->flags = in.array<uint32_t>("flags");
   int used = 0;
   args->params = place(segments(in, "param"), &args->own, &used);
 }
@@ -106,6 +108,7 @@ CUDA_CASE(compress) {
   args.k = in.integer("k");
   args.aggregate = aggregate(in);
   args.wire = static_cast<WireType>(in.integer("wire"));
+  args.tag = static_cast<uint32_t>(in.integer("tag"));
   args.workspace = make_workspace(in.array<uint8_t>("state"), in.count("state"), args.rule.numel);
   args.fresh = in.integer("fresh") != 0;
   const PayloadLayout layout({args.rule.numel, args.k, args.wire});
@@ -150,7 +153,7 @@ CUDA_CASE(verdict) {
   for (int64_t b = 0; b < in.integer("dense"); ++b) {
     const std::string name = "counts" + std::to_string(b);
     const auto* counts = in.array<float>(name.c_str());
-    buckets.push_back({reinterpret_cast<const uint8_t*>(counts), in.count(name.c_str()), 0});
+    buckets.push_back({reinterpret_cast<const uint8_t*>(counts), in.count(name.c_str()) / 2, 0});
   }
   require(verdict_launch(buckets.data(), static_cast<int>(buckets.size()),
                          in.output<uint32_t>("flags", 1), nullptr));
@@ -190,7 +193,6 @@ CUDA_CASE(apply) {
   args.aggregate = aggregate(in);
   args.numel = in.integer("numel");
   fill_move(in, &args.move);
-  if (in.has("flags")) args.flags = in.array<uint32_t>("flags");
   if (in.has("memory")) {
     args.memory = in.array<float>("memory");
     args.payload = payload(in, "payload");

@@ -119,6 +119,7 @@ class Kernels:
         *,
         wire_dtype=torch.bfloat16,
         state=None,
+        tag=0,
         **rule,
     ):
         fresh = state is None
@@ -131,6 +132,7 @@ class Kernels:
             rule,
             k=k,
             wire=WIRES.index(wire_dtype),
+            tag=tag,
             state=to_numpy(state),
             fresh=int(fresh),
         )
@@ -162,6 +164,7 @@ class Kernels:
             case,
             memory=At(to_numpy(memory), 4 * self.offset),
             weight_decay=float(weight_decay),
+            memory_decay=float(rule.get("memory_decay", 1.0)),
             maximize=int(rule.get("maximize", False)),
             nesterov=int(rule.get("nesterov", False)),
             **arrays,

@@ -158,6 +158,7 @@ def test_accumulate_counts_from_many_blocks(running, rule, decay):
     grad[::17] = np.nan
     memory, params = gaussian(numel, rng), [gaussian(numel, rng)]
     options = {"nesterov": rule == "nesterov", "weight_decay": decay, "params": params}
+    options["memory_decay"] = 1 - 10 * decay
     for seed in seeds(running, 3):
         for found_inf in (None, torch.tensor(1.0)):
             sides = []
@@ -282,7 +283,7 @@ def test_damage_is_reported_and_kept(running):
     sound, flags = ops.merge(payloads, 900, 9), torch.zeros(1, dtype=torch.int32)
     kernels, param = Kernels(running), torch.zeros(900)
     verdicts = [torch.tensor([v], dtype=torch.int32) for v in (0, 1, 2)]
-    for skip in verdicts[:2]:
+    for skip in (None, *verdicts[:2]):
         kernels.apply_([param], sound, 0.1, skip=skip, flags=flags)
         assert flags.item() == 0
     kernels.apply_([param], sound, 0.1, skip=verdicts[2], flags=flags)
@@ -293,6 +294,28 @@ def test_damage_is_reported_and_kept(running):
     flags.zero_()
     kernels.apply_([param], kernels.merge(payloads, 900, 9), 0.1, flags=flags)
     assert flags.item() == ops.DAMAGED
+
+
+def test_what_should_not_have_happened_is_kept(running):
+    """Of every verdict, in what the steps of sparse and of dense buckets leave behind."""
+    numel = 2 * WORK_TILE + 5
+    aggregate, param = ops.sparsify(torch.ones(numel)), torch.ones(numel)
+    kernels = Kernels(running, seed=2)
+    moves = [
+        lambda **words: kernels.apply_([param], aggregate, 0.1, **words),
+        lambda **words: kernels.apply_dense_(
+            [param], torch.ones(numel), torch.ones(numel + 1), 0.1, **words
+        ),
+    ]
+    for move in moves:
+        for verdict in range(16):
+            flags, counted = torch.tensor([256], dtype=torch.int32), torch.zeros(1).long()
+            words = {"flags": flags, "skipped_steps": counted}
+            move(skip=torch.tensor([verdict], dtype=torch.int32), **words)
+            move(skip=torch.zeros(1, dtype=torch.int32), **words)
+            move(**words)
+            assert flags.item() == 256 | verdict & (ops.DAMAGED | ops.MISMATCH | ops.OFF)
+            assert counted.item() == (verdict != 0)
 
 
 @pytest.mark.parametrize(
@@ -464,10 +487,12 @@ def test_rules_over_several_tensors(running, rule, decay, offset):
                 aggregate=aggregate,
                 nesterov=rule == "nesterov",
                 weight_decay=decay,
+                memory_decay=(1.0, 0.9)[step],
                 params=params,
                 maximize=step == 1,
                 grad_scale=torch.tensor(1024.0) if step else 3.0,
                 wire_dtype=WIRES[offset + step],
+                tag=(0, 0xFEDCBA)[step],
             )
 
 
@@ -487,7 +512,7 @@ def test_nonfinite_values(running, rule):
     grad[50::211] = np.inf
     grad[-1] = -np.inf
     params = [gaussian(numel, rng)]
-    params[0][6] = np.inf
+    params[0][6] = params[0][9] = np.inf
     for seed in seeds(running, 2):
         for found_inf in (None, torch.tensor(0.0), torch.tensor(1.0)):
             bucket = Bucket(Kernels(running, seed), memory, buffer)
@@ -497,6 +522,7 @@ def test_nonfinite_values(running, rule):
                 momentum=0.9,
                 nesterov=rule == "nesterov",
                 weight_decay=0.1,
+                memory_decay=0.5,
                 params=params,
                 grad_scale=0.5,
                 found_inf=found_inf,
@@ -514,6 +540,18 @@ def test_the_guess_settles(running):
     for _ in range(12):
         bucket.compress([0.1 * gaussian(numel, rng)], k, state)
     assert bucket.kernels.repairs <= 1
+
+
+def test_the_guess_knows_of_memory_decay(running):
+    """With memory far above the gradient, a sample that forgot it would be far too high."""
+    numel, k = 6 * WORK_TILE, 61
+    rng = np.random.default_rng(0)
+    kernels = Kernels(running)
+    state = kernels.select_state(numel, k)
+    for _ in range(4):
+        bucket = Bucket(kernels, 100 * gaussian(numel, rng))
+        bucket.compress([gaussian(numel, rng)], k, state, memory_decay=0.01)
+    assert kernels.repairs == 0
 
 
 def flipped(payload, byte, bits):
@@ -538,7 +576,7 @@ def test_verdict(running):
     kernels = Kernels(running)
     assert kernels.verdict([small, large]).item() == 0
     flagged = 0
-    for byte in range(20):
+    for byte in range(24):
         for bits in (0x01, 0x80, 0x12):
             broken = large.clone()
             broken[2] = flipped(broken[2], byte, bits)
@@ -546,14 +584,17 @@ def test_verdict(running):
             flags = kernels.verdict(payloads).item()
             assert flags == ops.verdict(payloads).item()
             flagged += flags != 0
-    assert flagged > 48  # all but a k or numel that makes as many bytes
+            if byte >= 20:  # of the tag, which calls the step off if it is one
+                called_off = (byte, bits) == (20, ops.CALLED_OFF)
+                assert flags == (ops.OFF if called_off else ops.MISMATCH)
+    assert flagged > 60  # all but a k or numel that makes as many bytes
     overflowed = small.clone()
     overflowed[1, 4] = 7
     assert kernels.verdict([overflowed] + [small] * 140).item() == 1
     assert kernels.verdict([small] * 140 + [overflowed]).item() == 1
     assert kernels.payload_nonfinite(overflowed).tolist() == [0, 7]
     for place, expected in ((None, 0), (0, 1), (139, 1)):
-        counts = [torch.zeros(3) for _ in range(140)]
+        counts = [torch.zeros(6) for _ in range(140)]
         if place is not None:
             counts[place][2] = 1.0
         assert kernels.verdict([], counts).item() == expected
@@ -561,6 +602,73 @@ def test_verdict(running):
     odd = torch.full((70, 37), 1, dtype=torch.uint8)  # no payload at all
     assert_same_bytes(kernels.payload_nonfinite(odd), ops.payload_nonfinite(odd), "counts")
     assert kernels.verdict([small, odd]).item() == ops.verdict([small, odd]).item() == 3
+
+
+def tagged(*tags):
+    """The gathered payloads of a bucket, a tag for each rank."""
+    payload = ops.compress_(torch.zeros(50), [torch.randn(50)], 5)
+    payloads = payload.repeat(len(tags), 1)
+    payloads[:, 20:24] = torch.tensor(tags, dtype=torch.int32)[:, None].view(torch.uint8)
+    return payloads
+
+
+def numbers(*tags):
+    """The same of a dense bucket."""
+    return torch.tensor([*[0.0] * len(tags), *tags])
+
+
+@pytest.mark.parametrize("bucket", [tagged, numbers])
+def test_verdict_over_tags(running, bucket):
+    """Every pair of ranks is compared, of one lane or of two; every bucket alone, of whichever warp
+    and launch."""
+    kernels = Kernels(running)
+
+    def verdict(*buckets):
+        args = (list(buckets), []) if bucket is tagged else ([], list(buckets))
+        flags = kernels.verdict(*args).item()
+        assert flags == ops.verdict(*args).item() == reference.verdict(*args).item()
+        return flags
+
+    for tags, expected in [
+        ([7], 0),
+        ([0, 0, 0], 0),
+        ([2**24 - 1, 2**24 - 2], ops.MISMATCH),
+        ([ops.CALLED_OFF], ops.OFF),
+        ([ops.CALLED_OFF] * 70, ops.OFF),
+        ([7, ops.CALLED_OFF, 7], ops.OFF),
+        ([7, ops.CALLED_OFF, 8], ops.OFF | ops.MISMATCH),
+        ([0, ops.CALLED_OFF, 8], ops.OFF | ops.MISMATCH),
+    ]:
+        assert verdict(bucket(*tags)) == expected, tags
+    equal, off = [7] * 70, [7] * 40 + [ops.CALLED_OFF] + [7] * 29
+    for other in (0, 1, 31, 32, 33, 64, 69):
+        for tag in (0, 6, 8):
+            tags = [tag if rank == other else 7 for rank in range(70)]
+            assert verdict(bucket(*tags)) == ops.MISMATCH, (other, tag)
+    same = [bucket(number, number) for number in range(2, 142)]
+    assert verdict(*same) == 0
+    for place in (0, 1, 127, 128, 139):
+        for tags, expected in (([3, 4], ops.MISMATCH), (off, ops.OFF), (equal, 0)):
+            buckets = list(same)
+            buckets[place] = bucket(*tags)
+            assert verdict(*buckets) == expected, (place, tags)
+
+
+def test_verdict_over_damage_beside_other_tags(running):
+    """A damaged header's tag is not compared and calls nothing off; those of the others do."""
+    kernels = Kernels(running)
+    for tag, other, expected in [
+        (9, 7, ops.DAMAGED),
+        (ops.CALLED_OFF, 7, ops.DAMAGED),
+        (9, 8, ops.DAMAGED | ops.MISMATCH),
+        (7, ops.CALLED_OFF, ops.DAMAGED | ops.OFF),
+    ]:
+        payloads = tagged(tag, 7, other)
+        payloads[0, 3] ^= 0x80
+        both = [payloads], [numbers(5, 5)]
+        assert kernels.verdict(*both).item() == ops.verdict(*both).item() == expected
+        mixed = [payloads], [numbers(5, 6)]
+        assert kernels.verdict(*mixed).item() == expected | ops.MISMATCH
 
 
 def test_damaged_aggregates(running):
