@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gmc_cuda.compressed_sgd import CompressedSGD
+from gmc_cuda._engine.optimizer import CompressedSGD
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -24,11 +24,11 @@ class GradScaler(torch.amp.GradScaler):
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         if not isinstance(optimizer, CompressedSGD) or not self.is_enabled():
             return super().step(optimizer, *args, **kwargs)
-        optimizer._scaled_together = True
+        optimizer.engine.scaled_together = True
         try:
             return super().step(optimizer, *args, **kwargs)
         finally:
-            optimizer._scaled_together = False
+            optimizer.engine.scaled_together = False
             self._find_what_all_found(optimizer)
 
     def _find_what_all_found(self, optimizer: CompressedSGD) -> None:

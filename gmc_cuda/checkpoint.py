@@ -26,10 +26,11 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from gmc_cuda import state_dict as states
-from gmc_cuda.compressed_sgd import CompressedSGD
-from gmc_cuda.exchange import Exchange, FlatGroup, GroupLost
-from gmc_cuda.shards import is_flattened, local
+from gmc_cuda._engine import state as states
+from gmc_cuda._engine.engine import params_of
+from gmc_cuda._engine.exchange import Exchange, GroupLost
+from gmc_cuda._engine.optimizer import CompressedSGD
+from gmc_cuda._engine.shards import is_flattened, local
 
 FORMAT = 2
 _CURRENT, _FACTS = "current", "facts.pt"
@@ -74,7 +75,7 @@ def save(
     before = _saving.pop(optimizer, None)
     if before is not None:
         before.result()
-    optimizer._refuse_between_backward_and_step("checkpoint.save")
+    optimizer.engine.refuse_open_round("checkpoint.save")
     _check_extra(extra)
     work = _Save(Path(folder), model, optimizer, extra)
     if wait or not _has_group_of_its_own(optimizer):
@@ -108,7 +109,8 @@ def load(folder: str | os.PathLike[str], model: torch.nn.Module, optimizer: Comp
     part = _current(Path(folder))
     facts = torch.load(part / _FACTS, weights_only=True)
     _check_facts(facts, _describe(model, optimizer))
-    exchange, params, everyone = optimizer._exchange, _params(optimizer), _everyone(optimizer)
+    exchange, everyone = optimizer.engine.exchange, _everyone(optimizer)
+    params = params_of(optimizer)
     size, shard = facts["world_size"], _shard(optimizer)
 
     def read(key: str, template: dict[str, Any]) -> dict[str, Any]:
@@ -157,8 +159,8 @@ class _Save:
         self, folder: Path, model: torch.nn.Module, optimizer: CompressedSGD, extra: Any
     ) -> None:
         self.folder = folder.absolute()  # a script may change its folder before it is written
-        exchange, params, held = optimizer._exchange, _params(optimizer), optimizer._held()
-        own = optimizer._rule.own_state()
+        engine, params = optimizer.engine, params_of(optimizer)
+        exchange, held, own = engine.exchange, engine.held(), engine.rule.own_state()
         shared: dict[str, Tensor] = {}
         private: dict[str, Tensor] = {}
         for i, param in enumerate(params):
@@ -171,7 +173,7 @@ class _Save:
         }
         self.facts = _describe(model, optimizer) | {
             "world_size": exchange.size,
-            "averaged": optimizer._averaged,
+            "averaged": engine.averaged,
             "groups": optimizer.state_dict()["param_groups"],
             "held": [{name: name not in own for name in held.get(p, {})} for p in params],
             "extra": extra,
@@ -233,10 +235,10 @@ class _Save:
 
 def _everyone(optimizer: CompressedSGD) -> Exchange:
     """The workers that save together: those of all shards."""
-    exchange = optimizer._exchange
+    exchange = optimizer.engine.exchange
     if exchange.agree_group is None:
         return exchange
-    everyone = FlatGroup(None)
+    everyone = Exchange(None)
     if everyone.size != exchange.size * _shards(optimizer):
         raise ValueError(
             f"optimizer: got a mesh of {exchange.size * _shards(optimizer)} workers, must hold all "
@@ -246,13 +248,13 @@ def _everyone(optimizer: CompressedSGD) -> Exchange:
 
 
 def _shards(optimizer: CompressedSGD) -> int:
-    inside = optimizer._exchange.agree_group
+    inside = optimizer.engine.exchange.agree_group
     return 1 if inside is None else dist.get_world_size(inside)
 
 
 def _shard(optimizer: CompressedSGD) -> str:
     """What the names of this worker's tensors end with."""
-    inside = optimizer._exchange.agree_group
+    inside = optimizer.engine.exchange.agree_group
     return "" if inside is None else f".shard{dist.get_rank(inside)}"
 
 
@@ -265,7 +267,7 @@ def _check_optimizer(optimizer: Any) -> None:
         raise TypeError(
             f"optimizer: got a {type(optimizer).__name__}, must be a GMC or DGC. {by_itself}"
         )
-    if any(is_flattened(param) for param in _params(optimizer)):
+    if any(is_flattened(param) for param in params_of(optimizer)):
         raise TypeError(
             "optimizer: got parameters of FullyShardedDataParallel, whose parts say nothing of the "
             f"whole, must be FSDP2's (fully_shard). {by_itself}"
@@ -274,7 +276,7 @@ def _check_optimizer(optimizer: Any) -> None:
 
 def _describe(model: torch.nn.Module, optimizer: CompressedSGD) -> dict[str, Any]:
     names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
-    params = _params(optimizer)
+    params = params_of(optimizer)
     unknown = [i for i, param in enumerate(params) if param not in names]
     if unknown:
         raise ValueError(
@@ -326,10 +328,6 @@ def _current(folder: Path) -> Path:
         raise FileNotFoundError(f"there is no complete checkpoint in {folder}") from None
 
 
-def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
 def _distributed(
     action: Callable[..., Any], tensors: dict[str, Any], part: Path, exchange: Exchange
 ) -> None:
@@ -359,7 +357,7 @@ def _has_group_of_its_own(optimizer: CompressedSGD) -> bool:
     if exchange.group is None:
         _groups[optimizer] = exchange
     elif exchange.group is dist.group.WORLD:
-        _groups[optimizer] = FlatGroup(_joined(dist.new_group(backend="gloo")))
+        _groups[optimizer] = Exchange(_joined(dist.new_group(backend="gloo")))
     else:  # the others of the world are not here
         ranks = dist.get_process_group_ranks(exchange.group)
         if not _names_it_alike(ranks, exchange):
@@ -370,7 +368,7 @@ def _has_group_of_its_own(optimizer: CompressedSGD) -> bool:
             )
             return False
         group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-        _groups[optimizer] = FlatGroup(_joined(group))
+        _groups[optimizer] = Exchange(_joined(group))
     return True
 
 

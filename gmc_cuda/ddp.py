@@ -4,28 +4,28 @@ Either the optimizer communicates and DDP does not (``local_gradients``), or DDP
 ``gmc_hook``, and the optimizer is an ordinary one.
 """
 
-# DDP compares a hook's annotations as objects, so they must not become strings here.
-import gc
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import GradBucket
-from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.futures import Future
-from torch.nn.parallel import DistributedDataParallel
 
-from gmc_cuda import agreement, hyperparameters, transfers, wire
-from gmc_cuda import state_dict as states
-from gmc_cuda.buckets import MAX_NUMEL, Bucket, figures, make_buckets
-from gmc_cuda.exchange import FlatGroup
-from gmc_cuda.integrity import DamageWatch
-from gmc_cuda.rules import GlobalMomentum
+from gmc_cuda._engine import agreement, checks, steps
+from gmc_cuda._engine import state as states
+from gmc_cuda._engine.bucket import MAX_NUMEL, Bucket, figures, make_buckets
+from gmc_cuda._engine.ddp_guard import is_local, mark_local
+from gmc_cuda._engine.exchange import Exchange
+from gmc_cuda._engine.round import Round
+from gmc_cuda._engine.rules import GlobalMomentum, Plan
+from gmc_cuda._engine.watch import DamageWatch
 
-_LOCAL = "_gmc_cuda_local"  # set on a DDP whose gradients stay local
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import GradBucket
 
 
 def local_gradients(ddp_model: torch.nn.Module) -> torch.nn.Module:
@@ -46,6 +46,9 @@ def local_gradients(ddp_model: torch.nn.Module) -> torch.nn.Module:
         TypeError: it is no DistributedDataParallel.
         RuntimeError: it has a communication hook already.
     """
+    from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+    from torch.nn.parallel import DistributedDataParallel
+
     ddp = getattr(ddp_model, "_orig_mod", ddp_model)
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(
@@ -55,45 +58,12 @@ def local_gradients(ddp_model: torch.nn.Module) -> torch.nn.Module:
     if is_local(ddp):
         return ddp_model
     ddp.register_comm_hook(None, noop_hook)
-    setattr(ddp, _LOCAL, True)
+    mark_local(ddp)
     # As inside no_sync() for ever: DDP leaves gradients alone, which it would also copy into its
     # buckets and back. The hook is for who switches this on again, as Lightning does.
     ddp.require_backward_grad_sync = False
     ddp.static_graph = False  # whose first backward reduces all the same
     return ddp_model
-
-
-def is_local(ddp: DistributedDataParallel) -> bool:
-    """Whether :func:`local_gradients` was called on it."""
-    return getattr(ddp, _LOCAL, False)
-
-
-def refuse_communicating(params: Iterable[Tensor], group: Any) -> None:
-    """Raises if a DistributedDataParallel averages these parameters' gradients over this group.
-
-    One that averages over other workers is right: that is dense inside a node, sparse across.
-
-    Args:
-        group: the process group that the caller trains with; None for a single worker.
-    """
-    if group is None or dist.get_world_size(group) == 1:
-        return
-    own = {id(p) for p in params}
-    ranks = set(dist.get_process_group_ranks(group))
-    for ddp in gc.get_objects():  # nothing leads from a parameter to the DDP around it
-        if not issubclass(type(ddp), DistributedDataParallel):
-            continue
-        shared = ranks & set(dist.get_process_group_ranks(ddp.process_group))
-        if len(shared) < 2 or is_local(ddp) or not ddp.require_backward_grad_sync:
-            continue
-        if any(id(p) in own for p in ddp.parameters()):
-            raise RuntimeError(
-                "the model is inside DistributedDataParallel, which averages the gradients before "
-                "this optimizer sees them: everything would be sent twice, and compressed after "
-                "the averaging. Leave DDP out, or write, once, right after the model is wrapped:\n"
-                "    gmc_cuda.local_gradients(ddp_model)\n"
-                "In Trainer, Accelerate and Lightning gmc_cuda.integrations does it."
-            )
 
 
 class GMCHookState:
@@ -120,31 +90,38 @@ class GMCHookState:
         process_group: dist.ProcessGroup | None = None,
         *,
         momentum: float = 0.9,
-        density: float = hyperparameters.DENSITY,
+        density: float = checks.DENSITY,
         bytes_ratio: float | None = None,
         wire_dtype: torch.dtype = torch.bfloat16,
         nonfinite: str = "skip",
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
     ) -> None:
         self.momentum = momentum
-        budget = hyperparameters.one_budget({"density": density, "bytes_ratio": bytes_ratio})
+        budget = checks.one_budget({"density": density, "bytes_ratio": bytes_ratio})
         self.density, self.bytes_ratio = budget["density"], budget["bytes_ratio"]
         self.wire_dtype, self.nonfinite = wire_dtype, nonfinite
-        hyperparameters.check_options(wire_dtype, 1.0, nonfinite, 0)
+        checks.check_options(wire_dtype, 1.0, nonfinite, 0)
         self._options()
         self._names = {
             name.removeprefix("module."): param for name, param in named_parameters or ()
         }
-        self._exchange = FlatGroup(process_group)
-        self._rule = GlobalMomentum()
+        self._group, self._rule = process_group, GlobalMomentum()
+        self._known_round: Round | None = None
         self._bucket_of: dict[Tensor, Bucket] = {}
         self._held: states.Held = {}  # of parameters that are in no bucket now
-        self._started: list[transfers.Transfer] = []
+        self._plans: list[Plan] = []  # of this backward pass
+        self._plans_before: list[Plan] = []  # of the last one that was whole
         self._waiting: list[tuple[Future[Tensor], Tensor]] = []
+        self._buffers: dict[Bucket, Tensor] = {}
         self._grads: dict[Tensor, Tensor] = {}
-        self._steps = 0
-        self._skipped: Tensor | None = None
-        self._damage = DamageWatch()
+
+    @property
+    def _round(self) -> Round:
+        # Not made before it is needed: a state may be older than the default process group.
+        if self._known_round is None:
+            exchange = Exchange(self._group)
+            self._known_round = Round(exchange, self.wire_dtype, self.nonfinite, 0, self._facts)
+        return self._known_round
 
     def _options(self) -> dict[str, Any]:
         """The options as a param group."""
@@ -158,38 +135,44 @@ class GMCHookState:
             "maximize": False,
             **GlobalMomentum.options,
         }
-        hyperparameters.check_group(group, "of GMCHookState")
+        checks.check_group(group, "of GMCHookState")
         return group
+
+    def _facts(self) -> dict[str, Any]:
+        return self._options() | {
+            "optimizer": type(self).__name__,
+            "wire_dtype": str(self.wire_dtype),
+            "nonfinite": self.nonfinite,
+        }
 
     # ------------------------------------------------------------------------------ one backward
 
     def _on_bucket(self, ddp_bucket: GradBucket) -> Future[Tensor]:
-        if ddp_bucket.index() == 0:
-            self._begin(ddp_bucket)
         buffer = ddp_bucket.buffer()
         future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
         try:
+            if ddp_bucket.index() == 0:
+                self._begin(buffer)
             self._send(ddp_bucket)
             self._waiting.append((future, buffer))
             if ddp_bucket.is_last():
                 self._finish()
-        except Exception:
-            self._abandon()
+        except BaseException:
+            self._cancel()
             raise
         return future
 
-    def _begin(self, ddp_bucket: GradBucket) -> None:
-        self._abandon()  # of a backward pass that ended half-way
-        self._exchange.check()
-        self._damage.check(self._exchange.rank)
-        if self._steps == 0:
-            facts = self._options() | {
-                "optimizer": type(self).__name__,
-                "wire_dtype": str(self.wire_dtype),
-                "nonfinite": self.nonfinite,
-                "elements of the first bucket": ddp_bucket.buffer().numel(),
-            }
-            agreement.check(self._exchange, facts, ddp_bucket.buffer().device)
+    def _begin(self, buffer: Tensor) -> None:
+        if self._round.is_open:  # a backward pass ended half-way
+            self._cancel()
+        round = self._round
+        round.exchange.check()
+        round.damage.check(round.exchange.rank)
+        round.device = buffer.device
+        if round.steps == 0:
+            facts = self._facts() | {"elements of the first bucket": buffer.numel()}
+            agreement.check(round.exchange, facts, buffer.device)
+        self._plans = []
 
     def _send(self, ddp_bucket: GradBucket) -> None:
         params = ddp_bucket.parameters()
@@ -197,44 +180,43 @@ class GMCHookState:
         bucket = self._bucket(params)
         if bucket is None:
             return
-        group = self._options()
-        transfer = transfers.start(
-            bucket,
-            self._exchange,
-            wire.entries(group, bucket.numel, self.wire_dtype),
-            list(bucket.flat_values(grads)),
-            self._rule.arguments(group),
-            self.wire_dtype,
-            masking=False,
-        )
-        self._started.append(transfer)
+        index, options = len(self._plans), self._options()
+        plan = self._round.plan(self._rule, bucket, index, options, {})
+        if index == 0:
+            self._round.open([], known=False)
+            self._compare_options(bucket, options, plan)
+        self._plans.append(plan)
+        self._round.add(bucket, plan)
+        self._round.send(list(bucket.flat_values(grads)))
+        self._buffers[bucket] = ddp_bucket.buffer()
         self._grads |= grads
+
+    def _compare_options(self, bucket: Bucket, options: dict[str, Any], plan: Plan) -> None:
+        """Has the workers compare options that change the size of what is sent.
+
+        DDP itself may cut other buckets, but does so on all workers alike.
+        """
+        before, bucket.group = bucket.group, options
+        expected = self._round.plan(self._rule, bucket, 0, before, {})
+        if expected.size() != plan.size():
+            rest = self._plans_before[1:] if self._plans_before else []
+            self._round.compare([expected, *rest], plan.size())
 
     def _finish(self) -> None:
         """The verdict needs all buckets, so every bucket's gradient is ready with the last one."""
-        if self._started:
-            for transfer in self._started:
-                transfer.wait()
-            skip = transfers.agree(self._started)
-            transfers.raise_on(self._started, skip, self._exchange.rank, self.nonfinite)
-            for transfer in self._started:
-                transfer.merge(skip)
-            for _, buffer in self._waiting:
-                buffer.zero_()
-            if self._skipped is None:
-                self._skipped = torch.zeros(1, dtype=torch.int64, device=skip.device)
-            count: Tensor | None = self._skipped
-            flags = self._damage.flags(skip, self._exchange.size)
-            for transfer in self._started:  # 0 - (-1) a_t is a_t, bit for bit
-                transfer.finish(transfer.bucket.flat_values(self._grads), -1.0, skip, count, flags)
-                count = None  # once for all buckets
-            self._damage.report()
+        late: list[BaseException] = []
+        if self._plans:
+            late = self._round.finish(self._target)
             self._write_grads()
-        waiting = self._waiting
-        self._started, self._waiting, self._grads = [], [], {}
-        self._steps += 1
+        waiting, self._plans_before = self._waiting, self._plans
+        self._waiting, self._buffers, self._grads = [], {}, {}
         for future, buffer in waiting:
             future.set_result(buffer)
+        steps.raise_first(late)
+
+    def _target(self, bucket: Bucket) -> tuple[list[Tensor], float]:
+        self._buffers[bucket].zero_()
+        return bucket.flat_values(self._grads), -1.0  # 0 - (-1) a_t is a_t, bit for bit
 
     def _write_grads(self) -> None:
         """What DDP does next, but also where no worker used a parameter, which DDP leaves out.
@@ -248,9 +230,14 @@ class GMCHookState:
             elif not views:
                 param.grad.copy_(grad)
 
-    def _abandon(self) -> None:
-        transfers.cancel(self._started)
-        self._started, self._waiting, self._grads = [], [], {}
+    def _cancel(self) -> None:
+        """Ends a backward pass half-way. The workers that wait for the rest of it learn so."""
+        bucket = next(iter(self._bucket_of.values()), None)
+        if bucket is not None:
+            for plan in self._plans_before[len(self._plans) :]:
+                self._round.add(bucket, plan)
+        self._waiting, self._buffers, self._grads, self._plans = [], {}, {}, []
+        self._round.cancel()
 
     def _bucket(self, params: list[Tensor]) -> Bucket | None:
         """The bucket of these parameters, which DDP may group in another way from step to step."""
@@ -258,14 +245,15 @@ class GMCHookState:
         if found is not None and set(found.params) == {p for p in params if p.numel()}:
             return found
         for old in {self._bucket_of[p] for p in params if p in self._bucket_of}:
-            held = states.export([old], [self._options()], self._rule)
+            held = states.export([old], self._rule)
             self._held |= {p: {k: v.clone() for k, v in s.items()} for p, s in held.items()}
             for param in old.params:
                 del self._bucket_of[param]
         for i, param in enumerate(params):
-            hyperparameters.check_param(param, f"parameter {i} of a bucket")
-        for bucket in make_buckets(params, 0, MAX_NUMEL, self._rule.local_momentum):  # one or none
-            states.install([bucket], [self._options()], self._rule, self._held)
+            checks.check_param(param, f"parameter {i} of a bucket")
+        local_momentum, options = self._rule.local_momentum, self._options()
+        for bucket in make_buckets(params, options, MAX_NUMEL, local_momentum):  # one or none
+            states.install([bucket], self._rule, self._held)
             for param in bucket.params:
                 self._bucket_of[param] = bucket
                 self._held.pop(param, None)
@@ -282,8 +270,9 @@ class GMCHookState:
             ValueError: constructed without named_parameters.
         """
         self._check_names()
-        held = self._held | states.export(self._buckets(), [self._options()], self._rule)
-        stamp = states.Stamp(type(self).__name__, self._exchange.rank, self._exchange.size, False)
+        held = self._held | states.export(self._buckets(), self._rule)
+        exchange = self._round.exchange
+        stamp = states.Stamp(type(self).__name__, exchange.rank, exchange.size, False)
         return {
             "parameters": {name: held[p] for name, p in self._names.items() if p in held},
             "saved_by": asdict(stamp),
@@ -313,9 +302,10 @@ class GMCHookState:
                         f"{tuple(self._names[name].shape)}"
                     )
         loaded = states.Loaded([], held, stamp)
-        states.warn_of_another_ranks(loaded, self._exchange.rank, self._exchange.size)
-        states.install(self._buckets(), [self._options()], self._rule, held)
-        self._damage = DamageWatch()
+        exchange = self._round.exchange
+        states.warn_of_another_ranks(loaded, exchange.rank, exchange.size)
+        states.install(self._buckets(), self._rule, held)
+        self._round.damage = DamageWatch()
         self._held = {
             p: {k: v.to(p.device, copy=True) for k, v in tensors.items()}
             for p, tensors in held.items()
@@ -324,7 +314,14 @@ class GMCHookState:
 
     def stats(self) -> dict[str, Any]:
         """As :meth:`gmc_cuda.GMC.stats`."""
-        return figures(self._buckets(), self._steps, self._skipped)
+        return figures(self._buckets(), self._round.steps, self._round.skipped)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a GMCHookState cannot be copied or pickled: its memory belongs to the parameters of "
+            "this process. Save state.state_dict() on each worker (construct it with "
+            "named_parameters=model.named_parameters()), and load it into a new GMCHookState"
+        )
 
     def _buckets(self) -> list[Bucket]:
         return list(dict.fromkeys(self._bucket_of.values()))
@@ -351,3 +348,8 @@ def gmc_hook(state: GMCHookState, bucket: GradBucket) -> Future[Tensor]:
     Memory, exchange and the skipping of non-finite steps are the optimizer's.
     """
     return state._on_bucket(bucket)
+
+
+# DDP compares a hook's annotations with classes, which these are only where torch.distributed is.
+gmc_hook.__annotations__.clear()
+getattr(gmc_hook, "__wrapped__", gmc_hook).__annotations__.clear()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmc_cuda import _extension  # noqa: F401  (loads the operators)
+from gmc_cuda._engine import library  # noqa: F401  (loads the operators)
 
 _ops = torch.ops.gmc_cuda
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import gmc_cuda
-from gmc_cuda._extension import build_config, extension
+from gmc_cuda._engine.library import build_config, extension
 
 
 def describe_build() -> list[str]:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from typing import Any, ClassVar
+import functools
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import suppress
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from gmc_cuda import agreement, ddp
-from gmc_cuda.compressed_sgd import CompressedSGD
+from gmc_cuda._engine import agreement, ddp_guard, engine
+from gmc_cuda._engine import state as states
+from gmc_cuda._engine.bucket import DTYPES, in_storage_order
+from gmc_cuda._engine.exchange import Exchange
+from gmc_cuda._engine.optimizer import CompressedSGD
+from gmc_cuda._engine.wrapper import Failed, Wrapper, told_by_constructor
 from gmc_cuda.optim import GMC
 
-_KEY = "local_updates"  # in a state_dict, beside the inner optimizer's keys
+_KEY = "local_updates"  # in each param group of a state_dict: what is not of one parameter
+_OUTER = "outer."  # before the name of what is, and is not the inner optimizer's
+_START = _OUTER + "start"
+
+_kind = attrgetter("requires_grad", "dtype", "layout", "shape")
 
 
-class LocalUpdates(torch.optim.Optimizer):
+class LocalUpdates(Wrapper):
     """Every H steps of an inner optimizer, the workers exchange what they moved.
 
     Each worker trains alone for H steps, from the common w to its own w_k. The outer optimizer then
@@ -33,8 +44,13 @@ class LocalUpdates(torch.optim.Optimizer):
     of steps. Workers' parameters differ within a round: call :meth:`synchronize` on all of them
     before the model is evaluated or saved at another place than the end of a round.
 
+    Layers may be frozen and unfrozen, and parameters be replaced, added, removed, converted and
+    moved at any time, on all workers alike; a round exchanges what was trained in any of its steps.
+    A parameter that is trained from some step on starts with rank 0's values.
+
     Args:
-        inner_optimizer: any ``torch.optim.Optimizer``; nothing of it is communicated.
+        inner_optimizer: any ``torch.optim.Optimizer``; nothing of it is communicated. What it
+            trains is float32, bfloat16 or float16; frozen parameters may be anything.
         outer: makes the outer optimizer from a list of parameters, for example
             ``functools.partial(gmc_cuda.GMC, lr=0.7, density=0.02)``. Default: GMC with
             ``DEFAULTS``.
@@ -43,8 +59,8 @@ class LocalUpdates(torch.optim.Optimizer):
             of that, one round late; until then a worker goes on from where it was itself.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be used, or workers that differ (on every
-            worker).
+        TypeError, ValueError: an argument that cannot be used, or workers that differ. If only one
+            worker met it, the others raise RuntimeError with its rank and reason.
     """
 
     # What waits in memory acts late, like momentum, which therefore added nothing in trials; larger
@@ -55,7 +71,14 @@ class LocalUpdates(torch.optim.Optimizer):
         "density": 0.02,
         "memory_decay": 0.95,
     }
+    _COPIED = (
+        "inner", "outer", "every", "overlap", "_copies", "_new", "_seen", "_kinds", "_steps",
+        "_on_the_way",
+    )  # fmt: skip
 
+    # Its tensors must be usable later, wherever this is called.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(
         self,
         inner_optimizer: torch.optim.Optimizer,
@@ -65,46 +88,62 @@ class LocalUpdates(torch.optim.Optimizer):
         overlap: bool = False,
     ) -> None:
         # Not super().__init__(): param_groups and state are the inner optimizer's.
-        if isinstance(outer, torch.optim.Optimizer):
-            raise TypeError(
-                f"outer: got a {type(outer).__name__}, must be what makes one over other "
-                "parameters than the model's: functools.partial(gmc_cuda.GMC, lr=0.7)"
-            )
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"every: got {every!r}, must be a number of steps, at least 1")
         self.inner, self.every, self.overlap = inner_optimizer, every, overlap
-        self._params = [p for g in inner_optimizer.param_groups for p in g["params"]]
-        self._params = [p for p in self._params if p.requires_grad]
-        self._start: list[Tensor] = [nn.Parameter(p.detach().float().clone()) for p in self._params]
-        self.outer = GMC(self._start, **self.DEFAULTS) if outer is None else outer(self._start)
-        if not isinstance(self.outer, CompressedSGD):
-            raise TypeError(
-                f"outer: it made a {type(self.outer).__name__}, must make a gmc_cuda.GMC or DGC"
-            )
-        facts = {"every": every, "overlap": overlap, "inner optimizer": type(self.inner).__name__}
-        agreement.check(self.outer._exchange, facts, self._start[0].device)
+        self._copies: dict[Tensor, nn.Parameter] = {}  # the outer optimizer's, by inner parameter
+        self._new: list[Tensor] = []  # parameters whose copy still has each worker's own values
+        self._seen: list[Tensor] = []
+        self._kinds: list[Any] = []
         self._steps = 0
-        self._on_the_way: list[Tensor] | None = None  # what this worker sent, with overlap
-        self._go_on_from_start()
+        self._on_the_way: dict[Tensor, Tensor] | None = None  # what this worker sent, with overlap
+        try:
+            _check_arguments(inner_optimizer, outer, every)
+            self._begin_life()
+            self._check_kinds()
+            trained = [p for p in self._params() if p.requires_grad]
+            self._copies = {p: nn.Parameter(_float32(p)) for p in trained}
+        except Exception as error:
+            _tell(error, outer)
+        # With everything frozen there is nothing to exchange yet.
+        copies: list[Tensor] = list(self._copies.values())
+        copies = copies or [nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)]
+        self.outer = _make_outer(functools.partial(GMC, **self.DEFAULTS), outer, copies)
+        exchange = self.outer.engine.exchange
+        facts = {"every": every, "overlap": overlap, "inner optimizer": type(self.inner).__name__}
+        agreement.check(exchange, facts | self._model(), engine.device_of(self.inner))
+        frozen = [p for p in self._params() if not p.requires_grad]
+        engine.broadcast(exchange, [{"params": frozen}], engine.device_of(self.inner))
+        self._follow()
+        self._new = []  # the outer optimizer has given all workers rank 0's
+        self._go_on(self._copies)
 
     # ------------------------------------------------------------- what the inner optimizer has
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.inner.param_groups
 
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = groups
+
     @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.inner.state
+    def state(self) -> Any:
+        """The inner optimizer's state, to be read and written."""
+        return _State(self.inner)
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.inner.state = state.inner.state if isinstance(state, _State) else state
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         return self.inner.defaults
 
     def __getattr__(self, name: str) -> Any:
-        if name == "inner":  # not there yet
-            raise AttributeError(name)
-        return getattr(self.inner, name)  # the hooks of step() and the like
+        # What some optimizers have beyond torch.optim's, as train() and eval().
+        if name == "inner" or name.startswith("_"):
+            raise AttributeError(f"'LocalUpdates' object has no attribute '{name}'")
+        return getattr(self.inner, name)
 
     def __repr__(self) -> str:
         return f"LocalUpdates(every={self.every},\ninner={self.inner!r},\nouter={self.outer!r})"
@@ -112,11 +151,130 @@ class LocalUpdates(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none)
 
+    @property
+    def process_group(self) -> Any:
+        """The outer optimizer's workers. Set it on a copy from another process."""
+        return self.outer.process_group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self.outer.process_group = group
+
+    # ------------------------------------------------------------- parameters and their copies
+
+    def _params(self) -> list[Tensor]:
+        return engine.params_of(self.inner)
+
+    def _model(self) -> dict[str, Any]:
+        """What of the inner optimizer must be equal on all workers: not its options."""
+        model = ("number of ", "shape of ", "dtype of ", "requires_grad of ")
+        facts = agreement.describe(self.inner)
+        return {name: fact for name, fact in facts.items() if name.startswith(model)}
+
+    def _check_kinds(self) -> None:
+        for g, group in enumerate(self.inner.param_groups):
+            for i, param in enumerate(group["params"]):
+                dense = param.layout == torch.strided
+                if param.requires_grad and not (dense and param.dtype in DTYPES):
+                    raise TypeError(
+                        f"params: {agreement.parameter_name(group, i)} of group {g}: got "
+                        f"{param.dtype if dense else param.layout}, must be dense torch.float32, "
+                        "torch.bfloat16 or torch.float16 to be trained, since what it moved is "
+                        "exchanged in float32: convert it (model.float(), where it is float64), or "
+                        "freeze it (parameter.requires_grad_(False))"
+                    )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Makes a copy of what is trained from now on, before it moves."""
+        params = self._params()
+        kinds = list(map(_kind, params))
+        same = len(params) == len(self._seen) and all(map(is_, params, self._seen))
+        if same and kinds == self._kinds:
+            return
+        self._check_kinds()
+        between_rounds = self._steps % self.every == 0
+        for param in params:
+            copy = self._copies.get(param)
+            if not param.requires_grad:
+                if copy is not None and between_rounds:  # else it has moved in this round
+                    copy.requires_grad_(False)
+            elif copy is None or copy.shape != param.shape:
+                self._put(param, _float32(param))
+                self._new.append(param)
+            elif not copy.requires_grad:
+                if copy.device != param.device:
+                    self._put(param, copy.detach().to(param.device))
+                    copy = self._copies[param]
+                copy.requires_grad_(True)
+                if self._on_the_way is None or param not in self._on_the_way:
+                    # What was written to it while it was frozen counts; else float32's last bits.
+                    kept = copy.to(param.dtype) == param
+                    copy.copy_(torch.where(kept, copy, param.float()))
+                    self._new.append(param)
+        self._seen, self._kinds = params, kinds
+
+    def _put(self, param: Tensor, value: Tensor) -> None:
+        """Makes this value the parameter's copy, with the state of the one before."""
+        copy, old = nn.Parameter(value), self._copies.get(param)
+        groups, state = self.outer.param_groups, self.outer.state
+        if old is not None and old.shape == copy.shape:
+            for group in groups:
+                group["params"] = [copy if p is old else p for p in group["params"]]
+            if old in state:
+                state[copy] = state.pop(old)
+        else:
+            self._drop(param)
+            groups[0]["params"] = [*groups[0]["params"], copy]
+        self._copies[param] = copy
+
+    def _drop(self, param: Tensor) -> None:
+        copy = self._copies.pop(param, None)
+        if copy is not None:
+            for group in self.outer.param_groups:
+                group["params"] = [p for p in group["params"] if p is not copy]
+            self.outer.state.pop(copy, None)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _tidy(self) -> None:
+        """Lets go of the copies of parameters that are gone, and moves those of others along.
+
+        Not while an exchange is on its way, whose result goes to the copies that it was made from.
+        """
+        present = set(self._params())
+        for param in self._copies.keys() - present:
+            self._drop(param)
+        self._new = [p for p in self._new if p in present]
+        for param, copy in list(self._copies.items()):
+            if copy.device != param.device:
+                self._put(param, copy.detach().to(param.device))
+                self._copies[param].requires_grad_(copy.requires_grad)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        raise NotImplementedError(
-            "LocalUpdates: parameters cannot be added later; construct the inner optimizer with "
-            "all of them"
-        )
+        """Adds a group to the inner optimizer, with rank 0's values. All workers must call it.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as the constructor, on every worker; nothing was
+                changed.
+        """
+        self._refuse_open_exchange("add_param_group()")
+        known = len(self.inner.param_groups)
+        exchange = self.outer.engine.exchange
+        try:
+            try:
+                self.inner.add_param_group(param_group)
+                self._check_kinds()
+                facts: dict[str, Any] | Exception = self._model()
+            except Exception as error:
+                facts = error
+            agreement.check(exchange, facts, engine.device_of(self.inner))
+        except Exception:
+            del self.inner.param_groups[known:]
+            raise
+        engine.broadcast(exchange, self.inner.param_groups[known:], engine.device_of(self.inner))
+        self._follow()
 
     # -------------------------------------------------------------------------------- the steps
 
@@ -124,120 +282,385 @@ class LocalUpdates(torch.optim.Optimizer):
         """One inner step; every H-th time, also the exchange, for which all workers must call it.
 
         With a GradScaler, a worker whose gradients overflowed leaves its inner step out by itself.
+
+        Returns:
+            What the inner optimizer's step() returned.
+
+        Raises:
+            TypeError: a parameter that is trained now and cannot be; nothing was changed.
+            ValueError, RuntimeError: of the exchange, see :meth:`gmc_cuda.GMC.step`. The inner step
+                was made, and no movement is lost: the next step ends the round.
         """
-        loss = self._inner_step(closure)
-        self._steps += 1
-        if self._steps % self.every == 0:
-            self._end_round()
+        with self._scaling_ends():
+            self._follow()
+            loss = self._inner_step(closure)
+            if (self._steps + 1) % self.every == 0:
+                self._end_round()
+            self._steps += 1
         return loss
 
     def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        found_inf = self.__dict__.get("found_inf")
+        scale = self.__dict__.get("grad_scale")
         if not isinstance(found_inf, Tensor):
             return self.inner.step(closure)
         if found_inf.item():
             return None
         if scale is not None:
-            for param in self._params:
+            for param in self._params():
                 if param.grad is not None:
                     param.grad.div_(scale)
         return self.inner.step(closure)
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        # A scaler must call step() on every worker, or their rounds would end at different times.
-        return sys._getframe(1).f_globals.get("__name__") == torch.amp.grad_scaler.__name__
-
     @torch.no_grad()
     def _end_round(self) -> None:
-        if self.outer._steps == 0:
-            ddp.refuse_communicating(self._params, self.outer.process_group)
-        moved = [self._begun(i).float() - p.float() for i, p in enumerate(self._params)]
-        if self._on_the_way is not None:
+        if self.outer.engine.round.steps == 0:
+            ddp_guard.refuse_communicating(self._params(), self.outer.process_group)
+        present = set(self._params())
+        moved = {
+            param: self._begun(param).float() - param.float()
+            for param, copy in self._copies.items()
+            if copy.requires_grad and param in present
+        }
+        self._receive(moved)
+        self._tidy()
+        self._send(moved)
+        if not self.overlap:
+            self._receive({})
+        for param in moved:  # one that was frozen within the round has been exchanged
+            self._copies[param].requires_grad_(param.requires_grad)
+
+    def _receive(self, moved: dict[Tensor, Tensor]) -> None:
+        """Applies what is on its way, if anything is. The workers then go on from the result.
+
+        Args:
+            moved: what this worker has moved since. If the exchange fails, what was on its way is
+                in memory, and this worker has moved no more than this.
+        """
+        on_the_way = self._on_the_way
+        if on_the_way is None:
+            return
+        try:
             self.outer.step()
-        for start, difference in zip(self._start, moved, strict=True):
-            start.grad = difference
-        if self.overlap:
-            self.outer._begin()
-            self._on_the_way = moved
-        else:
-            self.outer.step()
-        self.outer.zero_grad()
-        self._go_on_from_start()
+        except BaseException:
+            self._on_the_way = None
+            for param in on_the_way:
+                if param in self._copies:
+                    begun = self._begun(param)
+                    param.copy_(begun - moved[param].to(begun) if param in moved else begun)
+            raise
+        self._on_the_way = None
+        self._go_on(on_the_way)
+
+    def _send(self, moved: dict[Tensor, Tensor]) -> None:
+        outer = self.outer.engine
+        copies = {param: self._copies[param] for param in moved}
+        for param, copy in copies.items():
+            copy.grad = moved[param]
+        try:
+            outer.begin()
+        except BaseException:
+            # What GMC took in is in its memory, and must not be counted as moved again.
+            self._go_on(param for param, copy in copies.items() if copy.grad is None)
+            raise
+        finally:
+            for copy in copies.values():
+                copy.grad = None
+        self._on_the_way = moved
+        new, self._new = self._new, []
+        outer.exchange.broadcast([in_storage_order(self._copies[p].detach()) for p in new])
+        self._go_on(moved)
 
     @torch.no_grad()
     def synchronize(self) -> None:
         """Ends the round now: afterwards all workers have the same parameters. All must call it."""
+        self._follow()
         if self._steps % self.every != 0:
             self._end_round()
             self._steps = 0
-        if self._on_the_way is not None:
-            self.outer.step()
-            self._on_the_way = None
-            self._go_on_from_start()
+        self._receive({})
 
-    def _begun(self, i: int) -> Tensor:
-        """Where this worker began the round, rounded as the parameter was."""
-        start = self._start[i].detach()
-        if self._on_the_way is not None:
-            start = start - self._on_the_way[i]
-        return start.to(self._params[i].dtype)
+    def _begun(self, param: Tensor) -> Tensor:
+        """Where this worker began the round, rounded as the parameter is."""
+        start = self._copies[param].detach()
+        if self._on_the_way is not None and param in self._on_the_way:
+            start = start - self._on_the_way[param].to(start.device)
+        return start.to(device=param.device, dtype=param.dtype)
 
-    @torch.no_grad()
-    def _go_on_from_start(self) -> None:
-        for i, param in enumerate(self._params):
-            param.copy_(self._begun(i))
+    def _go_on(self, params: Any) -> None:
+        for param in params:
+            if param in self._copies:
+                param.copy_(self._begun(param))
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Figures of the outer optimizer, whose step is a round; see :meth:`gmc_cuda.GMC.stats`."""
         return self.outer.stats()
 
     # ------------------------------------------------------------------------ saving and loading
 
+    def _refuse_open_exchange(self, what: str) -> None:
+        if self._on_the_way is not None:
+            raise RuntimeError(
+                f"LocalUpdates: {what} while an exchange is on its way; call "
+                "optimizer.synchronize() on all workers before"
+            )
+
     def average_memory_(self) -> None:
         """:meth:`gmc_cuda.GMC.average_memory_` of the outer optimizer. All workers call it."""
+        self._refuse_open_exchange("average_memory_()")
         self.outer.average_memory_()
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state_dict, and under "local_updates" everything else.
+        """The inner optimizer's state_dict, with the outer one's and where the round began in it.
 
         Each worker saves its own (or all of rank 0's, after :meth:`synchronize` and
         :meth:`average_memory_`); within a round the model's parameters are each worker's own too.
 
+        Returns:
+            In ``state``, by parameter, besides the inner optimizer's: "outer.start", "outer.memory"
+            and the like, float32 and shaped like it. In each param group, "local_updates".
+
         Raises:
             RuntimeError: with ``overlap``, while an exchange is on its way.
         """
-        if self._on_the_way is not None:
-            raise RuntimeError(
-                "LocalUpdates: an exchange is on its way; call optimizer.synchronize() on all "
-                "workers before saving"
-            )
-        return self.inner.state_dict() | {
-            _KEY: {
-                "outer": self.outer.state_dict(),
-                "start": [start.detach() for start in self._start],
-                "steps": self._steps,
-            }
-        }
+        return super().state_dict()
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave. No collective. The model is loaded by itself.
 
         Raises:
-            ValueError: it is not a LocalUpdates' state, or not of this model.
+            ValueError: it is not a LocalUpdates' state, or not of this model; nothing was changed.
+            RuntimeError: with ``overlap``, while an exchange is on its way.
+
+        Warns:
+            UserWarning: the outer memory is another rank's and not the average of all.
         """
-        if _KEY not in state_dict:
-            raise ValueError(
-                "state_dict: got the state of an inner optimizer alone; load it into that before "
-                "you construct LocalUpdates"
+        super().load_state_dict(state_dict)
+
+    def _saved(self) -> dict[str, Any]:
+        self._follow()
+        self._tidy()
+        saved, outer = self.inner.state_dict(), self.outer.state_dict()
+        entries = {
+            copy: outer["state"].get(j, {}) for j, copy in enumerate(engine.params_of(self.outer))
+        }
+        for i, param in enumerate(self._params()):
+            if param in self._copies:
+                copy = self._copies[param]
+                own = {_OUTER + name: value for name, value in entries[copy].items()}
+                saved["state"][i] = {
+                    **saved["state"].get(i, {}), **own, _START: copy.detach()
+                }  # fmt: skip
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in outer["param_groups"]]
+        for group in saved["param_groups"]:
+            group[_KEY] = {"outer": groups, "steps": self._steps}
+        return saved
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        self._follow()
+        self._tidy()
+        params = self._params()
+        state, groups = _read(state_dict, params)
+        own = groups[0][_KEY]
+        outer_state, starts = self._outer_parts(state, groups, params)
+        copies = dict(self._copies)
+        for param in starts:
+            if param not in copies:  # it was trained when it was saved, and is frozen here
+                copies[param] = nn.Parameter(_float32(param), requires_grad=param.requires_grad)
+        added = [copies[param] for param in starts if param not in self._copies]
+        groups_now = self.outer.param_groups
+        outer_groups = [{**group, "params": list(group["params"])} for group in groups_now]
+        outer_groups[0]["params"] += added
+        of_copy = {copy: param for param, copy in copies.items()}
+        outer_dict: dict[str, Any] = {"state": {}, "param_groups": []}
+        numbers = iter(range(sum(len(group["params"]) for group in outer_groups)))
+        for g, saved in enumerate(own["outer"]):
+            ids = []
+            for copy in outer_groups[g]["params"] if g < len(outer_groups) else []:
+                ids.append(next(numbers))
+                tensors = outer_state.get(of_copy.get(copy))  # type: ignore[arg-type]
+                if tensors:
+                    outer_dict["state"][ids[-1]] = tensors
+            outer_dict["param_groups"].append({**saved, "params": ids})
+        # The same as load_state_dict() looks at, while nothing has been changed.
+        states.read(outer_dict, outer_groups, self.outer.engine.rule, type(self.outer).__name__)
+        self.inner.load_state_dict(_inner_part(state_dict, state, groups))
+        for param in starts:
+            if param not in self._copies:
+                self._put(param, copies[param].detach())
+                self._copies[param].requires_grad_(param.requires_grad)
+        self.outer.load_state_dict(outer_dict)
+        for param, start in starts.items():
+            self._copies[param].copy_(start)
+        self._steps, self._new = own["steps"], []
+
+    @staticmethod
+    def _outer_parts(
+        state: dict[Any, Any], groups: list[dict[str, Any]], params: list[Tensor]
+    ) -> tuple[dict[Tensor, dict[str, Any]], dict[Tensor, Tensor]]:
+        """By parameter: what the outer optimizer had of it, and where the round began."""
+        ids = list(chain.from_iterable(group["params"] for group in groups))
+        if len(ids) != len(params):
+            raise ValueError(f"state_dict: got {len(ids)} parameters, must be {len(params)}")
+        outer_state, starts = {}, {}
+        for i, param in zip(ids, params, strict=True):
+            entry = state.get(i, {})
+            own = {k[len(_OUTER) :]: v for k, v in entry.items() if _is_outers(k) and k != _START}
+            if own:
+                outer_state[param] = own
+            if _START in entry:
+                starts[param] = entry[_START]
+                if starts[param].shape != param.shape:
+                    raise ValueError(
+                        f"state_dict: parameter {i} had shape {tuple(starts[param].shape)}, must "
+                        f"be {tuple(param.shape)}: got parameters of other shapes than this model's"
+                    )
+        return outer_state, starts
+
+
+class _State(MutableMapping[Any, Any]):
+    """An optimizer's state, whichever mapping that is at the moment.
+
+    It is never false: torch.distributed.checkpoint makes a step with lr 0 where a state is, which
+    would shift this worker's rounds.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+
+    def __getitem__(self, param: Any) -> Any:
+        return self.inner.state[param]
+
+    def __setitem__(self, param: Any, entry: Any) -> None:
+        self.inner.state[param] = entry
+
+    def __delitem__(self, param: Any) -> None:
+        del self.inner.state[param]
+
+    def __contains__(self, param: Any) -> bool:
+        return param in self.inner.state  # a look at a defaultdict must not add to it
+
+    def get(self, param: Any, default: Any = None) -> Any:
+        return self.inner.state.get(param, default)
+
+    def pop(self, param: Any, *default: Any) -> Any:
+        return self.inner.state.pop(param, *default)
+
+    def setdefault(self, param: Any, default: Any = None) -> Any:
+        return self.inner.state.setdefault(param, default)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.inner.state)
+
+    def __len__(self) -> int:
+        return len(self.inner.state)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return repr(self.inner.state)
+
+
+def _float32(param: Tensor) -> Tensor:
+    return param.detach().float().clone()
+
+
+def _is_outers(name: Any) -> bool:
+    return isinstance(name, str) and name.startswith(_OUTER)
+
+
+# -------------------------------------------------------------- what the constructor may refuse
+
+
+def _check_arguments(inner: Any, outer: Any, every: Any) -> None:
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise TypeError(
+            f"inner_optimizer: got {type(inner).__name__}, must be a torch.optim.Optimizer: "
+            "torch.optim.AdamW(model.parameters(), lr=1e-3)"
+        )
+    if isinstance(outer, torch.optim.Optimizer) or not (outer is None or callable(outer)):
+        raise TypeError(
+            f"outer: got a {type(outer).__name__}, must be what makes one over other "
+            "parameters than the model's: functools.partial(gmc_cuda.GMC, lr=0.7)"
+        )
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"every: got {every!r}, must be a number of steps, at least 1")
+
+
+def _make_outer(default: Any, outer: Any, copies: list[Tensor]) -> CompressedSGD:
+    try:
+        made = (outer or default)(copies)
+        if not isinstance(made, CompressedSGD):
+            raise TypeError(
+                f"outer: it made a {type(made).__name__}, must make a gmc_cuda.GMC or DGC"
             )
-        own = state_dict[_KEY]
-        shapes = [tuple(start.shape) for start in own["start"]]
-        if shapes != [tuple(start.shape) for start in self._start]:
-            raise ValueError("state_dict: got parameters of other shapes than this model's")
-        self.outer.load_state_dict(own["outer"])
-        self.inner.load_state_dict({k: v for k, v in state_dict.items() if k != _KEY})
-        for start, saved in zip(self._start, own["start"], strict=True):
-            start.copy_(saved)
-        self._steps, self._on_the_way = own["steps"], None
+    except Exception as error:
+        if told_by_constructor(error):
+            raise
+        _tell(error, outer)
+    return made
+
+
+def _tell(error: Exception, outer: Any) -> NoReturn:
+    """Raises the error here, and its text on the workers that wait in their outer optimizer's
+    constructor."""
+    if callable(outer) and not isinstance(outer, functools.partial):
+        with suppress(Exception):  # its process group is known to it alone
+            outer(Failed(error))
+        raise error
+    group = outer.process_group if isinstance(outer, CompressedSGD) else None
+    if isinstance(outer, functools.partial):
+        group = outer.keywords.get("process_group")
+    agreement.check(Exchange(group), error, torch.device("cpu"))
+    raise error
+
+
+# ---------------------------------------------------------------------- what may be in a state_dict
+
+
+def _read(
+    state_dict: dict[str, Any], params: list[Tensor]
+) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    """Its state and param groups, as :meth:`LocalUpdates.state_dict` makes them today.
+
+    Raises:
+        ValueError: it is another optimizer's.
+    """
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if _KEY in state_dict:  # as earlier versions made it: the trained parameters' in a list
+        old = state_dict[_KEY]
+        ids = chain.from_iterable(group["params"] for group in groups)
+        trained = [i for i, param in zip(ids, params) if param.requires_grad]
+        if len(trained) != len(old["start"]):
+            raise ValueError(
+                f"state_dict: got {len(old['start'])} trained parameters, must be {len(trained)}"
+            )
+        state = {i: dict(entry) for i, entry in state.items()}
+        for j, (i, start) in enumerate(zip(trained, old["start"], strict=True)):
+            own = {_OUTER + k: v for k, v in old["outer"]["state"].get(j, {}).items()}
+            state[i] = {**state.get(i, {}), **own, _START: start}
+        value = {"outer": old["outer"]["param_groups"], "steps": old["steps"]}
+        groups = [{**group, _KEY: value} for group in groups]
+    if not groups or not all(_KEY in group for group in groups):
+        other = next((g["saved_by"]["optimizer"] for g in groups if "saved_by" in g), None)
+        if other is not None:
+            raise ValueError(f"state_dict: got the state of {other}, must be of LocalUpdates")
+        raise ValueError(
+            "state_dict: got the state of an inner optimizer alone; load it into that before "
+            "you construct LocalUpdates"
+        )
+    return state, groups
+
+
+def _inner_part(
+    state_dict: dict[str, Any], state: dict[Any, Any], groups: list[dict[str, Any]]
+) -> dict[str, Any]:
+    inner = {i: {k: v for k, v in entry.items() if not _is_outers(k)} for i, entry in state.items()}
+    return {
+        **{key: value for key, value in state_dict.items() if key != _KEY},
+        "state": {i: entry for i, entry in inner.items() if entry},
+        "param_groups": [{k: v for k, v in g.items() if k != _KEY} for g in groups],
+    }

@@ -2,21 +2,56 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gmc_cuda import ddp, hyperparameters
-from gmc_cuda.compressed_sgd import CompressedSGD
+from gmc_cuda._engine import agreement, checks, ddp_guard, engine
+from gmc_cuda._engine import state as states
+from gmc_cuda._engine.bucket import DTYPES
+from gmc_cuda._engine.engine import Engine
+from gmc_cuda._engine.exchange import Exchange
+from gmc_cuda._engine.optimizer import CompressedSGD
+from gmc_cuda._engine.wrapper import Wrapper, told_by_constructor
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+_KEY = "node_average"  # in each param group of a state_dict: which parts they are
+_NAMES = ("memory", *states.MOMENTUM_NAMES)
 
-class NodeAverage(torch.optim.Optimizer):
+_kind = attrgetter("requires_grad", "dtype", "device", "shape")
+
+
+class _Part(NamedTuple):
+    """What one worker has of a parameter: elements begin to begin + own.numel(), in their order."""
+
+    own: nn.Parameter
+    begin: int
+
+
+class _Share(NamedTuple):
+    """The trained parameters of a group and dtype, one after the other, cut into equal shares.
+
+    Attributes:
+        params: the user's.
+        own: this worker's share, 1-D, of which the parts are views; padded at the very end.
+        pieces: those parts that are not empty, with their parameters.
+    """
+
+    params: list[Tensor]
+    own: Tensor
+    pieces: list[tuple[Tensor, _Part]]
+
+
+class NodeAverage(Wrapper):
     """Averages gradients inside a node, and trains a share of the parameters on each worker.
 
     Each worker of a node owns an equal share of all parameters. A step averages the gradients
@@ -30,115 +65,587 @@ class NodeAverage(torch.optim.Optimizer):
             model.parameters(), functools.partial(gmc_cuda.GMC, lr=0.1, density=0.01), mesh
         )
 
-    For FSDP2 it is not needed: it does the same by itself, see ``process_group`` of GMC.
+    ``param_groups`` are over the parameters given here, with the options of GMC. ``state[p]`` is
+    that of this worker's part of p, one-dimensional: float32 "memory" and momentum, where the part
+    is not empty. Layers may be frozen and unfrozen, and parameters be replaced, added, removed and
+    converted between steps, on all workers alike; what was not sent of them waits. For FSDP2 it is
+    not needed: that does the same by itself, see ``process_group`` of GMC.
 
     Args:
-        params: parameters of one dtype, on one device. All have the same options, which are the
-            inner optimizer's: ``param_groups`` and ``state`` are.
-        make: makes the GMC or DGC over the share, from a list of one parameter and
+        params: parameters, named parameters or param groups, as of GMC. Workers start from rank
+            0's values.
+        make: makes the GMC or DGC over the worker's parts, from a list of param groups and
             ``process_group``.
         mesh: 2-D: across nodes, then inside a node.
 
     Raises:
-        ValueError, TypeError: an argument that cannot be used.
+        ValueError, TypeError: an argument that cannot be used, or workers that differ. If only one
+            worker met it, the others raise RuntimeError with its rank and reason.
+
+    Attributes:
+        inner: the GMC or DGC over this worker's parts.
     """
 
+    inner: CompressedSGD
+    state: Any
+    _COPIED = ("inner", "defaults", "param_groups", "_across", "_inside", "_place", "_parts")
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(self, params: Any, make: Callable[..., CompressedSGD], mesh: Any) -> None:
-        # Not super().__init__(): param_groups and state are the inner optimizer's.
-        self._params = [p for p in params if p.requires_grad]
         if getattr(mesh, "ndim", 0) != 2:
             raise ValueError(f"mesh: got {mesh!r}, must be a 2-D device mesh: across, inside")
-        kinds = {(p.dtype, p.device) for p in self._params}
-        if len(kinds) != 1:
+        self._across, self._inside = Exchange(mesh.get_group(0)), Exchange(mesh.get_group(1))
+        self._place = self._inside.rank, self._inside.size
+        self._parts: dict[Tensor, _Part] = {}
+        self._shown: list[Any] = []  # the inner optimizer's entries, and ours where there are none
+        self._entries: list[Any] = []
+        try:
+            super().__init__(params, {})
+            self._check_params()
+            facts: dict[str, Any] | Exception = agreement.describe(self)
+        except Exception as error:
+            facts = error
+        self._agree(facts)
+        self._broadcast(self.param_groups)
+        groups = self._cut(set())
+        try:
+            inner = make(groups, process_group=mesh)
+            if not isinstance(inner, CompressedSGD):
+                raise TypeError(
+                    f"make: it made a {type(inner).__name__}, must make a gmc_cuda.GMC or DGC"
+                )
+            self.inner = inner
+            facts = {}
+        except Exception as error:
+            facts = error
+            if not told_by_constructor(error):
+                with suppress(Exception):  # the other nodes' workers wait in their constructors
+                    agreement.check(self._across, error, torch.device("cpu"))
+        self._agree(facts)
+        self.defaults = self.inner.defaults
+        self._take_options()
+        self._show()
+
+    # ------------------------------------------------------------------- what workers agree on
+
+    @property
+    def _workers(self) -> int:
+        return self._place[1]
+
+    def _agree(self, facts: dict[str, Any] | Exception) -> None:
+        """As agreement.check, over all workers of all nodes, in the order of the mesh."""
+        failed = repr(facts) if isinstance(facts, Exception) else None
+        everyone: list[Any] = [failed or facts]
+        for exchange in (self._inside, self._across):
+            answers = exchange.gather_objects(everyone, engine.device_of(self))
+            everyone = list(chain.from_iterable(answers))
+        if isinstance(facts, Exception):
+            raise facts
+        for rank, other in enumerate(everyone):
+            if isinstance(other, str):
+                raise RuntimeError(f"rank {rank} could not set its optimizer up: {other}")
+        found = agreement.differences(everyone)
+        if found:
             raise ValueError(
-                f"params: got {len(kinds)} kinds of dtype and device, must be one: use a "
-                "NodeAverage for each"
+                "all ranks must train the same model with the same hyperparameters, but they "
+                f"differ in:{found}"
             )
-        for i, param in enumerate(self._params):
-            hyperparameters.check_param(param, f"params: parameter {i}")
-        self._inside, self._workers = mesh.get_group(1), mesh.size(1)
-        numel = sum(p.numel() for p in self._params)
-        self._share = -(-numel // self._workers)
-        first = self._share * mesh.get_local_rank(1)
-        self._own = nn.Parameter(self._flat(self._params)[first : first + self._share].clone())
-        self.inner = make([self._own], process_group=mesh)
-        self._gather()  # the inner optimizer may have broadcast another node's values
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.inner.param_groups
+    def _check_params(self) -> None:
+        seen: dict[Tensor, str] = {}
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                name = f"params: {agreement.parameter_name(group, i)} of group {g}"
+                if param in seen:
+                    raise ValueError(f"{name} is in them twice")
+                seen[param] = name
+                if param.requires_grad:
+                    if hasattr(param, "to_local"):
+                        raise TypeError(
+                            f"{name}: got a DTensor, must be a whole parameter: for sharded ones "
+                            "gmc_cuda.GMC(model.parameters(), lr, process_group=mesh)"
+                        )
+                    checks.check_param(param, name)
+        devices = sorted({str(p.device) for p in seen if p.requires_grad})
+        if len(devices) > 1:
+            raise ValueError(f"params: got devices {', '.join(devices)}, must be one device")
 
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.inner.state
+    def _broadcast(self, groups: list[dict[str, Any]]) -> None:
+        """Gives all workers rank 0's parameters: one worker of each node gets them across."""
+        device = engine.device_of(self)
+        if self._inside.rank == 0:
+            engine.broadcast(self._across, groups, device)
+        engine.broadcast(self._inside, groups, device)
 
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.inner.defaults
+    # ------------------------------------------------------------------------ parts and shares
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":  # not there yet
-            raise AttributeError(name)
-        return getattr(self.inner, name)
+    def _cut(self, had: set[Tensor]) -> list[dict[str, Any]]:
+        """Cuts each group's parameters into shares.
 
-    def __repr__(self) -> str:
-        return f"NodeAverage(workers={self._workers}, inner={self.inner!r})"
+        Args:
+            had: parameters of which some worker of the node has state.
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for param in self._params:
-            if set_to_none:
-                param.grad = None
-            elif param.grad is not None:
-                param.grad.zero_()
+        Returns:
+            the inner optimizer's param groups, each parameter's part in the place of it.
+        """
+        ranges = self._ranges(had)
+        self._parts = {
+            p: _Part(_empty_part(p, end - begin), begin) for p, (begin, end) in ranges.items()
+        }
+        self._share_storage()
+        return [
+            {**group, "params": [self._parts[p].own for p in group["params"]]}
+            for group in self.param_groups
+        ]
+
+    def _ranges(self, had: set[Tensor]) -> dict[Tensor, tuple[int, int]]:
+        ranges, rank = {}, self._place[0]
+        for params in self._flats():
+            size = self._share_of(params)
+            start = 0
+            for p in params:
+                first = min(max(rank * size - start, 0), p.numel())
+                ranges[p] = first, min(max((rank + 1) * size - start, 0), p.numel())
+                start += p.numel()
+        for p in engine.params_of(self):
+            if p not in ranges:  # frozen; with nothing that waits for it, it needs no part
+                size = -(-p.numel() // self._workers) if p in had else 0
+                ranges[p] = min(rank * size, p.numel()), min((rank + 1) * size, p.numel())
+        return ranges
+
+    def _flats(self) -> list[list[Tensor]]:
+        """The trained parameters of each group and dtype."""
+        flats = []
+        for group in self.param_groups:
+            by_dtype: dict[torch.dtype, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.requires_grad and p.numel():
+                    by_dtype.setdefault(p.dtype, []).append(p)
+            flats += list(by_dtype.values())
+        return flats
+
+    def _share_of(self, params: list[Tensor]) -> int:
+        return -(-sum(p.numel() for p in params) // self._workers)
+
+    def _share_storage(self) -> None:
+        """Lays the parts of each share one after the other, as they are gathered."""
+        self._shares = []
+        for params in self._flats():
+            own = params[0].new_zeros(self._share_of(params))
+            pieces = [(p, self._parts[p]) for p in params if self._parts[p].own.numel()]
+            self._shares.append(_Share(params, own, pieces))
+            start = 0
+            for _, (part, _) in pieces:
+                part.data = own[start : start + part.numel()]
+                start += part.numel()
+        self._params = engine.params_of(self)
+        self._kinds = list(map(_kind, self._params))
+        self._groups = list(self.param_groups)
+
+    def _holds(self) -> bool:
+        """Whether the parts are those of the param groups as they are now."""
+        groups = self.param_groups
+        params = engine.params_of(self)
+        same = len(groups) == len(self._groups) and all(map(is_, groups, self._groups))
+        same = same and len(params) == len(self._params) and all(map(is_, params, self._params))
+        return same and list(map(_kind, params)) == self._kinds
+
+    def _follow(self) -> None:
+        """Brings the parts in line with param_groups and state, which users change."""
+        entries = list(map(self.state.get, self._parts))
+        if len(entries) != len(self._entries) or not all(map(is_, entries, self._entries)):
+            self._take_state()
+        if not self._holds():
+            self._lay_out_anew()
+
+    def _take_state(self) -> None:
+        """Gives the inner optimizer what users put into state."""
+        for p, (own, _) in self._parts.items():
+            entry = self.state.get(p)
+            if entry is not self.inner.state.get(own):
+                self.inner.state.pop(own, None)
+                if entry:
+                    self.inner.state[own] = entry
+
+    def _show(self) -> None:
+        """Makes state show the inner optimizer's, which it replaces where it makes a new one."""
+        entries = [self.inner.state.get(own) for own, _ in self._parts.values()]
+        if len(entries) == len(self._shown) and all(map(is_, entries, self._shown)):
+            return
+        # An entry for each trained parameter: torch.distributed.checkpoint makes a step of an
+        # optimizer whose state is empty.
+        self.state = defaultdict(dict)
+        for p, entry in zip(self._parts, entries, strict=True):
+            if entry is not None or p.requires_grad:
+                self.state[p] = {} if entry is None else entry
+        self._shown, self._entries = entries, list(map(self.state.get, self._parts))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _lay_out_anew(self) -> None:
+        """Cuts the parameters anew. All that was not sent goes to who owns it from now on."""
+        self._check_params()
+        inner, parts, params = self.inner, self._parts, engine.params_of(self)
+        # State that was left for a parameter that is in no group any more waits for its return.
+        known = set(engine.params_of(inner))
+        waiting = [own for own, _ in parts.values() if own not in known]
+        groups = [*inner.param_groups, {**inner.defaults, "params": waiting}]
+        held = states.held(groups, inner.state, inner.engine.rule)
+        others = {
+            p: {k: v for k, v in inner.state.get(own, {}).items() if k not in _NAMES}
+            for p, (own, _) in parts.items()
+        }
+        names = [sorted(held.get(parts[p].own, {})) if p in parts else [] for p in params]
+        answers = self._inside.gather_objects(
+            (agreement.describe(self), names), engine.device_of(self)
+        )
+        found = agreement.differences([facts for facts, _ in answers])
+        if found:
+            raise ValueError(
+                "the workers of a node must change param groups and layers in the same step, but "
+                f"they differ in:{found}"
+            )
+        had = [sorted(set().union(*(theirs[i] for _, theirs in answers)))
+               for i in range(len(params))]  # fmt: skip
+        whole = [
+            {name: self._gather_state(p, parts.get(p), held, name) for name in names}
+            for p, names in zip(params, had, strict=True)
+        ]
+        inner.param_groups[:] = self._cut({p for p, names in zip(params, had) if names})
+        inner.state.clear()
+        for p, vectors in zip(params, whole, strict=True):
+            own, begin = self._parts[p]
+            end = begin + own.numel()
+            entry = dict(others.get(p, {}))
+            if own.numel():
+                entry |= {name: vector[begin:end].clone() for name, vector in vectors.items()}
+            if entry:
+                inner.state[own] = entry
+        for p in parts.keys() - set(params):
+            own = parts[p].own
+            if own in held:
+                self._parts[p] = parts[p]
+                inner.state[own] = {**others[p], **{k: v.clone() for k, v in held[own].items()}}
+        inner.engine.refresh()
+        self._show()
+
+    def _gather_state(self, p: Tensor, part: _Part | None, held: Any, name: str) -> Tensor:
+        """One vector of a parameter's state, of which each worker of the node has a part.
+
+        It is the sum with the others' zeros, of integers, so that every bit stays.
+        """
+        whole = torch.zeros(p.numel(), dtype=torch.float32, device=p.device)
+        if part is not None and name in held.get(part.own, {}):
+            value = held[part.own][name]
+            if part.begin + value.numel() <= p.numel():  # else the parameter has another shape now
+                whole[part.begin : part.begin + value.numel()].copy_(value)
+        self._inside.all_reduce(whole.view(torch.int32)).wait()
+        return whole
+
+    def _take_options(self) -> None:
+        """Shows the inner optimizer's options, among them what it writes there itself."""
+        for group, own in zip(self.param_groups, self.inner.param_groups, strict=True):
+            group.update((k, v) for k, v in own.items() if k != "params")
+
+    def _give_options(self) -> None:
+        for group, own in zip(self.param_groups, self.inner.param_groups, strict=True):
+            own.update((k, v) for k, v in group.items() if k != "params")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, with rank 0's values. All workers must call it.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as the constructor, on every worker; nothing was
+                changed.
+        """
+        if "inner" not in self.__dict__:  # torch's constructor calls it too
+            super().add_param_group(param_group)
+            return
+        known = len(self.param_groups)
+        try:
+            try:
+                super().add_param_group(checks.one_budget(param_group))
+                self._check_params()
+                rule = self.inner.engine.rule
+                engine.check_group(self.param_groups[known], known, rule)
+                facts: dict[str, Any] | Exception = agreement.describe(self)
+            except Exception as error:
+                facts = error
+            self._agree(facts)
+        except Exception:
+            del self.param_groups[known:]
+            raise
+        self._broadcast(self.param_groups[known:])
+        self._follow()
+
+    # -------------------------------------------------------------------------------- the step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Averages inside, exchanges across, gathers inside. All workers must call it.
 
-        A parameter without a gradient on this worker counts as zero.
+        A parameter without a gradient on this worker counts as zero. With a GradScaler all workers
+        skip a step in which any gradient overflowed; what that worker owns of it counts as zero.
+
+        Args:
+            closure: reevaluates the model and returns the loss, as in torch.optim.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError, TypeError, FloatingPointError, RuntimeError: as GMC's. After an error the
+                gradients that had been compressed are in memory, and ``.grad`` is None.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.inner._steps == 0:
-            ddp.refuse_communicating(self._params, self.inner.process_group)
-            ddp.refuse_communicating(self._params, self._inside)
-        grads = self._flat(
-            [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
-        )
-        own = torch.empty_like(grads[: self._share])
-        _reduce_scatter(own, grads.div_(self._workers), group=self._inside)
-        self._own.grad = own
-        self.inner.step()
-        self._own.grad = None
-        self._gather()
+        with self._scaling_ends():
+            self._step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """This worker's state, of its share. Each worker saves its own."""
-        return self.inner.state_dict()
+    def _step(self) -> None:
+        made_by = self.inner.engine
+        self._inside.check()
+        workers = self._across.size * self._workers
+        checks.check_scaler(hasattr(self, "found_inf"), made_by.scaled_together, workers, False)
+        if made_by.round.steps == 0:
+            for exchange in (self._across, self._inside):
+                ddp_guard.refuse_communicating(self._params, exchange.group)
+        for g, group in enumerate(self.param_groups):
+            engine.check_group(group, g, made_by.rule)
+        self._follow()
+        self._give_options()
+        for flat, share in zip(self._flat_gradients(), self._shares, strict=True):
+            self._set_gradients(share, flat)
+        before = made_by.round.steps
+        try:
+            self._inner_step()
+        except BaseException:
+            pieces = chain.from_iterable(share.pieces for share in self._shares)
+            if any(own.grad is None for _, (own, _) in pieces):  # GMC has them in memory
+                for p in self._params:
+                    p.grad = None
+            elif made_by.round.steps > before:  # it was made, and the others wait for this part
+                self._gather()
+            raise
+        finally:
+            for own, _ in self._parts.values():
+                own.grad = None
+        self._gather()
+        self._take_options()
+        self._show()
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads this worker's state, and takes its share of the parameters from the model.
+    def _inner_step(self) -> None:
+        inner: Any = self.inner
+        scaling = {k: self.__dict__[k] for k in ("grad_scale", "found_inf") if k in self.__dict__}
+        inner.__dict__.update(scaling)
+        try:
+            inner.step()
+        finally:
+            for name in scaling:
+                inner.__dict__.pop(name, None)
 
-        Load the model first.
-        """
-        self.inner.load_state_dict(state_dict)
-        first = self._share * dist.get_rank(self._inside)
-        self._own.copy_(self._flat(self._params)[first : first + self._share])
+    def _flat_gradients(self) -> list[Tensor]:
+        """Each share's gradients of all workers' parts, one after the other, padded with zeros."""
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                grad = p.grad if p.requires_grad else None
+                if grad is not None and (grad.layout != torch.strided or grad.dtype not in DTYPES):
+                    name = f"{agreement.parameter_name(group, i)} of group {g}"
+                    checks.refuse_gradient(grad, name)
+        flats = []
+        for share in self._shares:
+            flat = share.own.new_empty(self._workers * share.own.numel())
+            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in share.params]
+            numel = sum(p.numel() for p in share.params)
+            torch.cat([grad.reshape(-1) for grad in parts], out=flat[:numel])
+            flat[numel:] = 0.0
+            found_inf = self.__dict__.get("found_inf")
+            if isinstance(found_inf, Tensor):  # it must not reach the other workers' shares
+                flat.masked_fill_(found_inf.to(flat.device) != 0, 0.0)
+            flats.append(flat)
+        return flats
 
-    def _flat(self, tensors: list[Tensor]) -> Tensor:
-        """One after the other, padded with zeros to equal shares."""
-        flat = torch.cat([t.detach().reshape(-1) for t in tensors])
-        return nn.functional.pad(flat, (0, self._workers * self._share - flat.numel()))
+    def _set_gradients(self, share: _Share, flat: Tensor) -> None:
+        """Averages over the node, and gives the parts their gradients and the values of today."""
+        own = flat
+        if self._workers > 1:
+            own = torch.empty_like(share.own)
+            _reduce_scatter(own, flat.div_(self._workers), group=self._inside.group)
+        start, values = 0, []
+        for p, (part, begin) in share.pieces:
+            part.grad = own[start : start + part.numel()]
+            values.append(p.detach().reshape(-1)[begin : begin + part.numel()])
+            start += part.numel()
+        if values:
+            torch.cat(values, out=share.own[:start])
 
-    @torch.no_grad()
     def _gather(self) -> None:
-        flat = self._own.new_empty(self._workers * self._share)
-        _all_gather(flat, self._own.detach(), group=self._inside)
-        start = 0
-        for param in self._params:
-            param.copy_(flat[start : start + param.numel()].view(param.shape))
-            start += param.numel()
+        for share in self._shares:
+            flat = share.own
+            if self._workers > 1:
+                flat = flat.new_empty(self._workers * flat.numel())
+                _all_gather(flat, share.own, group=self._inside.group)
+            sizes = [p.numel() for p in share.params]
+            parts = flat[: sum(sizes)].split(sizes)
+            targets = [p.detach() for p in share.params]
+            torch._foreach_copy_(targets, [v.view(p.shape) for v, p in zip(parts, targets)])
+
+    @property
+    def engine(self) -> Engine:
+        """The inner optimizer's, for the other modules of gmc_cuda."""
+        return self.inner.engine
+
+    def last_step_skipped(self) -> Tensor | None:
+        """Whether the last step was skipped, by all workers: see :meth:`gmc_cuda.GMC.step`."""
+        return self.inner.last_step_skipped()
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of this worker's share; see :meth:`gmc_cuda.GMC.stats`."""
+        return self.inner.stats()
+
+    @property
+    def process_group(self) -> Any:
+        """The workers across nodes. Set it to the mesh on a copy from another process."""
+        return self._across.group
+
+    @process_group.setter
+    def process_group(self, mesh: Any) -> None:
+        if getattr(mesh, "ndim", 0) != 2:
+            raise ValueError(f"process_group: got {mesh!r}, must be a 2-D device mesh")
+        inside, across = Exchange(mesh.get_group(1)), Exchange(mesh.get_group(0))
+        if (inside.rank, inside.size) != self._place:
+            raise ValueError(
+                f"process_group: this is worker {inside.rank} of {inside.size} of its node, must "
+                f"be worker {self._place[0]} of {self._place[1]}, whose parts the copy has"
+            )
+        self.inner.process_group = mesh
+        self._across, self._inside = across, inside
+
+    def __repr__(self) -> str:
+        return f"NodeAverage(workers={self._workers}, inner={self.inner!r})"
+
+    # ------------------------------------------------------------------------ saving and loading
+
+    def average_memory_(self) -> None:
+        """:meth:`gmc_cuda.GMC.average_memory_` of the worker's share. All workers call it.
+
+        The workers of a node still have different parts: one node's states are then any node's.
+        """
+        self._follow()
+        self.inner.average_memory_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of this worker's parts. Each worker saves its own.
+
+        Collective if layers were frozen or unfrozen, or groups were changed, since the last step.
+
+        Returns:
+            As of GMC; in ``state``, by parameter, tensors are one-dimensional, and empty where this
+            worker has no part. Each param group has "node_average", which says whose part it is.
+        """
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads this worker's state. No collective. The model is loaded by itself.
+
+        Raises:
+            ValueError, TypeError: a state that does not fit, or of another worker of the node;
+                nothing was changed.
+        """
+        super().load_state_dict(state_dict)
+
+    def _saved(self) -> dict[str, Any]:
+        self._follow()
+        self._give_options()
+        rule, state = self.inner.engine.rule, self.inner.state
+        # torch's state_dict knows no state of a parameter that is in no group.
+        present = set(engine.params_of(self.inner))
+        gone = {own: state.pop(own) for own in list(state) if own not in present}
+        saved = self.inner.state_dict()
+        state.update(gone)
+        for group, own in zip(saved["param_groups"], self.param_groups, strict=True):
+            parts = [self._parts[p] for p in own["params"]]
+            group[_KEY] = {
+                "worker": self._place[0],
+                "workers": self._place[1],
+                "begins": [part.begin for part in parts],
+                "sizes": [part.own.numel() for part in parts],
+            }
+            for i, p in zip(group["params"], own["params"], strict=True):
+                if p.requires_grad and not saved["state"].get(i):
+                    names = ("memory", rule.momentum_name(group))
+                    empty = torch.empty(0, dtype=torch.float32, device=p.device)
+                    saved["state"][i] = {name: empty.clone() for name in names}
+        return saved
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        groups = state_dict["param_groups"]
+        for group in groups:
+            whose = group.get(_KEY)
+            if whose is None:
+                other = group.get("saved_by", {}).get("optimizer", "another optimizer")
+                raise ValueError(f"state_dict: got the state of {other}, must be of NodeAverage")
+            saved, own = (whose["worker"], whose["workers"]), self._place
+            if saved != own:
+                raise ValueError(
+                    f"state_dict: got that of worker {saved[0]} of {saved[1]} in its node, must be "
+                    f"of worker {own[0]} of {own[1]}: let each worker save and load its own"
+                )
+        self._follow()
+        before, parts, kinds = self.inner.param_groups[:], self._parts, self._kinds
+        fitted = self._fit(groups)
+        stripped = [{k: v for k, v in group.items() if k != _KEY} for group in groups]
+        try:
+            if fitted is not None:
+                self._parts = {**parts, **fitted}
+                self.inner.param_groups[:] = [
+                    {**own, "params": [self._parts[p].own for p in group["params"]]}
+                    for own, group in zip(before, self.param_groups, strict=True)
+                ]
+            self.inner.load_state_dict({**state_dict, "param_groups": stripped})
+        except BaseException:
+            self.inner.param_groups[:] = before
+            self._parts, self._kinds = parts, kinds
+            raise
+        self._take_options()
+        self._show()
+
+    def _fit(self, groups: list[dict[str, Any]]) -> dict[Tensor, _Part] | None:
+        """Parts as they were when the state was saved, where other layers were frozen then.
+
+        The next step cuts them anew.
+        """
+        fitted = {}
+        for saved, group in zip(groups, self.param_groups):
+            whose = saved[_KEY]
+            for p, begin, size in zip(group["params"], whose["begins"], whose["sizes"]):
+                part = self._parts[p]
+                if (begin, size) != (part.begin, part.own.numel()) and begin + size <= p.numel():
+                    fitted[p] = _Part(_empty_part(p, size), begin)
+        if fitted:
+            self._kinds = []  # of no parameters: what was cut for the present ones holds no longer
+        return fitted or None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._follow()
+        return super().__getstate__()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.state, self._entries, self._shown = defaultdict(dict), [], []
+        self._share_storage()
+        self.inner.engine.refresh()
+        self._show()
+
+
+def _empty_part(param: Tensor, numel: int) -> nn.Parameter:
+    part = torch.empty(numel, dtype=param.dtype, device=param.device)
+    return nn.Parameter(part, requires_grad=param.requires_grad)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmc_cuda import _extension, fake_ops  # noqa: F401  (load and complete the operators)
+from gmc_cuda import fake_ops  # noqa: F401  (completes the operators)
+from gmc_cuda._engine import library  # noqa: F401  (loads them)
 
 __all__ = [
     "payload_nbytes",

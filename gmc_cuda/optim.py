@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmc_cuda import hyperparameters
-from gmc_cuda import state_dict as states
-from gmc_cuda.compressed_sgd import CompressedSGD, Settings
-from gmc_cuda.rules import GlobalMomentum, LocalMomentum
+from gmc_cuda._engine import state as states
+from gmc_cuda._engine.checks import DENSITY
+from gmc_cuda._engine.engine import Settings
+from gmc_cuda._engine.optimizer import CompressedSGD
+from gmc_cuda._engine.rules import GlobalMomentum, LocalMomentum
 
 
 class GMC(CompressedSGD):
@@ -80,7 +81,7 @@ class GMC(CompressedSGD):
         lr: float | Tensor,
         *,
         momentum: float = 0.9,
-        density: float = hyperparameters.DENSITY,
+        density: float = DENSITY,
         bytes_ratio: float | None = None,
         weight_decay: float = 0.0,
         memory_decay: float = 1.0,
@@ -146,7 +147,7 @@ class DGC(CompressedSGD):
         lr: float | Tensor,
         *,
         momentum: float = 0.9,
-        density: float = hyperparameters.DENSITY,
+        density: float = DENSITY,
         bytes_ratio: float | None = None,
         weight_decay: float = 0.0,
         memory_decay: float = 1.0,

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gmc_cuda.compressed_sgd import CompressedSGD
+from gmc_cuda._engine.optimizer import CompressedSGD
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -37,7 +37,7 @@ def memory_of(optimizer: CompressedSGD, params: list[Tensor]) -> Tensor:
 def aggregate_of(optimizer: CompressedSGD, params: list[Tensor]) -> Tensor:
     """a_t, float64, in the order of params."""
     parts: dict[Tensor, Tensor] = {}
-    for bucket in optimizer._buckets:
+    for bucket in optimizer.engine.buckets:
         aggregate = bucket.dense_aggregate()
         if aggregate is None:
             aggregate = torch.zeros(bucket.numel)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gmc_cuda import _extension
+from gmc_cuda._engine import library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -213,8 +213,8 @@ def test_contradicting_or_unclear_switches_are_errors(plan):
 
 
 def test_record_of_this_build_agrees_with_the_binary():
-    config = _extension.build_config
-    assert config["with_cuda"] == hasattr(_extension.extension, "devices")
+    config = library.build_config
+    assert config["with_cuda"] == hasattr(library.extension, "devices")
     assert bool(config["cuda"]) == config["with_cuda"] == bool(config["arch_list"])
     assert "-ffp-contract=off" in config["cxx_flags"]
     assert config["summary"].startswith("gmc_cuda: built for ")
@@ -270,23 +270,23 @@ def test_other_errors_keep_the_runtimes_words(explain):
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.11.1+cpu", "2.13.0+cu130", "3.0.0a0+git1234"])
 def test_every_torch_from_the_oldest_on_will_do(version):
-    _extension.check_torch(version)
+    library.check_torch(version)
 
 
 @pytest.mark.parametrize("version", ["2.10.2+cu126", "2.9.1", "1.13.0"])
 def test_a_torch_that_is_too_old_is_refused(version):
     with pytest.raises(ImportError) as refused:
-        _extension.check_torch(version)
+        library.check_torch(version)
     message = str(refused.value)
     assert f"needs torch 2.11 or later; this is torch {version}" in message
     assert f"{shlex.quote(sys.executable)} -m pip install --upgrade 'torch>=2.11'" in message
 
 
 def test_an_old_torch_is_refused_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr(_extension.torch, "__version__", "2.10.0")
-    monkeypatch.setattr(_extension.importlib, "import_module", lambda name: 1 / 0)
+    monkeypatch.setattr(library.torch, "__version__", "2.10.0")
+    monkeypatch.setattr(library.importlib, "import_module", lambda name: 1 / 0)
     with pytest.raises(ImportError, match="needs torch 2.11"):
-        _extension.load()
+        library.load()
 
 
 @pytest.mark.parametrize("part", ["the module", "the operators"])
@@ -295,11 +295,11 @@ def test_the_loaders_own_words_are_kept(monkeypatch, part):
         raise OSError(f"{name}: undefined symbol: that")
 
     if part == "the module":
-        monkeypatch.setattr(_extension.importlib, "import_module", fail)
+        monkeypatch.setattr(library.importlib, "import_module", fail)
     else:
-        monkeypatch.setattr(_extension.torch.ops, "load_library", fail)
+        monkeypatch.setattr(library.torch.ops, "load_library", fail)
     with pytest.raises(ImportError, match=r"does not load: .*undefined symbol: that") as refused:
-        _extension.load()
+        library.load()
     python = shlex.quote(sys.executable)
     assert f"{python} -m pip install --no-build-isolation --no-deps" in str(refused.value)
 
@@ -308,23 +308,24 @@ def test_another_python_is_named(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(_extension, "read_record", lambda: {"python": "3.1.4"})
-    monkeypatch.setattr(_extension.importlib, "import_module", missing)
+    monkeypatch.setattr(library, "read_record", lambda: {"python": "3.1.4"})
+    monkeypatch.setattr(library.importlib, "import_module", missing)
     with pytest.raises(ImportError, match=r"is built for Python 3\.1\.4, and this is Python 3\."):
-        _extension.load()
+        library.load()
 
 
 def test_never_built_says_how_to_build(tmp_path):
-    package = tmp_path / "gmc_cuda"
-    package.mkdir()
-    (package / "__init__.py").touch()
+    package = tmp_path / "gmc_cuda" / "_engine"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").touch()
     (tmp_path / "setup.py").touch()
-    shutil.copy(_extension.__file__, package)
+    shutil.copy(library.__file__, package)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         # An editable install would find the missing module in the checkout.
         "sys.meta_path = [f for f in sys.meta_path if 'editable' not in f.__module__]\n"
-        "import gmc_cuda._extension"
+        "import gmc_cuda._engine.library"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert done.returncode == 1

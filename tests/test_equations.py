@@ -63,7 +63,7 @@ def check_equations(group, steps, options, drop_at, nan_steps, density_change=No
     iterate = group_options["momentum_form"] == "iterate"
     memory_decay, nesterov = group_options["memory_decay"], group_options["nesterov"]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [drop_at], gamma=0.1)
-    assert len(optimizer._buckets) > 1
+    assert len(optimizer.engine.buckets) > 1
 
     previous_lr, previous_move, stage = None, None, None
     a = torch.zeros_like(flat(params))

@@ -49,12 +49,12 @@ def test_a_group_that_appears_after_construction(tmp_path):
 ENDS_AT_ONCE = """
 import os, sys
 import torch, torch.distributed as dist
-from gmc_cuda.exchange import FlatGroup
+from gmc_cuda._engine.exchange import Exchange
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 sys.setswitchinterval(5)
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-exchange = FlatGroup(None)
+exchange = Exchange(None)
 for _ in range(20):
     gathered, work = exchange.all_gather(torch.zeros(100, dtype=torch.uint8))
     work.wait()

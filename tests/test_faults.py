@@ -17,7 +17,7 @@ from processes import Processes
 from torch.utils._pytree import tree_flatten
 
 import gmc_cuda
-from gmc_cuda import exchange
+from gmc_cuda._engine import exchange
 
 SIZE, VICTIM = 3, 1
 SURVIVORS = [rank for rank in range(SIZE) if rank != VICTIM]
@@ -37,7 +37,7 @@ def build(make, overlap):
         groups, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, density=0.1, overlap=overlap,
         bucket_cap_mb=150 * 4 / 2**20,
     )  # fmt: skip
-    assert len(optimizer._buckets) == 4
+    assert len(optimizer.engine.buckets) == 4
     return params, optimizer
 
 
@@ -78,18 +78,18 @@ def at_collective(optimizer, number, do):
 
         return call
 
-    group = optimizer._exchange
+    group = optimizer.engine.exchange
     group.all_gather, group.all_reduce = before(group.all_gather), before(group.all_reduce)
 
 
 def before_applying(optimizer, do):
-    apply = optimizer._apply
+    apply = optimizer.engine.round._apply
 
-    def call(skip):
+    def call(*args):
         do()
-        apply(skip)
+        apply(*args)
 
-    optimizer._apply = call
+    optimizer.engine.round._apply = call
 
 
 def refuse_the_second(optimizer):
@@ -307,7 +307,7 @@ def check_and_lose(say):
     train_a_step(params, optimizer, 1)
     before = flat(params)
     if dist.get_rank() == VICTIM:
-        at_collective(optimizer, len(optimizer._buckets) + 1, end)
+        at_collective(optimizer, len(optimizer.engine.buckets) + 1, end)
     words = rf"step 2, rank {dist.get_rank()} lost the group: the step was applied here, state_d"
     with pytest.raises(RuntimeError, match=words):
         train_a_step(params, optimizer, 2)
@@ -339,7 +339,7 @@ def test_an_interrupt_while_waiting(monkeypatch, density):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(exchange._Done, "wait", interrupt)
+        patch.setattr(exchange.Work, "wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
             step(train[1])
     assert torch.equal(flat(params), w) and aggregate_of(optimizer, params).count_nonzero() == 0

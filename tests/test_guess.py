@@ -72,7 +72,7 @@ def test_a_warm_up_keeps_the_state():
     param = torch.nn.Parameter(torch.zeros(100_000))
     optimizer = gmc_cuda.GMC([param], lr=0.1, density=0.001)
     schedule = gmc_cuda.schedules.DensityWarmup(optimizer, 60)
-    (bucket,) = optimizer._buckets
+    (bucket,) = optimizer.engine.buckets
     states = set()
     for _ in range(80):
         param.grad = torch.randn(100_000)

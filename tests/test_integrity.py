@@ -10,7 +10,7 @@ from problems import parameters, set_gradients
 
 import gmc_cuda
 from gmc_cuda import ops
-from gmc_cuda.integrity import DamageWatch
+from gmc_cuda._engine.watch import DamageWatch
 
 # ------------------------------------------------------------------------------ damaged payloads
 

@@ -5,12 +5,14 @@ import torch
 from problems import aggregate_of, flat, memory_of, parameters, set_gradients
 
 import gmc_cuda
-from gmc_cuda import reference, wire
+from gmc_cuda import reference
+from gmc_cuda._engine import budget
 
 
 def one_bucket(params):
     """The order of the bucket's index space."""
-    (bucket,) = gmc_cuda.GMC(params, 0.1)._buckets
+    optimizer = gmc_cuda.GMC(params, 0.1)
+    (bucket,) = optimizer.engine.buckets
     return bucket.params
 
 
@@ -22,7 +24,7 @@ def test_bits_of_the_reference(decay, nesterov):
     order = [next(i for i, p in enumerate(params) if p is q) for q in one_bucket(params)]
     twins = [twins[i] for i in order]
     numel = sum(p.numel() for p in twins)
-    k = wire.entries_at(0.1, numel)
+    k = budget.entries_at(0.1, numel)
     memory, previous = torch.zeros(numel), torch.zeros(numel)
     for step in range(6):
         set_gradients(params, 0, step)

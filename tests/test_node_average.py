@@ -1,108 +1,645 @@
-"""NodeAverage on two nodes of two gloo workers, against the mass equation of a flat run."""
+"""NodeAverage on nodes of gloo workers: the mass equation of a flat run, and what users change."""
 
+import copy
 import functools
+import io
+import pickle
 
 import pytest
 import torch
 import torch.distributed as dist
-from problems import (
-    aggregate_of,
-    flat,
-    mean,
-    memory_of,
-    parameters,
-    same_on_all_ranks,
-    set_gradients,
+from problems import flat, mean, parameters, same_on_all_ranks, set_gradients
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import Parameter
 
 import gmc_cuda
-from gmc_cuda import ops, wire
+from gmc_cuda import ops
+from gmc_cuda._engine import budget
+
+SHAPES = {"2x2": (2, 2), "4x1": (4, 1), "1x4": (1, 4)}
 
 
 def gmc(**options):
-    return functools.partial(gmc_cuda.GMC, lr=0.1, **options)
+    return functools.partial(gmc_cuda.GMC, **{"lr": 0.1, **options})
 
 
-def whole(optimizer, share):
-    """The node's shares, one after the other."""
-    parts = [torch.empty_like(share) for _ in range(2)]
-    dist.all_gather(parts, share, group=optimizer._inside)
-    return torch.cat(parts)
+def mesh_of(shape):
+    return init_device_mesh("cpu", SHAPES[shape])
 
 
-def mass(group, density, nan_at):
-    rank = dist.get_rank()
-    mesh = init_device_mesh("cpu", (2, 2))
+def whole(optimizer, name, params=None):
+    """What the node holds of a state vector, float64, in the order of the parameters."""
+    parts = []
+    for p in params or optimizer._params:
+        own, begin = optimizer._parts[p]
+        vector = torch.zeros(p.numel())
+        value = optimizer.inner.state.get(own, {}).get(name)
+        if value is not None:
+            vector[begin : begin + own.numel()] = value
+        parts.append(vector.double())
+    total = torch.cat(parts)
+    dist.all_reduce(total, group=optimizer._inside.group)
+    return total
+
+
+def average(optimizer, name, params=None):
+    """The mean over the nodes."""
+    return mean(optimizer._across.group, whole(optimizer, name, params))
+
+
+def step_keeps_mass(group, optimizer, params, gradient, decay=0.9):
+    """ubar + a_t = ubar + gbar + beta * a_{t-1}, w moves by lr * a_t, over the trained ones."""
+    before = average(optimizer, "memory", params) + gradient
+    before += decay * whole(optimizer, "momentum_buffer", params)
+    w, lr = flat(params), optimizer.param_groups[0]["lr"]
+    optimizer.step()
+    a = whole(optimizer, "momentum_buffer", params)
+    after = average(optimizer, "memory", params) + a
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(flat(params), w - lr * a, rtol=1e-6, atol=1e-6)
+    assert same_on_all_ranks(group, params)
+
+
+def mass(group, shape, density, nan_at):
+    rank, mesh = dist.get_rank(), mesh_of(shape)
     params = parameters()
     if rank > 0:
         with torch.no_grad():
-            params[0].zero_()  # what rank 0 has counts
+            for p in params:
+                p.zero_()  # what rank 0 has counts
     optimizer = gmc_cuda.NodeAverage(params, gmc(density=density), mesh)
-    assert same_on_all_ranks(group, params)
-    across, numel, own = mesh.get_group(0), flat(params).numel(), [optimizer._own]
+    assert torch.equal(flat(params), flat(parameters()))
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5, gamma=0.5)
-    for step in range(10):
+    for step in range(8):
         optimizer.zero_grad()
         set_gradients(params, rank, step)
         gradient = mean(group, flat([p.grad for p in params]))
-        if step == nan_at and rank == 3:
-            params[-1].grad[0, 0] = torch.nan
-        lr = optimizer.param_groups[0]["lr"]
-        w = flat(params)
-        before = whole(optimizer, aggregate_of(optimizer.inner, own))[:numel]
-        ubar = whole(optimizer, mean(across, memory_of(optimizer.inner, own)))[:numel]
-        optimizer.step()
-        a = whole(optimizer, aggregate_of(optimizer.inner, own))[:numel]
-        left = whole(optimizer, mean(across, memory_of(optimizer.inner, own)))[:numel] + a
-        assert same_on_all_ranks(group, params)
         if step == nan_at:
-            assert torch.equal(flat(params), w) and a.count_nonzero() == 0
+            if rank == 3:
+                params[-1].grad[0, 0] = torch.nan
+            w = flat(params)
+            optimizer.step()
+            assert torch.equal(flat(params), w) and optimizer.last_step_skipped()
+            assert not whole(optimizer, "momentum_buffer").any()
         else:
-            torch.testing.assert_close(left, ubar + gradient + 0.9 * before, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(flat(params), w - lr * a, rtol=1e-6, atol=1e-6)
+            step_keeps_mass(group, optimizer, params, gradient)
         schedule.step()
     return optimizer.stats()["bytes_per_step"]
 
 
 @pytest.mark.parametrize("nan_at", [None, 4])
 @pytest.mark.parametrize("density", [0.05, 1.0])
-def test_mass_equation_and_bytes_across(pool, density, nan_at):
-    sent = pool.run(4, mass, density, nan_at)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mass_equation_and_bytes_across(pool, shape, density, nan_at):
+    sent = pool.run(4, mass, shape, density, nan_at)
     numel = sum(p.numel() for p in parameters())
-    k = wire.entries_at(0.05, numel)
-    if density == 0.05:  # two workers of a node send what a flat one would, and a header
+    k = budget.entries_at(0.05, numel)
+    if density == 0.05 and shape == "2x2":  # two workers send what a flat one would, and a header
         assert sent[0] + sent[1] <= ops.payload_nbytes(numel, k, torch.bfloat16) + 96
 
 
-def resumed(group):
+def like_gmc(group, make, options):
+    """With one worker in a node it is GMC bit for bit; the density is the same for each bucket."""
     rank = dist.get_rank()
-    mesh = init_device_mesh("cpu", (2, 2))
+    params, twins = parameters(), parameters()
+    optimizer = gmc_cuda.NodeAverage(
+        [{"params": params[:3], "lr": 0.05}, {"params": params[3:]}],
+        functools.partial(make, **options), mesh_of("4x1"),
+    )  # fmt: skip
+    twin = make(
+        [{"params": twins[:3], "lr": 0.05}, {"params": twins[3:]}], process_group=group, **options
+    )
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in (optimizer, twin)]
+    for step in range(6):
+        for each, ps in ((optimizer, params), (twin, twins)):
+            each.zero_grad()
+            set_gradients(ps, rank, step)
+            each.step()
+        for schedule in schedules:
+            schedule.step()
+        assert torch.equal(flat(params), flat(twins))
+        for group_of, twin_group in zip(optimizer.param_groups, twin.param_groups):
+            assert {**group_of, "params": 0} == {**twin_group, "params": 0}
+        for p, q in zip(params, twins):
+            assert torch.equal(flat([optimizer.state[p]["memory"]]), flat([twin.state[q]["memory"]]))
 
-    def train(params, optimizer, steps):
-        for step in steps:
-            set_gradients(params, rank, step)
-            optimizer.step()
 
+@pytest.mark.parametrize(
+    "make,options",
+    [
+        (gmc_cuda.GMC, {"lr": 0.1, "density": 0.05}),
+        (gmc_cuda.GMC, {"lr": 0.1, "density": 1.0, "nesterov": True}),
+        (gmc_cuda.GMC, {"lr": 0.1, "density": 0.05, "momentum_form": "iterate"}),
+        (gmc_cuda.DGC, {"lr": 0.1, "density": 0.05, "weight_decay": 0.1}),
+    ],
+)
+def test_one_worker_a_node_is_gmc(pool, make, options):
+    pool.run(4, like_gmc, make, options)
+
+
+def like_sgd(group, change, shape):
+    """At density 1 it is SGD on the averaged gradients, whatever is changed between steps."""
+    rank, mesh = dist.get_rank(), mesh_of(shape)
+    params = parameters()
+    optimizer = gmc_cuda.NodeAverage(
+        [{"params": params[:4], "lr": 0.05}, {"params": params[4:]}], gmc(density=1.0), mesh
+    )
+    twins = parameters()
+    twin = torch.optim.SGD(
+        [{"params": twins[:4], "lr": 0.05}, {"params": twins[4:]}], lr=0.1, momentum=0.9
+    )
+    for step in range(8):
+        for each in (optimizer, twin):
+            CHANGES[change](each, step)
+            flat_params = [p for g in each.param_groups for p in g["params"]]
+            trained = [p for p in flat_params if p.requires_grad]
+            set_gradients(trained, rank, step)
+            if each is twin:
+                for p in trained:
+                    p.grad = mean(group, p.grad)
+            each.step()
+            each.zero_grad()
+        both = [[p for g in each.param_groups for p in g["params"]] for each in (optimizer, twin)]
+        torch.testing.assert_close(flat(both[0]), flat(both[1]), rtol=1e-5, atol=1e-6)
+        assert same_on_all_ranks(group, both[0])
+
+
+def _freeze(each, step):
+    first = each.param_groups[0]["params"]
+    if step in (2, 5):
+        first[1].requires_grad_(step == 5)
+        first[2].requires_grad_(step == 5)
+
+
+def _replace(each, step):
+    if step == 3:
+        torch.manual_seed(1)
+        each.param_groups[0]["params"][2] = Parameter(torch.randn(9, 9))
+
+
+def _remove_and_bring_back(each, step):
+    if step == 2:
+        each.kept = each.param_groups[0]["params"].pop(0)
+    if step == 5:
+        each.param_groups[1]["params"].append(each.kept)
+
+
+def _reorder(each, step):
+    if step == 3:
+        each.param_groups.reverse()
+        each.param_groups[1]["params"].reverse()
+
+
+def _merge(each, step):
+    if step == 3:
+        each.param_groups[0]["params"].extend(each.param_groups.pop()["params"])
+
+
+def _pop(each, step):
+    if step == 3:
+        for p in each.param_groups.pop()["params"]:
+            each.state.pop(p, None)
+
+
+def _append(each, step):
+    if step == 3:
+        each.param_groups[1]["params"].append(Parameter(torch.ones(3, 3)))
+
+
+def _add(each, step):
+    if step == 3:
+        torch.manual_seed(2)
+        added = {"params": [Parameter(torch.randn(6, 5)), Parameter(torch.ones(2))], "lr": 0.3}
+        each.add_param_group(added)
+
+
+def _clear(each, step):
+    if step == 3:
+        each.state.clear()
+
+
+def _new_state(each, step):
+    if step == 3:
+        each.state = type(each.state)(dict)
+
+
+def _write(each, step):
+    if step == 3:
+        for p in each.param_groups[0]["params"]:
+            with torch.no_grad():
+                p.mul_(0.5)  # a clipped or loaded weight counts
+
+
+def _channels_last(each, step):
+    if step == 3:
+        p = each.param_groups[0]["params"][3]
+        p.data = p.data.t_() if p.ndim == 2 else p.data.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def _all_frozen(each, step):
+    if step in (2, 4):
+        for group in each.param_groups:
+            for p in group["params"]:
+                p.requires_grad_(step == 4)
+
+
+CHANGES = {
+    "nothing": lambda each, step: None,
+    "frozen and unfrozen": _freeze,
+    "all frozen and unfrozen": _all_frozen,
+    "replaced": _replace,
+    "removed and brought back": _remove_and_bring_back,
+    "reordered": _reorder,
+    "merged": _merge,
+    "popped": _pop,
+    "appended": _append,
+    "added": _add,
+    "state cleared": _clear,
+    "state replaced": _new_state,
+    "written to": _write,
+    "other strides": _channels_last,
+}
+
+
+@pytest.mark.parametrize("shape", ["2x2", "1x4"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_users_change_is_followed(pool, change, shape):
+    pool.run(4, like_sgd, change, shape)
+
+
+def frozen(group):
+    """Nothing unsent is lost while a layer is frozen; it is sent afterwards."""
+    rank, mesh = dist.get_rank(), mesh_of("2x2")
     params = parameters()
     optimizer = gmc_cuda.NodeAverage(params, gmc(density=0.05), mesh)
-    train(params, optimizer, range(4))
-    weights = [p.detach().clone() for p in params]
-    state = optimizer.state_dict()
-    state["state"] = {i: {k: v.clone() for k, v in s.items()} for i, s in state["state"].items()}
-    train(params, optimizer, range(4, 8))
-    others = parameters()
-    again = gmc_cuda.NodeAverage(others, gmc(density=0.05), mesh)
-    with torch.no_grad():
-        for p, weight in zip(others, weights, strict=True):
-            p.copy_(weight)
-    again.load_state_dict(state)
-    train(others, again, range(4, 8))
-    assert torch.equal(flat(params), flat(others))
+    waiting = None
+    for step in range(9):
+        if step == 3:
+            waiting = average(optimizer, "memory", params[1:3])
+            assert waiting.any()
+            momentum = whole(optimizer, "momentum_buffer", params[1:3])
+            before = flat(params[1:3])
+        if step in (3, 6):
+            for p in params[1:3]:
+                p.requires_grad_(step == 6)
+        trained = [p for p in params if p.requires_grad]
+        optimizer.zero_grad()
+        set_gradients(trained, rank, step)
+        gradient = mean(group, flat([p.grad for p in trained]))
+        step_keeps_mass(group, optimizer, trained, gradient)
+        if 3 <= step < 6:
+            assert torch.equal(average(optimizer, "memory", params[1:3]), waiting)
+            assert torch.equal(whole(optimizer, "momentum_buffer", params[1:3]), momentum)
+            assert torch.equal(flat(params[1:3]), before)
+    assert not torch.equal(average(optimizer, "memory", params[1:3]), waiting)
 
 
-def test_save_and_load(pool):
-    pool.run(4, resumed)
+def test_what_a_frozen_layer_has_not_sent_waits_for_it(pool):
+    pool.run(4, frozen)
+
+
+def odd(group):
+    """Frozen parameters of any kind are left alone, and several dtypes are trained."""
+    rank, mesh = dist.get_rank(), mesh_of("2x2")
+    kinds = [torch.arange(4), torch.ones(4, dtype=torch.complex64), torch.ones(3, device="meta"),
+             torch.ones(1).expand(4), torch.eye(3).to_sparse()]  # fmt: skip
+    strange = [Parameter(t, requires_grad=False) for t in kinds]
+    params = parameters()[:3] + [p.detach().bfloat16().requires_grad_() for p in parameters()[3:]]
+    optimizer = gmc_cuda.NodeAverage([*strange, *params], gmc(density=0.1), mesh)
+    start = flat(params)
+    for step in range(4):
+        set_gradients(params, rank, step)
+        optimizer.step()
+    assert not torch.equal(start, flat(params))
+    for p in params:
+        assert same_on_all_ranks(group, [p])
+    assert torch.equal(strange[0].detach(), torch.arange(4)) and not optimizer.state.get(strange[0])
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+
+
+def test_frozen_parameters_of_any_kind_and_several_dtypes(pool):
+    pool.run(4, odd)
+
+
+def few(group):
+    """Workers without any part of a parameter."""
+    rank, mesh = dist.get_rank(), mesh_of("1x4")
+    params = [Parameter(torch.zeros(3))]
+    optimizer = gmc_cuda.NodeAverage(params, gmc(density=1.0, momentum=0.0), mesh)
+    assert optimizer.state
+    for _ in range(2):
+        params[0].grad = torch.full((3,), float(rank))
+        optimizer.step()
+    torch.testing.assert_close(params[0].detach(), torch.full((3,), -0.3))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state_dict()["state"][0]["memory"].shape == (int(rank < 3),)
+
+
+def test_more_workers_than_elements(pool):
+    pool.run(4, few)
+
+
+# ---------------------------------------------------------------------------- errors on one rank
+
+
+def bad_argument(group, case):
+    rank, mesh, params = dist.get_rank(), mesh_of("2x2"), parameters()
+    make = gmc(density=0.05)
+    mine = rank == 2
+    if case == "parameter" and mine:
+        params[1] = Parameter(torch.ones(5, dtype=torch.float64))
+    if case == "strides" and mine:
+        params[1] = Parameter(torch.ones(5, 2)[:, 0])
+    if case == "no parameters" and mine:
+        params = []
+    if case == "option" and mine:
+        make = gmc(density=7.0)
+    if case == "keyword" and mine:
+        make = gmc(densty=0.1)
+    if case == "other optimizer" and mine:
+        make = lambda params, process_group: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+    if case == "raises" and mine:
+        make = lambda params, process_group: 1 / 0  # noqa: E731
+    if case == "shape" and mine:
+        params[1] = Parameter(torch.ones(6))
+    if case == "frozen" and mine:
+        params[1].requires_grad_(False)
+    with pytest.raises(Exception) as raised:
+        gmc_cuda.NodeAverage(params, make, mesh)
+    optimizer = gmc_cuda.NodeAverage(parameters(), gmc(density=0.05), mesh)  # all is still in step
+    optimizer.step()
+    return f"{type(raised.value).__name__}: {raised.value}"
+
+
+@pytest.mark.parametrize(
+    "case,own,reason",
+    [
+        ("parameter", "TypeError", "float64"),
+        ("strides", "ValueError", "without gaps"),
+        ("no parameters", "ValueError", "empty parameter list"),
+        ("option", "ValueError", "density"),
+        ("keyword", "TypeError", "densty"),
+        ("other optimizer", "TypeError", "it made a SGD"),
+        ("raises", "ZeroDivisionError", "division"),
+        ("shape", "ValueError", "shape of parameter 1"),
+        ("frozen", "ValueError", "requires_grad of parameter 1"),
+    ],
+)
+def test_an_error_on_one_rank_is_one_on_all(pool, case, own, reason):
+    told = pool.run(4, bad_argument, case)
+    assert told[2].startswith(own)
+    for rank, text in enumerate(told):
+        assert reason in text
+        assert rank == 2 or case in ("shape", "frozen") or "rank 2" in text or "rank 1" in text
+
+
+def added_on_one(group):
+    rank, mesh, params = dist.get_rank(), mesh_of("2x2"), parameters()
+    optimizer = gmc_cuda.NodeAverage(params, gmc(density=1.0), mesh)
+    new = Parameter(torch.full((4,), float(rank)), requires_grad=True)
+    for bad in ({"params": [Parameter(torch.ones(2, dtype=torch.int8), False)], "lr": -1.0},
+                {"params": [params[0]]}, {"params": [new], "density": 0.5}):  # fmt: skip
+        with pytest.raises((ValueError, RuntimeError, TypeError)):
+            optimizer.add_param_group(bad if rank == 1 else {"params": [new]})
+        assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [new]})
+    assert torch.equal(new.detach(), torch.zeros(4))
+    set_gradients([*params, new], rank, 0)
+    optimizer.step()
+    assert same_on_all_ranks(group, [*params, new])
+
+
+def test_an_error_in_add_param_group_changes_nothing(pool):
+    pool.run(4, added_on_one)
+
+
+def refused_step(group):
+    """Nothing is lost by a refused option, gradient or layer, and the next step works."""
+    rank, mesh, params = dist.get_rank(), mesh_of("2x2"), parameters()
+    twins = parameters()
+    optimizer = gmc_cuda.NodeAverage(params, gmc(density=0.05), mesh)
+    twin = gmc_cuda.NodeAverage(twins, gmc(density=0.05), mesh)
+    for step in range(3):
+        for ps in (params, twins):
+            set_gradients(ps, rank, step)
+        optimizer.param_groups[0]["lr"] = -1.0
+        with pytest.raises(ValueError, match="lr of param group 0"):
+            optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.1
+        good = params[0].grad
+        params[0].grad = good.to_sparse()
+        with pytest.raises(TypeError, match="gradient of parameter 0 of group 0"):
+            optimizer.step()
+        params[0].grad = good
+        optimizer.param_groups[0]["params"].append(Parameter(torch.ones(2, dtype=torch.float64)))
+        with pytest.raises(TypeError, match="parameter 6 of group 0: got torch.float64"):
+            optimizer.step()
+        optimizer.param_groups[0]["params"].pop()
+        optimizer.step()
+        twin.step()
+        assert torch.equal(flat(params), flat(twins))
+
+
+def test_a_refused_step_loses_nothing(pool):
+    pool.run(4, refused_step)
+
+
+# ------------------------------------------------------------------------ saving and copying
+
+
+def trained(params, optimizer, rank, steps):
+    for step in steps:
+        set_gradients([p for p in params if p.requires_grad], rank, step)
+        optimizer.step()
+
+
+def resumed(group, way, shape, make):
+    rank, mesh = dist.get_rank(), mesh_of(shape)
+    make = functools.partial(make, lr=0.1, density=0.05)
+    params = parameters()
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.2}]
+    optimizer = gmc_cuda.NodeAverage(groups, make, mesh)
+    trained(params, optimizer, rank, range(3))
+    params[2].requires_grad_(False)
+    trained(params, optimizer, rank, range(3, 5))
+    model = torch.nn.ParameterList(params)
+    if way in ("deepcopy", "pickle", "torch.save"):
+        again, others = COPIES[way]((optimizer, params))
+        if way != "deepcopy":
+            with pytest.raises(RuntimeError, match="set optimizer.process_group"):
+                again.step()
+            again.process_group = mesh
+    else:
+        others = parameters()
+        again = gmc_cuda.NodeAverage(
+            [{"params": others[:2]}, {"params": others[2:], "lr": 0.2}], make, mesh
+        )
+        other_model = torch.nn.ParameterList(others)
+        if way == "state_dict":
+            others[2].requires_grad_(False)
+            saved = COPIES["torch.save"](optimizer.state_dict(), weights_only=True)
+            again.load_state_dict(saved)
+            again.load_state_dict(again.state_dict())
+        elif way == "other layers frozen":  # while it is loaded
+            again.load_state_dict(COPIES["torch.save"](optimizer.state_dict()))
+            others[2].requires_grad_(False)
+        elif way == "torch's":
+            others[2].requires_grad_(False)
+            set_optimizer_state_dict(
+                other_model, again, copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+            )
+        with torch.no_grad():
+            for p, weight in zip(others, params, strict=True):
+                p.copy_(weight)
+    unfreezes = way != "torch's"  # which drops what a frozen parameter has
+    for step in range(5, 9):
+        if step == 7 and unfreezes:
+            params[2].requires_grad_(True)
+            others[2].requires_grad_(True)
+        trained(params, optimizer, rank, [step])
+        trained(others, again, rank, [step])
+        assert torch.equal(flat(params), flat(others)), step
+    assert not any(p is q for p, q in zip(params, others))
+
+
+def through_torch_save(value, weights_only=False):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "torch.save": through_torch_save,
+}
+
+
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
+@pytest.mark.parametrize("shape", ["2x2", "1x4"])
+@pytest.mark.parametrize(
+    "way", ["state_dict", "other layers frozen", "torch's", "deepcopy", "pickle", "torch.save"]
+)
+def test_save_and_copy_go_on_bit_by_bit(pool, way, shape, make):
+    pool.run(4, resumed, way, shape, make)
+
+
+def fresh(group):
+    """torch steps a fresh optimizer whose state is empty, on one rank alone."""
+    rank, mesh, params = dist.get_rank(), mesh_of("2x2"), parameters()
+    optimizer = gmc_cuda.NodeAverage(params, gmc(density=0.05), mesh)
+    if rank == 0:
+        get_optimizer_state_dict(torch.nn.ParameterList(params), optimizer)
+    trained(params, optimizer, rank, range(3))
+    assert same_on_all_ranks(group, params)
+
+
+def test_a_fresh_state_is_read_on_one_rank(pool):
+    pool.run(4, fresh)
+
+
+def foreign(group):
+    rank, mesh, params = dist.get_rank(), mesh_of("2x2"), parameters()
+    optimizer = gmc_cuda.NodeAverage(params, gmc(density=0.05), mesh)
+    trained(params, optimizer, rank, range(2))
+    before = copy.deepcopy(optimizer.state_dict())
+    plain = gmc_cuda.GMC(parameters(), 0.1, process_group=group)
+    with pytest.raises(ValueError, match="got the state of GMC, must be of NodeAverage"):
+        optimizer.load_state_dict(plain.state_dict())
+    everyone = [None] * 4
+    dist.all_gather_object(everyone, before)
+    other = everyone[rank ^ 1]
+    with pytest.raises(ValueError, match=r"got that of worker \d of 2 in its node"):
+        optimizer.load_state_dict(other)
+    small = gmc_cuda.NodeAverage(parameters()[:3], gmc(density=0.05), mesh)
+    with pytest.raises(ValueError, match="parameters in group 0"):
+        optimizer.load_state_dict(small.state_dict())
+    after = optimizer.state_dict()
+    assert str(before) == str(after)
+
+
+def test_a_foreign_state_is_refused(pool):
+    pool.run(4, foreign)
+
+
+# --------------------------------------------------------------------------------- loss scaling
+
+
+def scaled(group, unscale, shape):
+    rank, mesh, params, twins = dist.get_rank(), mesh_of(shape), parameters(), parameters()
+    optimizer = gmc_cuda.NodeAverage(params, gmc(density=0.05), mesh)
+    twin = gmc_cuda.NodeAverage(twins, gmc(density=0.05), mesh)
+    scaler = gmc_cuda.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    for step in range(4):
+        set_gradients(params, rank, step)
+        set_gradients(twins, rank, step)
+        for p in params:
+            p.grad.mul_(scaler.get_scale())
+        if unscale:
+            scaler.unscale_(optimizer)
+            assert torch.equal(flat([p.grad for p in params]), flat([p.grad for p in twins]))
+            for ps in (params, twins):
+                torch.nn.utils.clip_grad_norm_(ps, 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        twin.step()
+        assert torch.equal(flat(params), flat(twins))
+    w, scale = flat(params), scaler.get_scale()
+    set_gradients(params, rank, 9)
+    if rank == 1:
+        params[0].grad[0, 0] = torch.inf
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(flat(params), w) and scaler.get_scale() == scale / 2
+    assert average(optimizer, "memory").isfinite().all()
+    set_gradients(params, rank, 10)
+    scaler.step(optimizer)
+    assert same_on_all_ranks(group, params) and not torch.equal(flat(params), w)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("unscale", [False, True])
+def test_grad_scaler(pool, unscale, shape):
+    pool.run(4, scaled, unscale, shape)
+
+
+def plain_scaler(group, shape):
+    rank, params = dist.get_rank(), parameters()
+    optimizer = gmc_cuda.NodeAverage(params, gmc(density=0.05), mesh_of(shape))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    set_gradients(params, rank, 0)
+    with pytest.raises(RuntimeError, match="use gmc_cuda.GradScaler in its place"):
+        scaler.step(optimizer)
+    optimizer.step()  # nothing of the scaler is left
+    assert same_on_all_ranks(group, params)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_plain_grad_scaler_is_refused(pool, shape):
+    pool.run(4, plain_scaler, shape)
+
+
+def inside_ddp(group, over):
+    mesh, model = mesh_of("2x2"), torch.nn.Linear(4, 4)
+    ranks = {"all": None, "across": mesh.get_group(0), "inside": mesh.get_group(1)}[over]
+    ddp = torch.nn.parallel.DistributedDataParallel(model, process_group=ranks)
+    optimizer = gmc_cuda.NodeAverage(model.parameters(), gmc(), mesh)
+    ddp(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match="gmc_cuda.local_gradients"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("over", ["all", "across", "inside"])
+def test_ddp_around_the_model_is_refused(pool, over):
+    pool.run(4, inside_ddp, over)
 
 
 def test_wrong_uses():

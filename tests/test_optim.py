@@ -213,7 +213,7 @@ def test_buckets_put_unaligned_tensors_last_and_keep_to_the_cap():
     sizes = [64, 7, 32, 1000, 9, 16]
     params = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
     optimizer = gmc_cuda.GMC(params, lr=0.1, bucket_cap_mb=200 * 4 / 2**20)
-    assert [b.sizes for b in optimizer._buckets] == [[16, 9], [1000], [32, 64, 7]]
+    assert [b.sizes for b in optimizer.engine.buckets] == [[16, 9], [1000], [32, 64, 7]]
 
 
 def test_views_of_memory_follow_the_bucket():
@@ -341,9 +341,10 @@ def test_gradients_that_cannot_be_used_change_nothing():
 def test_an_error_between_two_buckets_loses_nothing(monkeypatch):
     params = parameters()
     optimizer = gmc_cuda.GMC(params, lr=0.1, density=0.1, bucket_cap_mb=200 * 4 / 2**20)
-    assert len(optimizer._buckets) > 1
+    assert len(optimizer.engine.buckets) > 1
     set_gradients(params, 0, 0)
-    came_in, before = flat([p.grad for p in params]), flat(params)
+    grads, before = [p.grad for p in params], flat(params)
+    came_in = flat(grads)
     real = gmc_cuda.ops.compress_
     calls = []
 
@@ -358,8 +359,8 @@ def test_an_error_between_two_buckets_loses_nothing(monkeypatch):
         optimizer.step()
     assert torch.equal(flat(params), before)
     memory = flat([optimizer.state[p]["memory"] for p in params])
-    taken = [optimizer._bucket_of[p] is optimizer._buckets[0] for p in params]
-    expected = [g * t for g, t in zip([p.grad for p in params], taken, strict=True)]
+    taken = [optimizer.engine.bucket_of[p] is optimizer.engine.buckets[0] for p in params]
+    expected = [g * t for g, t in zip(grads, taken, strict=True)]
     assert torch.equal(memory, flat(expected)) and came_in.norm() > memory.norm() > 0
     monkeypatch.undo()
     optimizer.step()

@@ -126,7 +126,7 @@ def damaged_on_arrival(group):
     optimizer.step()
     before = flat(params)
     set_gradients(params, rank, 1)
-    gathered = optimizer._exchange.all_gather
+    gathered = optimizer.engine.exchange.all_gather
 
     def damage(payload):
         payloads, work = gathered(payload)
@@ -135,7 +135,7 @@ def damaged_on_arrival(group):
             payloads[1, 32] ^= 0xFF
         return payloads, work
 
-    optimizer._exchange.all_gather = damage
+    optimizer.engine.exchange.all_gather = damage
     if rank == 1:
         optimizer.step()
         return

@@ -50,7 +50,7 @@ def full(params, shards):
 
 def aggregates(optimizer, params):
     parts = {}
-    for bucket in optimizer._buckets:
+    for bucket in optimizer.engine.buckets:
         a = bucket.dense_aggregate()
         a = torch.zeros_like(bucket.memory) if a is None else a
         parts |= dict(zip(bucket.params, bucket.views(a), strict=True))

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import gmc_cuda
-from gmc_cuda import _extension
+from gmc_cuda._engine import library
 
 ROOT = Path(__file__).resolve().parents[1]
 OPERATORS = Path(gmc_cuda.__file__).with_name("_ops.so")
-MODULE = Path(_extension.extension.__file__)
+MODULE = Path(library.extension.__file__)
 
 # Libraries of the system, and the C++ runtime, carry versions of their own.
 VERSIONED = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$")
@@ -47,7 +47,7 @@ def test_operators_use_torchs_stable_c_interface_alone():
 def test_operators_load_where_torch_has_no_cuda():
     cuda = [(kind, name) for kind, name in undefined(OPERATORS) if "cuda_" in name]
     assert set(cuda) <= {("w", "aoti_torch_get_current_cuda_stream")}
-    assert bool(cuda) == _extension.build_config["with_cuda"]
+    assert bool(cuda) == library.build_config["with_cuda"]
 
 
 SYSTEM = {"libc", "libdl", "libgcc_s", "libm", "libpthread", "librt", "libstdc++"}

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gmc_cuda
-from gmc_cuda import ops, wire
+from gmc_cuda import ops
+from gmc_cuda._engine import budget
 
 
 @given(
@@ -17,15 +18,15 @@ from gmc_cuda import ops, wire
     wire_dtype=st.sampled_from(WIRES),
 )
 def test_k_is_the_largest_within_the_bytes(numel, ratio, wire_dtype):
-    k = wire.entries_within(ratio, numel, wire_dtype)
-    budget = max(4 * numel / ratio, ops.payload_nbytes(numel, 1, wire_dtype))
+    k = budget.entries_within(ratio, numel, wire_dtype)
+    limit = max(4 * numel / ratio, ops.payload_nbytes(numel, 1, wire_dtype))
     assert 1 <= k <= numel
     if k == numel:
-        assert 4 * numel <= budget or numel == 1
+        assert 4 * numel <= limit or numel == 1
         return
-    assert ops.payload_nbytes(numel, k, wire_dtype) <= budget
-    fits = k + 1 < numel and ops.payload_nbytes(numel, k + 1, wire_dtype) <= budget
-    assert not fits and (4 * numel > budget)
+    assert ops.payload_nbytes(numel, k, wire_dtype) <= limit
+    fits = k + 1 < numel and ops.payload_nbytes(numel, k + 1, wire_dtype) <= limit
+    assert not fits and (4 * numel > limit)
 
 
 @pytest.mark.parametrize("wire_dtype", WIRES)
@@ -40,7 +41,7 @@ def test_an_optimizer_stays_within_its_bytes(optimizer, wire_dtype):
     assert 100 <= stats["bytes_ratio"] < 102
     assert stats["bytes_per_step"] * stats["bytes_ratio"] == stats["dense_bytes_per_step"]
     numel = sum(p.numel() for p in model.parameters())
-    assert stats["density"] == wire.entries_within(100, numel, wire_dtype) / numel
+    assert stats["density"] == budget.entries_within(100, numel, wire_dtype) / numel
 
 
 def test_a_ratio_of_one_is_dense():

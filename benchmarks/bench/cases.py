@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from bench.options import FACTORS
-from gmc_cuda import ops, wire
+from gmc_cuda import ops
+from gmc_cuda._engine import budget
 
 TORCH_DTYPES = {
     "fp32": torch.float32,
@@ -32,7 +33,7 @@ class Case:
 
     @property
     def k(self) -> int:
-        return wire.entries_at(self.density, self.numel)
+        return budget.entries_at(self.density, self.numel)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,7 +1,8 @@
 """The numbers to reach, next to what was measured: met, missed or not measured."""
 
 from bench.cases import TORCH_DTYPES
-from gmc_cuda import ops, wire
+from gmc_cuda import ops
+from gmc_cuda._engine import budget
 
 CENTRE = {
     "density": 0.01,
@@ -50,7 +51,7 @@ def for_kernels(records: list[dict], device: str) -> list[Row]:
     measured = here["reference"]["ratio"]["median"] if here else None
     rows.append(_at_most(row, CPU_COMPRESS, measured, _why(device, "cpu")))
     for name, density in ((wire_type, d) for wire_type in WIRE for d in WIRE[wire_type]):
-        k = wire.entries_at(density, WIRE_NUMEL)
+        k = budget.entries_at(density, WIRE_NUMEL)
         row = f"wire, {name}, {100 * density:g} %, {_size(WIRE_NUMEL)}: bytes per selected entry"
         measured = ops.payload_nbytes(WIRE_NUMEL, k, TORCH_DTYPES[name]) / k
         rows.append(_at_most(row, WIRE[name][density], measured, "", unit=""))

@@ -17,9 +17,10 @@ from compare_methods import digits, text
 from compare_methods.methods import share_of_lr
 from compare_methods.task import Task
 from compare_methods.training import loss_of
-from gmc_cuda import ops, wire
+from gmc_cuda import ops
+from gmc_cuda._engine import budget
 
-DTYPES = {str(dtype).removeprefix("torch.").split("_")[0]: dtype for dtype in wire.DTYPES}
+DTYPES = {str(dtype).removeprefix("torch.").split("_")[0]: dtype for dtype in budget.DTYPES}
 RULES = {
     "dense": "torch.optim.SGD on the mean gradient",
     "gmc": "global momentum",
@@ -78,7 +79,7 @@ class Sparse:
         sent = {"density": options.density}
         if options.density is None:
             sent = {"bytes_ratio": options.bytes_ratio}
-        self.k = wire.entries(sent, self.numel, self.dtype)
+        self.k = budget.entries(sent, self.numel, self.dtype)
         self.nbytes = ops.payload_nbytes(self.numel, self.k, self.dtype)
         self.memories = torch.zeros(options.workers, self.numel)
         self.buffers = [None] * options.workers  # the momentum of each worker, if it is local

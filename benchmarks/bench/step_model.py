@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gmc_cuda import wire
+from gmc_cuda._engine import budget
 
 BACKWARD = 2 / 3  # of the computing
 BUCKETS = 4
@@ -127,12 +127,12 @@ def power_sgd(rank: int) -> Method:
 
 def gmc(options: dict, dtype: torch.dtype, overlapped: bool) -> Method:
     def payload(model: Model) -> tuple[int, int]:
-        k = wire.entries(options, model.numel, dtype)
-        return k, wire.payload_nbytes(model.numel, k, dtype)
+        k = budget.entries(options, model.numel, dtype)
+        return k, budget.payload_nbytes(model.numel, k, dtype)
 
     def update(model: Model, machine: Machine, workers: int) -> float:
         k, nbytes = payload(model)
-        if wire.dense_is_cheaper(model.numel, k, nbytes, workers):
+        if budget.dense_is_cheaper(model.numel, k, nbytes, workers):
             return 28 * model.numel / machine.memory  # accumulate, apply
         d = k / model.numel
         entries = model.numel * (1 - (1 - d) ** workers)  # of the aggregate, supports independent
@@ -142,7 +142,7 @@ def gmc(options: dict, dtype: torch.dtype, overlapped: bool) -> Method:
 
     def exchange(model: Model, network: Network, latency: float) -> float:
         k, nbytes = payload(model)
-        if wire.dense_is_cheaper(model.numel, k, nbytes, network.workers):
+        if budget.dense_is_cheaper(model.numel, k, nbytes, network.workers):
             return all_reduce(4 * model.numel, network, latency)
         parts = BUCKETS if overlapped else 1
         return parts * all_gather(nbytes / parts, network, latency)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import gmc_cuda
-from gmc_cuda.exchange import Exchange, FlatGroup
+from gmc_cuda._engine.exchange import Exchange
 
 TOLERANCE = 1e-6
 
@@ -63,7 +63,7 @@ class MassEquation:
         self, optimizer: gmc_cuda.GMC, params: list[Tensor], gradients: list[Any], scaled: bool
     ) -> None:
         self.optimizer, self.params = optimizer, params
-        self.exchange = FlatGroup(None)
+        self.exchange = Exchange(None)
         own = [
             torch.zeros_like(p) if g is None else g for p, g in zip(params, gradients, strict=True)
         ]
@@ -142,7 +142,7 @@ class MassEquation:
     def _is_dense(self) -> Tensor:
         kinds = {
             p: bucket.aggregate is not None and bucket.aggregate.dtype == torch.float32
-            for bucket in self.optimizer._buckets
+            for bucket in self.optimizer.engine.buckets
             for p in bucket.params
         }
         return torch.cat([torch.full((p.numel(),), kinds[p]) for p in self.params])

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import gmc_cuda
 from endurance.equation import TOLERANCE, Broken, MassEquation, aggregate_of, mean, memory_of
 from endurance.plan import SHAPES, Life, Plan
-from gmc_cuda.exchange import FlatGroup, GroupLost
+from gmc_cuda._engine.exchange import Exchange, GroupLost
 
 CHECK_REPLICAS_EVERY = 10
 _AVERAGE = "average.pt"
@@ -74,7 +74,7 @@ class _Worker:
             check_replicas_every=CHECK_REPLICAS_EVERY,
         )  # fmt: skip
         self.scaler = gmc_cuda.GradScaler("cpu", init_scale=2.0**10, growth_interval=7)
-        self.exchange = FlatGroup(None)
+        self.exchange = Exchange(None)
         self.saving: Future[None] | None = None
         self.report = Report()
         self.equation: MassEquation | None = None

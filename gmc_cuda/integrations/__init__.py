@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gmc_cuda.compressed_sgd import CompressedSGD
+from gmc_cuda._engine.optimizer import CompressedSGD
 from gmc_cuda.local_updates import LocalUpdates
 
 

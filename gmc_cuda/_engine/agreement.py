@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gmc_cuda.exchange import Exchange
+from gmc_cuda._engine.exchange import Exchange
 
 _SHOWN = 5
 
@@ -43,35 +43,48 @@ def parameter_name(group: dict[str, Any], i: int) -> str:
     return f"parameter {i} ('{names[i]}')" if names else f"parameter {i}"
 
 
-def check(exchange: Exchange, facts: dict[str, Any] | Exception, device: torch.device) -> None:
+def check(
+    exchange: Exchange, facts: dict[str, Any] | Exception, device: torch.device, own: int = 0
+) -> int:
     """Raises on every rank unless all ranks hand in equal facts. Collective.
 
     Args:
         facts: from :func:`describe`, or the exception that this rank met on the way there.
         device: where the parameters are.
+        own: a number that need not be equal.
+
+    Returns:
+        rank 0's own.
     """
-    everyone = exchange.gather_objects(
-        repr(facts) if isinstance(facts, Exception) else facts, device
-    )
+    failed = repr(facts) if isinstance(facts, Exception) else None
+    answers = exchange.gather_objects((failed or facts, own), device)
     if isinstance(facts, Exception):
         raise facts
+    everyone = [answer for answer, _ in answers]
     for rank, other in enumerate(everyone):
         if isinstance(other, str):
             raise RuntimeError(f"rank {rank} could not set its optimizer up: {other}")
-    differences = [
+    found = differences(everyone)
+    if found:
+        raise ValueError(
+            "all ranks must train the same model with the same hyperparameters, but they differ "
+            f"in:{found}"
+        )
+    number: int = answers[0][1]
+    return number
+
+
+def differences(everyone: list[dict[str, Any]]) -> str:
+    """In what the ranks' facts differ from rank 0's, a line each; empty if they do not."""
+    found = [
         f"{name}: {_show(everyone[0], name)} on rank 0, {_show(other, name)} on rank {rank}"
         for rank, other in enumerate(everyone)
         for name in {**everyone[0], **other}
         if _show(everyone[0], name) != _show(other, name)
     ]
-    if differences:
-        more = len(differences) - _SHOWN
-        raise ValueError(
-            "all ranks must train the same model with the same hyperparameters, but they differ "
-            "in:\n  "
-            + "\n  ".join(differences[:_SHOWN])
-            + (f"\n  and {more} more" if more > 0 else "")
-        )
+    more = len(found) - _SHOWN
+    shown = found[:_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+    return "".join(f"\n  {line}" for line in shown)
 
 
 def _show(facts: dict[str, Any], name: str) -> str:

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from gmc_cuda import ops
-from gmc_cuda.exchange import Exchange
-from gmc_cuda.transfers import Transfer
+from gmc_cuda._engine.exchange import Exchange
 
 
 class DamageWatch:
-    """Whether any step so far received a damaged payload.
+    """Whether any step so far received payloads that cannot be used.
 
     On the CPU that raises where it is read. Kernels cannot raise: they leave the parameters alone
-    and set a bit in one word on the device that nothing clears. It is copied to the host behind
-    each step, which looks at it before the next one: usually one step late, never waiting.
+    and set bits in one word on the device that nothing clears. It is copied to the host after each
+    step, which looks at it before the next one: usually one step late, never waiting.
     """
 
     def __init__(self) -> None:
@@ -40,11 +39,19 @@ class DamageWatch:
             self._seen.copy_(self._flags, non_blocking=True)
 
     def check(self, rank: int) -> None:
-        """Raises RuntimeError if a step that has ended met a damaged payload."""
-        if self._seen is not None and int(self._seen) & ops.DAMAGED:
+        """Raises RuntimeError if a step that has ended met such payloads."""
+        seen = 0 if self._seen is None else int(self._seen)
+        if seen & ops.DAMAGED:
             raise RuntimeError(
                 f"rank {rank} received a damaged payload in an earlier step and did not apply "
                 "it; replicas may differ: restart from a checkpoint"
+            )
+        if seen & (ops.MISMATCH | ops.OFF):
+            raise RuntimeError(
+                f"rank {rank} received payloads in an earlier step that did not belong together, "
+                "and did not apply them: the workers were at different steps, in different "
+                "optimizers or had other options, or one of them had left its step by an "
+                "exception. Compare what the workers do; what was not sent is in memory"
             )
 
 
@@ -57,19 +64,19 @@ class DuplicateWatch:
     STEPS = 3
 
     def __init__(self) -> None:
-        self._same = (
-            0  # steps seen so far, all of them alike; negative: nothing to look for any more
-        )
+        self._same = 0  # steps seen so far, all of them alike; negative: looks no more
 
-    def look(self, transfers: list[Transfer], size: int) -> None:
-        if size == 1 or self._same < 0 or _capturing(transfers):
-            return
-        gathered = [t.payloads for t in transfers if t.payloads is not None]
-        if not gathered:
+    def look(self, gathered: list[Tensor], aggregates: list[tuple[Tensor, int]], size: int) -> None:
+        """Looks at one step.
+
+        Args:
+            gathered: every rank's payloads, uint8 [p, n], of each sparse bucket.
+            aggregates: what they were merged into, with the bucket's numel.
+        """
+        if size == 1 or self._same < 0 or not gathered or _capturing(gathered[0]):
             return
         # Gradients of zero are alike and mean nothing.
-        sent = any(t.aggregate.any() and ops.densify(t.aggregate, t.bucket.numel).any()
-                   for t in transfers if t.payloads is not None)  # fmt: skip
+        sent = any(a.any() and ops.densify(a, numel).any() for a, numel in aggregates)
         if not sent:
             return
         alike = all(bool((payloads == payloads[0]).all()) for payloads in gathered)
@@ -124,6 +131,5 @@ def _all_equal(exchange: Exchange, numbers: Tensor) -> Tensor | None:
     return differs if bool(differs.any()) else None
 
 
-def _capturing(transfers: list[Transfer]) -> bool:
-    cuda = any(t.bucket.memory.is_cuda for t in transfers)
-    return cuda and torch.cuda.is_current_stream_capturing()
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmc_cuda import wire
-from gmc_cuda.buckets import DTYPES, MAX_NUMEL, is_dense_layout
+from gmc_cuda._engine import budget
+from gmc_cuda._engine.bucket import DTYPES, MAX_NUMEL, is_dense_layout
 
 DENSITY = 0.01  # where neither density nor bytes_ratio is given
 _DTYPE_NAMES = "torch.float32, torch.bfloat16 or torch.float16"
@@ -20,8 +20,8 @@ _DTYPE_NAMES = "torch.float32, torch.bfloat16 or torch.float16"
 def check_options(
     wire_dtype: torch.dtype, bucket_cap_mb: float | None, nonfinite: str, check_replicas_every: int
 ) -> None:
-    if wire_dtype not in wire.DTYPES:
-        *names, last = map(str, wire.DTYPES)
+    if wire_dtype not in budget.DTYPES:
+        *names, last = map(str, budget.DTYPES)
         raise TypeError(f"wire_dtype: got {wire_dtype}, must be {', '.join(names)} or {last}")
     if bucket_cap_mb is not None:
         check_positive(bucket_cap_mb, "bucket_cap_mb", "number of MiB")
@@ -89,6 +89,15 @@ def check_param(param: Tensor, name: str) -> None:
         )
 
 
+def is_trainable(param: Tensor) -> bool:
+    """Whether a parameter of this kind passes :func:`check_param`."""
+    try:
+        check_param(param, "")
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def refuse_gradient(grad: Tensor, name: str) -> None:
     """Raises for a gradient that is no dense tensor of a known dtype."""
     what = f"gradient of {name}"
@@ -127,12 +136,21 @@ def _check_range(
     if isinstance(value, Tensor) and tensor_allowed:
         if value.numel() != 1:
             raise ValueError(f"{key} {where}: got shape {tuple(value.shape)}, must be one number")
-        return  # reading it could make the host wait for the device
+        if not value.is_cpu:
+            return  # reading it could make the host wait for the device
+        value = value.item()
     if not _is_number(value):
         what = "a number or a tensor" if tensor_allowed else "a number"
         raise TypeError(f"{key} {where}: got {type(value).__name__}, must be {what}")
     if not within(value):
         raise ValueError(f"{key} {where}: got {value}, must be {range_name}")
+
+
+def as_float(value: Any) -> Any:
+    """An option as the operators take it: a tensor that holds an integer as floating point."""
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        return value.double()
+    return value
 
 
 def _is_number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The collectives of a step: what an exchange must offer, and the flat process group."""
+"""The collectives of a step, over one process group."""
 
 from __future__ import annotations
 
@@ -8,59 +8,13 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gmc_cuda.shards import groups_of
-
-# torch 2.15 renamed all_gather_into_tensor and warns about the old name; 2.11 has only that one.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-class Work(Protocol):
-    """A collective on its way."""
-
-    def wait(self) -> None:
-        """Raises GroupLost if it failed, be it as late as now or when it was to be started."""
-
-
-class Exchange(Protocol):
-    """How workers reach each other. Every method but check() is a collective.
-
-    Attributes:
-        group: the process group behind it; None for a single worker.
-        given: the process group that it was asked for; None for the default.
-        agree_group: workers that hold other shards of the same step; None if there are none.
-        size: world size p, the number of payloads that a step merges.
-        rank: which of them is this worker's.
-    """
-
-    group: dist.ProcessGroup | None
-    given: dist.ProcessGroup | None
-    agree_group: dist.ProcessGroup | None
-    size: int
-    rank: int
-
-    def check(self) -> None:
-        """Raises RuntimeError if this exchange no longer fits the process's groups."""
-
-    def all_gather(self, payload: Tensor) -> tuple[Tensor, Work]:
-        """Starts gathering uint8 [n] from every rank; uint8 [p, n] is filled once it has ended."""
-
-    def all_reduce(self, tensor: Tensor) -> Work:
-        """Starts summing a tensor over all ranks in place. All ranks get the same bits."""
-
-    def agree(self, verdict: Tensor) -> Tensor:
-        """The strictest verdict, int32 [1], among the workers that hold a part of this step."""
-
-    def broadcast(self, tensors: list[Tensor]) -> None:
-        """Overwrites contiguous tensors with rank 0's."""
-
-    def gather_objects(self, value: Any, device: torch.device) -> list[Any]:
-        """Every rank's small picklable object, in rank order. device: where the tensors are."""
+from gmc_cuda._engine.shards import groups_of
 
 
 class GroupLost(RuntimeError):
@@ -74,13 +28,18 @@ class GroupLost(RuntimeError):
         )
 
 
-class _Done:
+class Work:
+    """A collective that has ended, as those of a single worker have."""
+
     def wait(self) -> None:
-        pass
+        """Raises GroupLost if it failed, be it as late as now or when it was to be started."""
 
 
-class _Pending:
-    """Fails in wait() alone, so that all buckets of a step take in their gradients before."""
+class _Pending(Work):
+    """A collective on its way.
+
+    It fails in wait() alone, so that all buckets of a step take in their gradients before.
+    """
 
     def __init__(self, collective: Callable[..., Any], *arguments: Any, group: Any) -> None:
         self._error: RuntimeError | None = None
@@ -100,6 +59,12 @@ class _Pending:
             raise GroupLost(str(error)) from error
 
 
+def _all_gather(gathered: Tensor, payload: Tensor, **options: Any) -> Any:
+    # torch 2.15 renamed it and warns about the old name; 2.11 has only that one.
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return collective(gathered, payload, **options)
+
+
 @cache
 def _let_threads_finish_at_exit() -> None:
     """A thread of gloo lets go of a collective's tensors behind the back of wait(), and needs the
@@ -109,8 +74,16 @@ def _let_threads_finish_at_exit() -> None:
     atexit.register(time.sleep, 0.1)
 
 
-class FlatGroup:
-    """One process group, or a single worker where torch.distributed was not initialised."""
+class Exchange:
+    """How workers reach each other: a process group, or a single worker without one.
+
+    Attributes:
+        given: the process group that was asked for; None for the default.
+        group: the one behind it; None for a single worker.
+        agree_group: workers that hold other shards of the same step; None if there are none.
+        size, rank: world size p, the number of payloads that a step merges, and which is this
+            worker's.
+    """
 
     def __init__(self, process_group: Any) -> None:
         """Args: process_group: a group, None, or a device mesh, see shards.groups_of."""
@@ -135,6 +108,7 @@ class FlatGroup:
             )
 
     def check(self) -> None:
+        """Raises RuntimeError if this exchange no longer fits the process's groups."""
         if self._missing:
             raise RuntimeError(
                 "this copy of an optimizer was made in another process and its process_group "
@@ -149,23 +123,27 @@ class FlatGroup:
             )
 
     def all_gather(self, payload: Tensor) -> tuple[Tensor, Work]:
+        """Starts gathering uint8 [n] from every rank; uint8 [p, n] is filled once it has ended."""
         if self.size == 1:
-            return payload.unsqueeze(0), _Done()
+            return payload.unsqueeze(0), Work()
         gathered = payload.new_empty(self.size * payload.numel())
         work = _Pending(_all_gather, gathered, payload, group=self.group)
         return gathered.view(self.size, -1), work
 
     def all_reduce(self, tensor: Tensor) -> Work:
+        """Starts summing a tensor over all ranks in place. All ranks get the same bits."""
         if self.size == 1:
-            return _Done()
+            return Work()
         return _Pending(dist.all_reduce, tensor, group=self.group)
 
     def agree(self, verdict: Tensor) -> Tensor:
+        """The strictest verdict, int32 [1], among the workers that hold a part of this step."""
         if self.agree_group is not None:
             _Pending(dist.all_reduce, verdict, dist.ReduceOp.MAX, group=self.agree_group).wait()
         return verdict
 
     def broadcast(self, tensors: list[Tensor]) -> None:
+        """Overwrites contiguous tensors with rank 0's."""
         if self.size == 1 or self.group is None:
             return
         source = dist.get_global_rank(self.group, 0)
@@ -175,6 +153,7 @@ class FlatGroup:
                 work.wait()
 
     def gather_objects(self, value: Any, device: torch.device) -> list[Any]:
+        """Every rank's small picklable object, in rank order. device: where the tensors are."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -186,8 +165,8 @@ class FlatGroup:
                 raise GroupLost(str(error)) from error
         return values
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FlatGroup:
-        copy = FlatGroup(self.given)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
+        copy = Exchange(self.given)
         copy.agree_group = self.agree_group
         return copy
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from gmc_cuda import ops
-from gmc_cuda.shards import local, local_gradient
+from gmc_cuda._engine.shards import local, local_gradient
 
 MAX_NUMEL = 2**31 - 1
 # Of parameters and gradients.
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
-_grad_of, _dtype_of = attrgetter("grad"), attrgetter("dtype")
+_grad_of, _dtype_of, _is_contiguous = attrgetter("grad"), attrgetter("dtype"), Tensor.is_contiguous
 
 
 class Bucket:
@@ -25,7 +25,7 @@ class Bucket:
     Attributes:
         params: the parameters, in the order of the index space. Of a DTensor, the local shard is
             meant everywhere.
-        group: index of their param group.
+        group: the options of their param group, the very dict that the user changes.
         sizes, numel: the parameters' numels, and their sum N.
         memory: u, float32 [N].
         momentum_buffer: m, float32 [N], with local momentum; else None.
@@ -34,10 +34,14 @@ class Bucket:
         sent_nbytes, sent_entries: put into the collective at the last step.
     """
 
-    def __init__(self, params: Sequence[Tensor], group: int, local_momentum: bool) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], group: dict[str, Any], local_momentum: bool
+    ) -> None:
         self.params = list(params)
         self.group = group
         self.sizes = [local(p).numel() for p in self.params]
+        # As they are now: a parameter may be laid out anew while its state is still as before.
+        self._layouts = [(local(p).shape, local(p).stride()) for p in self.params]
         self.numel = sum(self.sizes)
         self.device = local(self.params[0]).device
         self._plain = all(local(p) is p and p.is_contiguous() for p in self.params)
@@ -53,8 +57,8 @@ class Bucket:
         """A flat tensor's parts, each with the shape and layout of its parameter."""
         parts = flat.split(self.sizes)
         return [
-            part.as_strided(p.shape, p.stride(), part.storage_offset())
-            for part, p in zip(parts, map(local, self.params), strict=True)
+            part.as_strided(*layout, part.storage_offset())
+            for part, layout in zip(parts, self._layouts, strict=True)
         ]
 
     def vectors(self) -> dict[str, Tensor]:
@@ -75,10 +79,10 @@ class Bucket:
 
         refuse(param) is called where a gradient is no dense tensor of a known dtype, and raises.
         """
-        # Hundreds at every step: the common case is told without a line of Python for each.
+        # There are hundreds at every step, so the common case is recognised without a line of
+        # Python for each.
         grads: list[Tensor | None] = list(map(_grad_of, self.params))
-        given = [grad for grad in grads if grad is not None]
-        if self._plain and DTYPES.issuperset(map(_dtype_of, given)) and _all_contiguous(given):
+        if self._plain and _all_plain(grads):
             return grads
         for i, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
             if grad is not None:
@@ -86,6 +90,11 @@ class Bucket:
                     refuse(param)
                 grads[i] = _flat_grad(param, grad)
         return grads
+
+    def forget_grads(self) -> None:
+        """What was taken in must not be taken in again."""
+        for param in self.params:
+            param.grad = None
 
     def flat_values(self, values: Mapping[Tensor, Tensor]) -> list[Tensor]:
         """Tensors shaped like the parameters, in the same order, sharing storage if they can."""
@@ -136,6 +145,11 @@ class Bucket:
             return ops.densify(self.aggregate, self.numel)
         return self.aggregate
 
+    def momentum(self) -> Tensor:
+        """The same, zero where there is none yet."""
+        dense = self.dense_aggregate()
+        return torch.zeros_like(self.memory) if dense is None else dense
+
 
 def figures(buckets: Sequence[Bucket], steps: int, skipped: Tensor | None) -> dict[str, Any]:
     """What ``GMC.stats`` returns; reads the device."""
@@ -153,7 +167,7 @@ def figures(buckets: Sequence[Bucket], steps: int, skipped: Tensor | None) -> di
 
 
 def make_buckets(
-    params: Sequence[Tensor], group: int, cap_numel: int, local_momentum: bool
+    params: Sequence[Tensor], group: dict[str, Any], cap_numel: int, local_momentum: bool
 ) -> list[Bucket]:
     """Packs parameters into buckets of at most cap_numel elements, the last parameters first.
 
@@ -197,10 +211,11 @@ def in_storage_order(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
-def _all_contiguous(tensors: Iterable[Tensor]) -> bool:
+def _all_plain(grads: list[Any]) -> bool:
+    """Whether all are contiguous tensors of a known dtype; None is not."""
     try:
-        return all(map(Tensor.is_contiguous, tensors))
-    except RuntimeError:  # some sparse layouts cannot be asked
+        return DTYPES.issuperset(map(_dtype_of, grads)) and all(map(_is_contiguous, grads))
+    except (AttributeError, RuntimeError):  # None; some sparse layouts have no strides
         return False
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 OLDEST_TORCH = (2, 11)
 
 

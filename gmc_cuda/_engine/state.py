@@ -7,7 +7,7 @@ bfloat16 parameter, and knows nothing of buckets or of ranks. So GMC and DGC loa
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
@@ -16,13 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmc_cuda.buckets import Bucket
-from gmc_cuda.hyperparameters import one_budget
-from gmc_cuda.rules import Group, Rule
-from gmc_cuda.shards import local
+from gmc_cuda._engine.bucket import Bucket
+from gmc_cuda._engine.checks import one_budget
+from gmc_cuda._engine.momentum_view import MomentumView
+from gmc_cuda._engine.rules import Group, Rule
+from gmc_cuda._engine.shards import local
 
 ParamState = dict[str, Tensor]
 Held = dict[Tensor, ParamState]
+
+_MEMORY = "memory"
+MOMENTUM_NAMES = ("momentum_buffer", "aggregate")  # the latter where it is not what SGD calls so
 
 FORMAT = 1
 _STAMP = "saved_by"  # in each param group of a state_dict: the one place every framework keeps
@@ -49,41 +53,67 @@ class Stamp:
 # ------------------------------------------------------------------------- buckets and parameters
 
 
-def views(buckets: Iterable[Bucket]) -> Held:
-    """Each parameter's part of what its worker keeps, as views of the buckets."""
-    held: Held = {}
+def held(groups: Iterable[Group], state: Mapping[Any, Any], rule: Rule) -> Held:
+    """Each parameter's memory and momentum as optimizer.state has them, a_{t-1} as a dense tensor.
+
+    Raises:
+        ValueError, TypeError: an entry that does not fit its parameter.
+    """
+    found: Held = {}
+    dense: dict[Bucket, list[Tensor]] = {}
+    for group in groups:
+        for param in group["params"]:
+            for name, value in (state.get(param) or {}).items():
+                if not isinstance(value, Tensor) or name not in (_MEMORY, *MOMENTUM_NAMES):
+                    continue
+                if isinstance(value, MomentumView):
+                    bucket, index = value.place()
+                    if bucket not in dense:
+                        dense[bucket] = bucket.views(bucket.momentum())
+                    value = dense[bucket][index]
+                if name != _MEMORY:
+                    name = rule.momentum_name(group)
+                _check_fits(value, f"state: {name} of a parameter", param)
+                found.setdefault(param, {})[name] = value
+    return found
+
+
+def export(buckets: Iterable[Bucket], rule: Rule) -> Held:
+    """The same of these buckets; a_{t-1} is zero before the first step."""
+    found: Held = {}
     for bucket in buckets:
-        for name, flat in bucket.vectors().items():
+        vectors = bucket.vectors()
+        if not rule.local_momentum:
+            vectors[rule.momentum_name(bucket.group)] = bucket.momentum()
+        for name, flat in vectors.items():
             for param, view in zip(bucket.params, bucket.views(flat), strict=True):
-                held.setdefault(param, {})[name] = view
-    return held
+                found.setdefault(param, {})[name] = view
+    return found
 
 
-def export(buckets: Iterable[Bucket], groups: list[Group], rule: Rule) -> Held:
-    """The same with a_{t-1}, dense and shaped like the parameter, zero before the first step."""
-    buckets = list(buckets)
-    held = views(buckets)
-    for bucket in buckets:
-        if rule.local_momentum:
-            continue
-        aggregate = bucket.dense_aggregate()
-        if aggregate is None:
-            aggregate = torch.zeros_like(bucket.memory)
-        name = rule.aggregate_name(groups[bucket.group])
-        for param, view in zip(bucket.params, bucket.views(aggregate), strict=True):
-            held[param][name] = view
-    return held
-
-
-def install(buckets: Iterable[Bucket], groups: list[Group], rule: Rule, saved: Held) -> None:
-    """Copies what export() gave into buckets; zero where it has nothing."""
+def install(buckets: Iterable[Bucket], rule: Rule, saved: Held) -> None:
+    """Copies what was held into buckets; zero where there is nothing."""
     for bucket in buckets:
         for name, flat in bucket.vectors().items():
             flat.copy_(_packed(bucket, name, saved))
         bucket.aggregate = None
-        name = rule.aggregate_name(groups[bucket.group])
+        name = rule.momentum_name(bucket.group)
         if not rule.local_momentum and any(name in saved.get(p, {}) for p in bucket.params):
             bucket.aggregate = _packed(bucket, name, saved)
+
+
+def show(buckets: Iterable[Bucket], rule: Rule, state: dict[Any, Any]) -> None:
+    """Makes optimizer.state show the buckets; its other entries stay."""
+    for bucket in buckets:
+        shown: dict[str, list[Tensor]] = {k: bucket.views(v) for k, v in bucket.vectors().items()}
+        if not rule.local_momentum:
+            views: list[Tensor] = [MomentumView(bucket, i) for i in range(len(bucket.params))]
+            shown[rule.momentum_name(bucket.group)] = views
+        for i, param in enumerate(bucket.params):
+            entry = state.setdefault(param, {})
+            for name in MOMENTUM_NAMES:
+                entry.pop(name, None)
+            entry.update({name: views[i] for name, views in shown.items()})
 
 
 def _packed(bucket: Bucket, name: str, saved: Held) -> Tensor:
@@ -93,6 +123,15 @@ def _packed(bucket: Bucket, name: str, saved: Held) -> Tensor:
         if name in saved.get(param, {}):
             view.copy_(saved[param][name])
     return flat
+
+
+def _check_fits(value: Tensor, what: str, param: Tensor) -> None:
+    if value.shape != local(param).shape:
+        raise ValueError(
+            f"{what} has shape {tuple(value.shape)}, must be {tuple(local(param).shape)}"
+        )
+    if not value.is_floating_point():
+        raise TypeError(f"{what}: got {value.dtype}, must be a floating-point dtype")
 
 
 # ------------------------------------------------------------------------------ saving and loading
@@ -163,7 +202,7 @@ def read(state_dict: dict[str, Any], groups: list[Group], rule: Rule, name: str)
     ]
     held: Held = {}
     for saved, group in zip(saved_groups, loaded_groups, strict=True):
-        wanted = {"momentum_buffer"} if rule.local_momentum else {rule.aggregate_name(group)}
+        wanted = {rule.momentum_name(group)}
         for i in saved["params"]:
             tensors = state_dict["state"].get(i)
             if tensors is None:
@@ -270,9 +309,5 @@ def _checked(
         )
     state = {key: value for key, value in tensors.items() if key in known and value is not None}
     for key, value in state.items():
-        if value.shape != local(param).shape:
-            raise ValueError(
-                f"state_dict: {key} of parameter {i} has shape {tuple(value.shape)}, must be "
-                f"{tuple(local(param).shape)}"
-            )
+        _check_fits(value, f"state_dict: {key} of parameter {i}", param)
     return state

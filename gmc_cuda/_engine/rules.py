@@ -1,20 +1,76 @@
-"""Update rules: what a worker adds to its memory, and what it keeps for that besides memory.
+"""What distinguishes GMC from DGC: options, how v is made, what is masked; and a step's plan.
 
-A rule of one's own is a subclass of :class:`Rule` and an optimizer (``optim.py``) that uses it.
+Everything else (buckets, exchange, verdict, overlap) is common to both. A rule of one's own is a
+subclass of :class:`Rule` and an optimizer (``gmc_cuda/optim.py``) that uses it.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gmc_cuda.hyperparameters import check_positive
+from gmc_cuda._engine import budget
+from gmc_cuda._engine.bucket import Bucket
+from gmc_cuda._engine.checks import as_float, check_positive
 
 Group = dict[str, Any]
+
+
+class Plan(NamedTuple):
+    """How one bucket makes a step.
+
+    Attributes:
+        numel, k, wire_dtype: what fixes the payload's size: N, entries sent, dtype of the values.
+        dense: whether v itself is summed, instead of gathering payloads.
+        nbytes: what this worker hands to the collective: the payload's size where it is sparse.
+        arguments: keyword arguments of ops.compress_ that say how v is made.
+        masking: DGC's momentum factor masking.
+        look_ahead: Nesterov's beta where a_t is applied; None without.
+        tag: says whose step this is, see :func:`tag_of`; 0 where there is nobody to compare with.
+    """
+
+    numel: int
+    k: int
+    wire_dtype: torch.dtype
+    dense: bool
+    nbytes: int
+    arguments: dict[str, Any]
+    masking: bool = False
+    look_ahead: float | Tensor | None = None
+    tag: int = 0
+
+    def size(self) -> tuple[int, int, bool, int]:
+        """What the workers must agree on before their collectives can meet."""
+        return self.numel, self.k, self.dense, self.nbytes
+
+
+_FIRST_TAG, _TAGS = 2, 2**24  # below: not tagged, called off; above: not exact in a float32
+
+
+def tag_of(*facts: Any) -> int:
+    """A number by which payloads that do not belong together are told apart, the same everywhere.
+
+    Args:
+        facts: numbers, strings, None and tensors, those on a GPU without their values.
+    """
+    return _FIRST_TAG + hash(tuple(map(_as_number, facts))) % (_TAGS - _FIRST_TAG)
+
+
+def _as_number(fact: Any) -> float:
+    # Not hash(): of strings and None it is another one in each process.
+    if isinstance(fact, (int, float)):
+        return fact
+    if isinstance(fact, Tensor):
+        return float(fact) if fact.is_cpu else 0.0
+    return zlib.crc32(repr(fact).encode())
+
+
+_HOW_V_IS_MADE = ("memory_decay", "momentum", "weight_decay", "maximize")
 
 
 class Rule:
@@ -22,12 +78,34 @@ class Rule:
 
     Attributes:
         options: its options in a param group, with their defaults.
+        agreed: the options that all workers must have alike at every step.
         local_momentum: whether each worker keeps a momentum buffer m. If not, the last aggregate
             a_{t-1} is kept, which all workers have in common.
     """
 
     options: ClassVar[dict[str, Any]] = {}
+    agreed: ClassVar[tuple[str, ...]] = (
+        "lr", "momentum", "density", "bytes_ratio", "weight_decay", "memory_decay", "maximize",
+    )  # fmt: skip
     local_momentum = False
+
+    def plan(self, group: Group, bucket: Bucket, wire_dtype: torch.dtype, size: int) -> Plan:
+        """A bucket's next step, still without its tag.
+
+        Args:
+            group: the bucket's options.
+            size: world size p.
+        """
+        numel = bucket.numel
+        k = budget.entries(group, numel, wire_dtype)
+        nbytes = budget.payload_nbytes(numel, k, wire_dtype)
+        dense = budget.dense_is_cheaper(numel, k, nbytes, size)
+        if dense:  # v, two numbers for each rank and one for each parameter
+            k, nbytes = numel, 4 * (numel + 2 * size + len(bucket.params))
+        return Plan(
+            numel, k, wire_dtype, dense, nbytes,
+            self.arguments(group), self.masks(group), self.look_ahead(group),
+        )  # fmt: skip
 
     def check(self, group: Group, where: str) -> None:
         """Raises ValueError or TypeError for options out of range; called at every step."""
@@ -36,13 +114,8 @@ class Rule:
         """Sees the worker's whole gradient before any of it is sent; without overlap only."""
 
     def arguments(self, group: Group) -> dict[str, Any]:
-        """How v is made: keyword arguments of ops.compress_, and memory_decay."""
-        return {
-            "memory_decay": group["memory_decay"],
-            "momentum": group["momentum"],
-            "weight_decay": group["weight_decay"],
-            "maximize": group["maximize"],
-        }
+        """How v is made: keyword arguments of ops.compress_."""
+        return {name: as_float(group[name]) for name in _HOW_V_IS_MADE}
 
     def facts(self) -> dict[str, Any]:
         """Its options besides those of param groups, which must be equal on all ranks."""
@@ -66,9 +139,9 @@ class Rule:
         """Names of the state that differs from worker to worker."""
         return {"memory", "momentum_buffer"} if self.local_momentum else {"memory"}
 
-    def aggregate_name(self, group: Group) -> str:
-        """The name of a_{t-1} in a state_dict, which all workers have in common."""
-        return "aggregate"
+    def momentum_name(self, group: Group) -> str:
+        """The name in state of m or, where momentum is global, of a_{t-1}."""
+        return "momentum_buffer"
 
 
 class GlobalMomentum(Rule):
@@ -79,6 +152,7 @@ class GlobalMomentum(Rule):
         "momentum_form": "buffer",
         "previous_lr": None,
     }
+    agreed: ClassVar[tuple[str, ...]] = (*Rule.agreed, "nesterov", "momentum_form")
 
     def check(self, group: Group, where: str) -> None:
         form = group["momentum_form"]
@@ -103,8 +177,8 @@ class GlobalMomentum(Rule):
         else:
             group["previous_lr"] = lr.clone()
 
-    def aggregate_name(self, group: Group) -> str:
-        # In this form a_{t-1} is what torch.optim.SGD calls its momentum buffer.
+    def momentum_name(self, group: Group) -> str:
+        # In the buffer form a_{t-1} is what torch.optim.SGD calls its momentum buffer.
         return "momentum_buffer" if group["momentum_form"] == "buffer" else "aggregate"
 
 
@@ -116,6 +190,7 @@ class LocalMomentum(Rule):
     """
 
     options: ClassVar[dict[str, Any]] = {"nesterov": False, "momentum_masking": True}
+    agreed: ClassVar[tuple[str, ...]] = (*Rule.agreed, *options)
     local_momentum = True
 
     def __init__(self, clip_norm: float | None) -> None:

@@ -1,0 +1,64 @@
+"""Whether a DistributedDataParallel averages the gradients that an optimizer is to compress."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_LOCAL = "_gmc_cuda_local"  # set on a DDP whose gradients stay local
+
+
+def mark_local(ddp: torch.nn.Module) -> None:
+    setattr(ddp, _LOCAL, True)
+
+
+def is_local(ddp: torch.nn.Module) -> bool:
+    """Whether gmc_cuda.local_gradients was called on it."""
+    return getattr(ddp, _LOCAL, False)
+
+
+def refuse_communicating(params: Iterable[Tensor], group: Any) -> None:
+    """Raises if a DistributedDataParallel averages these parameters' gradients over this group.
+
+    One that averages over other workers is right: that is dense inside a node, sparse across.
+
+    Args:
+        group: the process group that the caller trains with; None for a single worker.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        return
+    own = {id(p) for p in params}
+    ranks = set(dist.get_process_group_ranks(group))
+    for ddp in _communicating():
+        if len(ranks & _ranks_of(ddp)) > 1 and any(id(p) in own for p in ddp.parameters()):
+            raise RuntimeError(
+                "the model is inside DistributedDataParallel, which averages the gradients before "
+                "this optimizer sees them: everything would be sent twice, and compressed after "
+                "the averaging. Leave DDP out, or write, once, right after the model is wrapped:\n"
+                "    gmc_cuda.local_gradients(ddp_model)\n"
+                "In Trainer, Accelerate and Lightning gmc_cuda.integrations does it."
+            )
+
+
+def _communicating() -> Iterator[torch.nn.Module]:
+    from torch.nn.parallel import DistributedDataParallel
+
+    for ddp in gc.get_objects():  # nothing leads from a parameter to the DDP around it
+        if not issubclass(type(ddp), DistributedDataParallel) or is_local(ddp):
+            continue
+        # One whose constructor raised has no modules, or no such attribute, and averages nothing.
+        if "_modules" in vars(ddp) and vars(ddp).get("require_backward_grad_sync", False):
+            yield ddp
+
+
+def _ranks_of(ddp: Any) -> set[int]:
+    """The workers that it averages over; none if its process group was destroyed."""
+    try:
+        return set(dist.get_process_group_ranks(ddp.process_group))
+    except (AttributeError, KeyError, ValueError, RuntimeError):
+        return set()

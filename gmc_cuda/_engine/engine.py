@@ -1,0 +1,383 @@
+"""What stands behind GMC and DGC: the buckets of an optimizer, kept in line with what users see."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmc_cuda._engine import agreement, checks, ddp_guard, shards, steps
+from gmc_cuda._engine import state as states
+from gmc_cuda._engine.bucket import MAX_NUMEL, Bucket, in_storage_order
+from gmc_cuda._engine.exchange import Exchange, GroupLost
+from gmc_cuda._engine.overlap import Overlap
+from gmc_cuda._engine.packing import Packing
+from gmc_cuda._engine.round import Round
+from gmc_cuda._engine.rules import Group, Rule
+from gmc_cuda._engine.shards import local
+from gmc_cuda._engine.watch import check_replicas
+
+OVERLAPPED_BUCKETS = 4  # unless bucket_cap_mb says otherwise
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of the whole optimizer; see :class:`gmc_cuda.GMC`."""
+
+    wire_dtype: torch.dtype
+    overlap: bool
+    bucket_cap_mb: float | None
+    nonfinite: str
+    check_replicas_every: int
+
+    def check(self) -> None:
+        checks.check_options(
+            self.wire_dtype, self.bucket_cap_mb, self.nonfinite, self.check_replicas_every
+        )
+
+    def cap_numel(self, numel: int) -> int:
+        """The most elements of a bucket, in a model of `numel`."""
+        mb = self.bucket_cap_mb
+        if mb is None:
+            mb = 256.0
+            # The last bucket's exchange alone comes after the backward pass; but each one costs a
+            # latency.
+            if self.overlap:
+                mb = min(mb, max(1.0, numel * 4 / 2**20 / OVERLAPPED_BUCKETS))
+        return min(int(mb * 2**20 / 4), MAX_NUMEL)
+
+    def facts(self) -> dict[str, Any]:
+        return {**vars(self), "wire_dtype": str(self.wire_dtype)}
+
+
+class Engine:
+    """Makes an optimizer's steps.
+
+    Args:
+        optimizer: whose param_groups and state say what is to be done. It is not kept alive.
+        rule: how v is made.
+        settings: options of the whole optimizer.
+        exchange: the workers.
+        number: the optimizer's among those of the run, the same on all workers.
+
+    Attributes:
+        round: the step that is being made, and what is known of those before.
+        averaged: whether memory is the mean over all workers since the last step.
+        scaled_together: whether a scaler that all workers agree with calls step().
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rule: Rule,
+        settings: Settings,
+        exchange: Exchange,
+        number: int,
+    ) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.rule, self.settings = rule, settings
+        self.round = Round(exchange, settings.wire_dtype, settings.nonfinite, number, self._facts)
+        self.averaged = self.scaled_together = False
+        self._overlap = Overlap(self._on_gradient) if settings.overlap else None
+        self.pack()
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
+
+    @property
+    def exchange(self) -> Exchange:
+        return self.round.exchange
+
+    def _facts(self) -> dict[str, Any]:
+        return describe(self.optimizer, self.rule, self.settings)
+
+    # ------------------------------------------------------------------ parameters and buckets
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """The buckets, in line with param_groups and state."""
+        if not self.round.is_open:
+            self.refresh()
+        return self._packing.buckets
+
+    @property
+    def bucket_of(self) -> dict[Tensor, Bucket]:
+        """The bucket of each parameter; frozen ones have none."""
+        return self._packing.bucket_of
+
+    def refresh(self) -> None:
+        """Packs anew if param_groups or state are not what the buckets were made from."""
+        optimizer = self.optimizer
+        if not self._packing.holds(optimizer.param_groups, optimizer.state):
+            check_params(optimizer, self.rule, self.settings, self.exchange)
+            self.pack()
+
+    def pack(self) -> None:
+        """Makes the buckets from param_groups and state."""
+        optimizer = self.optimizer
+        numel = sum(local(p).numel() for p in params_of(optimizer) if p.requires_grad)
+        cap = self.settings.cap_numel(numel)
+        self._packing = Packing(optimizer.param_groups, optimizer.state, self.rule, cap)
+        self.round.device = device_of(optimizer)
+        if self._overlap is not None:
+            self._overlap.listen(self._packing.bucket_of)
+
+    # ------------------------------------------------------------------------------ the step
+
+    def begin(self) -> None:
+        """Sends what was not sent yet. What can be refused is refused before."""
+        optimizer = self.optimizer
+        self.exchange.check()
+        self.round.damage.check(self.exchange.rank)
+        self._check_scaler()
+        for g, group in enumerate(optimizer.param_groups):
+            check_group(group, g, self.rule)
+        waiting = self.round.waiting if self.round.is_open else self.buckets
+        if self.round.steps == 0:
+            ddp_guard.refuse_communicating(params_of(optimizer), self.exchange.group)
+        grads = [bucket.flat_grads(self._refuse_gradient) for bucket in waiting]
+        if not self.round.is_open:
+            self._open()
+        for its_grads in grads:
+            self.round.send(its_grads)
+
+    def _open(self) -> None:
+        self.averaged = False
+        buckets, scaling = self._packing.buckets, self._scaling()
+        grads = (p.grad for bucket in buckets for p in bucket.params if p.grad is not None)
+        self.rule.prepare(grads, self.exchange.size, scaling["grad_scale"])
+        self.round.open(
+            [
+                (bucket, self.round.plan(self.rule, bucket, i, bucket.group, scaling))
+                for i, bucket in enumerate(buckets)
+            ]
+        )
+
+    def finish(self) -> list[BaseException]:
+        """Waits for what all sent, and applies it.
+
+        Returns:
+            errors that must not keep the step from being made, to be raised now.
+        """
+        late = self.round.finish(_target)
+        for group in self.optimizer.param_groups:
+            steps.insist(partial(self.rule.finish, group), late)
+        if self._overlap is not None:
+            self._overlap.following = False
+        if self._overlap is not None or late:
+            for bucket in self._packing.buckets:
+                bucket.forget_grads()
+        every = self.settings.check_replicas_every
+        if every and self.round.steps % every == 0:
+            self._check_replicas()
+        return late
+
+    def cancel(self) -> None:
+        """Ends a step that is not to be made; what was sent of it returns to memory."""
+        if self._overlap is not None:
+            self._overlap.following = False
+        self.round.cancel()
+
+    def _check_replicas(self) -> None:
+        buckets = self._packing.buckets
+        flat = [p for bucket in buckets for p in bucket.flat_params()]
+        params = [p for bucket in buckets for p in bucket.params]
+        try:
+            check_replicas(self.exchange, flat, lambda i: self._name(params[i]), self.round.steps)
+        except GroupLost as error:
+            raise self.round.told(error, "the step was applied here") from error
+
+    def _scaling(self) -> dict[str, Tensor | None]:
+        """What a GradScaler leaves at an optimizer while it calls step()."""
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        return {
+            "grad_scale": getattr(self.optimizer, "grad_scale", None),
+            # The integer zero if no parameter has a gradient.
+            "found_inf": found_inf if isinstance(found_inf, Tensor) else None,
+        }
+
+    def _check_scaler(self) -> None:
+        checks.check_scaler(
+            hasattr(self.optimizer, "found_inf"),
+            self.scaled_together,
+            self.exchange.size,
+            self._overlap is not None,
+        )
+
+    def _refuse_gradient(self, param: Tensor) -> None:
+        assert param.grad is not None
+        checks.refuse_gradient(param.grad, self._name(param))
+
+    def _name(self, param: Tensor) -> str:
+        for g, group in enumerate(self.optimizer.param_groups):
+            for i, candidate in enumerate(group["params"]):
+                if candidate is param:
+                    return f"{agreement.parameter_name(group, i)} of group {g}"
+        return "a parameter that is in no group any more"
+
+    # ---------------------------------------------------------- overlap with the backward pass
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A context within which gradients are accumulated only."""
+        return nullcontext() if self._overlap is None else self._overlap.paused()
+
+    def release(self) -> None:
+        """Ends the overlap: gradients are sent in step() only."""
+        self.cancel()
+        if self._overlap is not None:
+            self._overlap.listen([])
+            self._overlap = None
+
+    @torch.no_grad()
+    def _on_gradient(self, param: Tensor) -> None:
+        overlap = self._overlap
+        assert overlap is not None
+        if not overlap.following:
+            overlap.follow(self.buckets)
+        bucket = self.bucket_of.get(param)
+        if bucket is None:
+            return
+        try:
+            if not overlap.arrived(param, bucket):
+                raise RuntimeError(
+                    f"the gradient of {self._name(param)} arrived again before step(). With "
+                    "overlap=True it is sent as soon as it is there: wrap every backward pass but "
+                    "the last in optimizer.no_sync(), and end one that no step is to follow by "
+                    "optimizer.zero_grad(). A layer inside several checkpoints with "
+                    "use_reentrant=True gets its gradient in parts: use use_reentrant=False, or "
+                    "overlap=False"
+                )
+            for ready in overlap.complete():
+                self._check_scaler()
+                grads = ready.flat_grads(self._refuse_gradient)
+                if not self.round.is_open:
+                    for g, group in enumerate(self.optimizer.param_groups):
+                        check_group(group, g, self.rule)
+                    self._open()
+                self.round.send(grads)
+                ready.forget_grads()  # clipping them afterwards would have no effect
+        except BaseException:
+            self.cancel()
+            raise
+
+    def refuse_open_round(self, what: str) -> None:
+        """Raises RuntimeError while gradients are on their way."""
+        if self.round.is_open:
+            raise RuntimeError(f"{what} between backward() and step() with overlap=True")
+
+    # ------------------------------------------------------------------------ state as a whole
+
+    def held(self) -> states.Held:
+        """Each parameter's memory and momentum."""
+        return states.held(self.optimizer.param_groups, self.optimizer.state, self.rule)
+
+    def install(self, held: states.Held) -> None:
+        """Replaces all of that; zero where there is nothing."""
+        optimizer, buckets = self.optimizer, self.buckets
+        states.install(buckets, self.rule, held)
+        for param, tensors in held.items():
+            if param not in self.bucket_of:  # frozen: it waits until that changes
+                copies = {k: v.to(local(param).device, copy=True) for k, v in tensors.items()}
+                optimizer.state.setdefault(param, {}).update(copies)
+
+    def progress(self) -> dict[str, Any]:
+        """What a copy goes on from, besides state."""
+        skipped = self.round.skipped
+        return {
+            "steps": self.round.steps,
+            "skipped": None if skipped is None else skipped.clone(),
+            "averaged": self.averaged,
+        }
+
+    def set_progress(self, progress: dict[str, Any]) -> None:
+        self.round.steps, self.round.skipped = progress["steps"], progress["skipped"]
+        self.averaged = progress["averaged"]
+
+    def average_memory(self) -> None:
+        """Replaces memory, and momentum that each worker has for itself, by the workers' mean."""
+        own = sorted(self.rule.own_state())
+        flats = [flat for bucket in self.buckets for flat in bucket.vectors().values()]
+        optimizer = self.optimizer
+        frozen = [optimizer.state[p] for p in params_of(optimizer)
+                  if p in optimizer.state and p not in self.bucket_of]  # fmt: skip
+        flats += [state[name] for state in frozen for name in own if name in state]
+        sums = [flat.clone() for flat in flats]
+        works = [self.exchange.all_reduce(total) for total in sums]
+        try:
+            for work in works:
+                work.wait()
+        except GroupLost as error:
+            raise self.round.told(error, "memory was not averaged") from error
+        for flat, total in zip(flats, sums, strict=True):
+            torch.div(total, self.exchange.size, out=flat)
+        self.averaged = True
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All parameters, of all groups; none yet where the arguments were refused."""
+    groups = optimizer.__dict__.get("param_groups", [])
+    return [param for group in groups for param in group["params"]]
+
+
+def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
+    """Where the parameters are that are trained."""
+    params = params_of(optimizer)
+    params = [p for p in params if p.requires_grad] or params
+    return local(params[0]).device if params else torch.device("cpu")
+
+
+def describe(optimizer: torch.optim.Optimizer, rule: Rule, settings: Settings) -> dict[str, Any]:
+    """What must be equal on all workers."""
+    return agreement.describe(optimizer) | settings.facts() | rule.facts()
+
+
+def check_group(group: Group, g: int, rule: Rule) -> None:
+    where = f"of param group {g}"
+    checks.check_group(group, where)
+    rule.check(group, where)
+
+
+def check_params(
+    optimizer: torch.optim.Optimizer, rule: Rule, settings: Settings, exchange: Exchange
+) -> None:
+    """Raises unless these parameters can be trained. Frozen ones are left alone.
+
+    Sets exchange.agree_group where the parameters are sharded.
+    """
+    names: dict[Tensor, str] = {}
+    for g, group in enumerate(optimizer.param_groups):
+        check_group(group, g, rule)
+        for i, param in enumerate(group["params"]):
+            if param.requires_grad:
+                name = f"params: {agreement.parameter_name(group, i)} of group {g}"
+                checks.check_param(local(param), name)
+                if param in names:
+                    raise ValueError(f"{name} is in them twice")
+                names[param] = name
+    devices = {local(p).device for p in names}
+    if len(devices) > 1:
+        raise ValueError(
+            f"params: got devices {', '.join(sorted(map(str, devices)))}, must be one device"
+        )
+    inside = shards.check(list(names), exchange.given, settings.overlap)
+    if inside is not None:
+        exchange.agree_group = inside
+
+
+def broadcast(exchange: Exchange, groups: list[Group], device: torch.device) -> None:
+    """Gives all workers rank 0's parameters; frozen ones of another kind or place stay."""
+    params = [local(p).detach() for group in groups for p in group["params"]]
+    params = [p for p in params if p.numel() and p.device == device and checks.is_trainable(p)]
+    exchange.broadcast([in_storage_order(p) for p in params])
+
+
+def _target(bucket: Bucket) -> tuple[list[Tensor], float | Tensor]:
+    return bucket.flat_params(), checks.as_float(bucket.group["lr"])

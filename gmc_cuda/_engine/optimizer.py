@@ -1,0 +1,280 @@
+"""The torch.optim face of the engine: what GMC and DGC share."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmc_cuda._engine import agreement, checks, engine, steps
+from gmc_cuda._engine import state as states
+from gmc_cuda._engine.bucket import figures
+from gmc_cuda._engine.engine import Engine, Settings
+from gmc_cuda._engine.exchange import Exchange
+from gmc_cuda._engine.rules import Rule
+from gmc_cuda._engine.watch import DamageWatch
+
+_numbers = itertools.count(1)  # of the optimizers of this process
+
+
+class CompressedSGD(torch.optim.Optimizer):
+    """A torch.optim.Optimizer that makes its steps by an engine. Not used on its own.
+
+    Attributes:
+        engine: for the other modules of gmc_cuda.
+    """
+
+    engine: Engine
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        rule: Rule,
+        settings: Settings,
+        process_group: Any,
+        broadcast_parameters: bool,
+    ) -> None:
+        exchange = Exchange(process_group)
+        try:
+            settings.check()
+            rule.check_facts(settings.overlap)
+            super().__init__(params, {**rule.options, **checks.one_budget(defaults)})
+            engine.check_params(self, rule, settings, exchange)
+            facts: dict[str, Any] | Exception = engine.describe(self, rule, settings)
+        except Exception as error:
+            facts = error
+        device = engine.device_of(self)
+        number = agreement.check(exchange, facts, device, next(_numbers))
+        if broadcast_parameters:
+            engine.broadcast(exchange, self.param_groups, device)
+        self._start(Engine(self, rule, settings, exchange, number))
+
+    def _start(self, engine: Engine) -> None:
+        self.engine = engine
+        self.register_state_dict_post_hook(_complete)
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        return self.engine.settings.wire_dtype
+
+    @property
+    def overlap(self) -> bool:
+        return self.engine.settings.overlap
+
+    @property
+    def nonfinite(self) -> str:
+        return self.engine.settings.nonfinite
+
+    @property
+    def process_group(self) -> Any:
+        """The workers that this optimizer trains with. Set it on a copy from another process."""
+        return self.engine.exchange.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self.engine.refuse_open_round("a new process_group")
+        self.engine.round.exchange = Exchange(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group. With several workers all of them must call it."""
+        param_group = checks.one_budget(param_group)
+        own = self.__dict__.get("engine")
+        if own is None:  # torch's constructor calls it too
+            super().add_param_group(param_group)
+            return
+        own.refuse_open_round("add_param_group")
+        known = len(self.param_groups)
+        try:
+            try:
+                super().add_param_group(param_group)
+                engine.check_params(self, own.rule, own.settings, own.exchange)
+                facts: dict[str, Any] | Exception = agreement.describe(self)
+            except Exception as error:
+                facts = error
+            agreement.check(own.exchange, facts, engine.device_of(self))
+        except Exception:
+            del self.param_groups[known:]
+            raise
+        engine.broadcast(own.exchange, self.param_groups[known:], engine.device_of(self))
+        own.round.agreed_anew()
+        own.pack()
+
+    # ------------------------------------------------------------------------------ the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Compresses, exchanges and applies. With several workers all of them must call it.
+
+        Args:
+            closure: reevaluates the model and returns the loss, as in torch.optim.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError, TypeError: a parameter, option, state or gradient that cannot be used, and
+                nothing was sent; or workers whose options differ, on every worker.
+            FloatingPointError: with ``nonfinite="raise"``, on every worker, when one of them met a
+                non-finite gradient. The finite gradients of the step stay in memory.
+            RuntimeError: another worker left the step by an exception, a damaged payload arrived,
+                or the process group was lost. The step was not made on this worker.
+
+        After an error the gradients that had been compressed are in memory, and their ``.grad`` is
+        None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        try:
+            self.engine.begin()
+            steps.raise_first(self.engine.finish())
+        except BaseException:
+            self.engine.cancel()
+            # A scaler takes these back after a step that went well only; the next one would
+            # multiply its scale with what it finds.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim's. With ``overlap=True`` it also ends a backward pass that no step() came
+        after: what was sent of it returns to memory, and goes with the next step."""
+        self.engine.cancel()
+        super().zero_grad(set_to_none)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulates gradients without sending them, as in DistributedDataParallel.
+
+        Needed only with ``overlap=True``, around every backward pass but the last before step().
+        """
+        with self.engine.paused():
+            yield
+
+    def release(self) -> None:
+        """Lets go of the parameters: no hook of this optimizer acts any more (``overlap=True``).
+
+        For who goes on with another optimizer while this one is still referred to.
+        """
+        self.engine.release()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # A scaler must call step() on every worker, even if only one met an overflow. Other readers
+        # (Lightning) take it as a reason to refuse gradient clipping, also where nothing is scaled.
+        return sys._getframe(1).f_globals.get("__name__") == torch.amp.grad_scaler.__name__
+
+    def last_step_skipped(self) -> Tensor | None:
+        """Whether the last step was skipped: bool [1] on the device.
+
+        None before the first step, and after one that failed before the workers had agreed.
+        """
+        verdict = self.engine.round.verdict
+        return None if verdict is None else verdict != 0
+
+    # ------------------------------------------------------------- saving, loading and copying
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what ``state_dict()`` of the same optimizer gave, or torch.optim.SGD's.
+
+        No collective. Memory stays float32 whatever the parameters' dtype. Options that the saved
+        state is too old to have keep their present values.
+
+        Raises:
+            ValueError, TypeError: a state that does not fit; nothing was changed.
+
+        Warns:
+            UserWarning: the memory is another rank's and not the average of all.
+        """
+        own, exchange = self.engine, self.engine.exchange
+        own.refuse_open_round("load_state_dict")
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        loaded = states.read(state_dict, self.param_groups, own.rule, type(self).__name__)
+        for g, group in enumerate(loaded.groups):
+            engine.check_group(group, g, own.rule)
+        states.warn_of_another_ranks(loaded, exchange.rank, exchange.size)
+        for group, new in zip(self.param_groups, loaded.groups, strict=True):
+            group.update(new)
+        own.install(loaded.held)
+        own.round.damage = DamageWatch()
+        own.averaged = loaded.stamp is not None and loaded.stamp.averaged
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    @torch.no_grad()
+    def average_memory_(self) -> None:
+        """Replaces every worker's memory (and local momentum) by the mean over all workers.
+
+        All workers must call it. What is unsent in all, and so the run, is kept: afterwards the
+        state of one worker is the state of all, for checkpoints that keep rank 0's only. Takes a
+        second copy of the memory for as long as it runs.
+
+        Raises:
+            RuntimeError: the process group was lost; this worker's memory is what it was.
+        """
+        self.engine.refuse_open_round("average_memory_")
+        self.engine.average_memory()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = self.engine
+        own.refuse_open_round("a copy")
+        held = own.held()
+        state = {
+            param: {**entry, **{k: v.clone() for k, v in held.get(param, {}).items()}}
+            for param, entry in self.state.items()
+        }
+        return {
+            "defaults": self.defaults,
+            "param_groups": self.param_groups,
+            "state": state,
+            "engine": (own.rule, own.settings, own.exchange, own.round.number),
+            "progress": own.progress(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "progress" not in state:  # torch's own, which says nothing of an engine
+            super().__setstate__(state)
+            return
+        state = dict(state)
+        arguments, progress = state.pop("engine"), state.pop("progress")
+        super().__setstate__({**state, "state": defaultdict(dict, state["state"])})
+        self._start(Engine(self, *arguments))
+        self.engine.set_progress(progress)
+
+    # --------------------------------------------------------------------------------- figures
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of the run so far; reads the device.
+
+        Returns:
+            steps, skipped_steps; bytes_per_step, what this worker handed to the collectives of the
+            last step (a single worker's stays there); dense_bytes_per_step, a float32 gradient's
+            bytes; bytes_ratio, how many times fewer those were, and density, the share of entries
+            sent (both 0 before the first step); repairs, selections that had to read all of memory
+            again.
+        """
+        return figures(self.engine.buckets, self.engine.round.steps, self.engine.round.skipped)
+
+
+def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    assert isinstance(optimizer, CompressedSGD)
+    own = optimizer.engine
+    stamp = states.Stamp(
+        type(optimizer).__name__, own.exchange.rank, own.exchange.size, own.averaged
+    )
+    states.add(state_dict, engine.params_of(optimizer), own.held(), stamp)

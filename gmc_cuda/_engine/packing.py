@@ -1,0 +1,129 @@
+"""The buckets of an optimizer: a cache of its param_groups and state, which are the truth.
+
+torch.optim lets users reorder, extend and replace what is in them, freeze, convert and move
+parameters, clear, replace and offload state. So what the buckets were made from is compared with
+what is there, before every step, and the buckets are made anew where it differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gmc_cuda._engine import state as states
+from gmc_cuda._engine.bucket import Bucket, make_buckets
+from gmc_cuda._engine.rules import Group, Rule
+from gmc_cuda._engine.shards import is_sharded, local
+
+State = dict[Any, Any]
+
+_params_of, _requires_grad = itemgetter("params"), attrgetter("requires_grad")
+_layout = attrgetter("dtype", "device", "shape")
+
+
+class _Shown(NamedTuple):
+    """What one name stands for in the state of the packed parameters."""
+
+    get: Callable[[Any], Tensor]
+    entries: list[dict[str, Any]]
+    tensors: list[Tensor]
+    storage: list[int] | None
+
+
+class Packing:
+    """Buckets over the parameters that require a gradient, filled from the optimizer's state.
+
+    Args:
+        groups, state: the optimizer's. Afterwards state shows the buckets: each parameter's memory
+            and momentum are views of them. Other entries, and those of frozen parameters, stay.
+        rule: what state a worker keeps.
+        cap_numel: most elements of a bucket.
+
+    Attributes:
+        buckets: in the order in which the backward pass fills them.
+        bucket_of: by parameter.
+    """
+
+    def __init__(self, groups: list[Group], state: State, rule: Rule, cap_numel: int) -> None:
+        self._rule = rule
+        held = states.held(groups, state, rule)
+        self.buckets: list[Bucket] = []
+        for group in groups:
+            params = [p for p in group["params"] if p.requires_grad]
+            self.buckets += make_buckets(params, group, cap_numel, rule.local_momentum)
+        self.bucket_of = {p: bucket for bucket in self.buckets for p in bucket.params}
+        states.install(self.buckets, rule, held)
+        states.show(self.buckets, rule, state)
+        # A frozen parameter's state must not be a view of buckets that are gone.
+        for param in held.keys() - self.bucket_of.keys():
+            state[param].update({name: t.clone() for name, t in held[param].items()})
+        self._remember(groups, state)
+
+    def _remember(self, groups: list[Group], state: State) -> None:
+        self._groups = list(groups)
+        self._params = list(chain.from_iterable(map(_params_of, groups)))
+        self._requires_grad = list(map(_requires_grad, self._params))
+        self._names = list(map(self._rule.momentum_name, groups))
+        self._packed = list(self.bucket_of)
+        # A DTensor's storage is that of its local part.
+        self._sharded = any(map(is_sharded, self._packed))
+        self._pointers, self._layouts = self._places(), self._layouts_now()
+        self._entries = list(state.values())
+        self._shown: list[_Shown] = []
+        for name in dict.fromkeys(key for p in self._packed for key in state[p]):
+            if name == "memory" or name in states.MOMENTUM_NAMES:
+                entries = [state[p] for p in self._packed if name in state[p]]
+                tensors = [entry[name] for entry in entries]
+                self._shown.append(_Shown(itemgetter(name), entries, tensors, _storage(tensors)))
+
+    def holds(self, groups: list[Group], state: Mapping[Any, Any]) -> bool:
+        """Whether groups and state still are what the buckets were made from."""
+        params = list(chain.from_iterable(map(_params_of, groups)))
+        if not (_same(groups, self._groups) and _same(params, self._params)):
+            return False
+        if list(map(_requires_grad, params)) != self._requires_grad:
+            return False
+        if self._names != [self._rule.momentum_name(group) for group in groups]:
+            return False
+        pointers = self._places()
+        if pointers != self._pointers:
+            if self._layouts_now() != self._layouts:
+                return False
+            self._pointers = pointers  # another storage, in which all lies as before
+        return self._state_holds(state)
+
+    def _state_holds(self, state: Mapping[Any, Any]) -> bool:
+        if len(state) != len(self._entries) or not all(map(is_, state.values(), self._entries)):
+            return False
+        try:
+            return all(
+                all(map(is_, map(get, entries), tensors)) and _storage(tensors) == storage
+                for get, entries, tensors, storage in self._shown
+            )
+        except KeyError:  # removed
+            return False
+
+    def _places(self) -> list[int] | None:
+        """Where the packed parameters lie: elsewhere once they are moved or converted."""
+        return _storage(map(local, self._packed) if self._sharded else self._packed)
+
+    def _layouts_now(self) -> list[Any]:
+        params = list(map(local, self._packed)) if self._sharded else self._packed
+        return [(*_layout(p), p.stride() if p.layout is torch.strided else None) for p in params]
+
+
+def _storage(tensors: Iterable[Tensor]) -> list[int] | None:
+    """The addresses of these tensors; None where they have none."""
+    try:
+        return list(map(Tensor.data_ptr, tensors))
+    except RuntimeError:
+        return None
+
+
+def _same(now: list[Any], then: list[Any]) -> bool:
+    return len(now) == len(then) and all(map(is_, now, then))

@@ -1,0 +1,385 @@
+"""One step of all buckets: what was sent, what arrived, what is applied, and what an error leaves.
+
+A step is a transaction. All that can be refused is refused before a round is opened. While this
+worker still has something to send, an error calls the step off on every worker: the others learn
+it from notices in the place of what they wait for. Once all is sent, the others may go on, so this
+worker does too, and raises when the step is complete.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmc_cuda import ops
+from gmc_cuda._engine import agreement, steps
+from gmc_cuda._engine.bucket import Bucket
+from gmc_cuda._engine.exchange import Exchange, GroupLost
+from gmc_cuda._engine.rules import Group, Plan, Rule, tag_of
+from gmc_cuda._engine.watch import DamageWatch, DuplicateWatch
+
+_rounds: weakref.WeakSet[Round] = weakref.WeakSet()  # of this process
+
+
+class Round:
+    """The steps of one optimizer or hook, one after the other.
+
+    Args:
+        exchange: the workers.
+        wire_dtype: dtype of the values sent.
+        nonfinite: "skip" or "raise".
+        number: this optimizer's among those of the run, the same on all workers.
+        facts: a method that tells what must be equal on all workers, by the name under which a
+            difference is reported. Its object is not kept alive.
+
+    Attributes:
+        steps: how many steps the workers have agreed on, skipped ones among them.
+        skipped: how many of them were skipped, int64 [1] on the device; None before the first.
+        verdict: of the last step, int32 [1], as of ops.verdict; None if it failed before that.
+        device: where the parameters are.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        wire_dtype: torch.dtype,
+        nonfinite: str,
+        number: int,
+        facts: Callable[[], dict[str, Any]],
+    ) -> None:
+        self.exchange, self.wire_dtype, self.nonfinite = exchange, wire_dtype, nonfinite
+        self.number = number
+        self.steps = 0
+        self.skipped: Tensor | None = None
+        self.verdict: Tensor | None = None
+        self.device = torch.device("cpu")
+        self.damage, self.duplicates = DamageWatch(), DuplicateWatch()
+        self._facts = weakref.WeakMethod(facts)
+        self._waiting: deque[tuple[Bucket, Plan]] = deque()
+        self._sent: list[tuple[Bucket, steps.Step, steps.Sent]] = []
+        self._agreed: list[Plan] | None = None  # with which the workers' collectives last met
+        self._tags: set[int] = set()  # of what was last sent
+        _rounds.add(self)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something was sent and the step not made yet."""
+        return bool(self._sent)
+
+    @property
+    def waiting(self) -> list[Bucket]:
+        """The buckets that are still to be sent, in order."""
+        return [bucket for bucket, _ in self._waiting]
+
+    def plan(
+        self,
+        rule: Rule,
+        bucket: Bucket,
+        index: int,
+        group: Group,
+        scaling: Mapping[str, Tensor | None],
+    ) -> Plan:
+        """The next step of the bucket of that index.
+
+        Args:
+            group: the bucket's options.
+            scaling: grad_scale and found_inf, what a GradScaler has found.
+        """
+        plan = rule.plan(group, bucket, self.wire_dtype, self.exchange.size)
+        plan = plan._replace(arguments={**scaling, **plan.arguments})
+        if self.exchange.size == 1:
+            return plan
+        options = [group[name] for name in rule.agreed]
+        tag = tag_of(self.number, self.steps, index, *plan.size(), self.wire_dtype, *options)
+        return plan._replace(tag=tag)
+
+    # -------------------------------------------------------------------------------- sending
+
+    def open(self, work: Sequence[tuple[Bucket, Plan]], known: bool = True) -> None:
+        """Begins a step of these buckets.
+
+        Args:
+            known: False if there will be others, see :meth:`add`, so that sizes are not compared.
+
+        Raises:
+            ValueError: on all workers, if they differ; nothing was sent of the step.
+        """
+        before, plans = self._agreed, [plan for _, plan in work]
+        sizes = [plan.size() for plan in plans]
+        if known and before and [plan.size() for plan in before] != sizes:
+            self.compare(before, *sizes)
+        self._agreed = plans
+        self._tags = {plan.tag for plan in plans}
+        self.verdict = None
+        self._waiting = deque(work)
+
+    def compare(self, before: Sequence[Plan], *sizes: tuple[int, ...]) -> None:
+        """Has the workers compare the sizes of what they are about to send.
+
+        Messages of different sizes must not meet: gloo ends the process, NCCL waits for ever. So
+        a worker whose sizes change asks the others first, in a message of the size before. It
+        reads the device.
+
+        Args:
+            before: the step that workers without a change are about to make.
+            sizes: what this one is about to send.
+
+        Raises:
+            ValueError: on all workers, if they differ.
+        """
+        if self.exchange.size == 1:
+            return
+        tag = tag_of(self.number, self.steps, *chain.from_iterable(sizes))
+        try:
+            if self._verdict_of(self._notices(before[:1], tag)):
+                self._verdict_of(self._notices(before[1:], ops.CALLED_OFF))
+                self._raise_mismatch()
+        except GroupLost as error:
+            raise self.told(error, "nothing was applied") from error
+
+    def agreed_anew(self) -> None:
+        """Call it where the workers have just compared everything."""
+        self._agreed = None
+
+    def add(self, bucket: Bucket, plan: Plan) -> None:
+        """Adds a bucket that was not known when the step was opened."""
+        self._tags.add(plan.tag)
+        self._waiting.append((bucket, plan))
+
+    def send(self, grads: list[Tensor | None]) -> Bucket:
+        """Sends the next bucket's part. An error calls the step off.
+
+        Args:
+            grads: from ``bucket.flat_grads()``.
+        """
+        bucket, plan = self._waiting[0]
+        try:
+            step, sent = steps.start(bucket, self.exchange, grads, plan)
+        except BaseException:
+            self.cancel()
+            raise
+        self._waiting.popleft()
+        self._sent.append((bucket, step, sent))
+        return bucket
+
+    # ------------------------------------------------------------------ receiving and applying
+
+    def finish(
+        self, target_of: Callable[[Bucket], tuple[list[Tensor], float | Tensor]]
+    ) -> list[BaseException]:
+        """Waits for all payloads, and applies them where the workers agree to.
+
+        Args:
+            target_of: gives a bucket's contiguous parameters and its lr.
+
+        Returns:
+            errors that came up when the step could not be called off any more; to be raised now
+            that it is made, see steps.raise_first.
+
+        Raises:
+            FloatingPointError: with nonfinite="raise", on every worker.
+            ValueError: what arrived does not belong together; on every worker.
+            RuntimeError: another worker has called the step off, a payload is damaged, or the
+                group was lost. Nothing was applied, and what was sent is in memory.
+        """
+        if not self._sent:  # a worker whose shards are all empty
+            self.exchange.agree(torch.zeros(1, dtype=torch.int32, device=self.device))
+            self.steps += 1
+            return []
+        late: list[BaseException] = []
+        try:
+            skip, aggregates = self._receive(late)
+        except GroupLost as error:
+            self._close()
+            self._count_as_skipped()
+            raise self.told(error, "nothing was applied") from error
+        except BaseException:
+            self._close()
+            self._count_as_skipped(0 if self.verdict is None else int(self.verdict))
+            raise
+        self._look_for_duplicates(aggregates, late)
+        self._apply(skip, target_of, late)
+        return late
+
+    def told(self, error: GroupLost, outcome: str) -> GroupLost:
+        """The same error for users."""
+        return error.told(f"step {self.steps}", self.exchange.rank, outcome)
+
+    def _receive(self, late: list[BaseException]) -> tuple[Tensor, list[Tensor]]:
+        sents = [sent for _, _, sent in self._sent]
+        for sent in sents:
+            steps.insist(sent.work.wait, late)
+        verdict = steps.insist(lambda: _verdict(sents), late)
+        if self.exchange.agree_group is not None:
+            verdict = self.exchange.agree(verdict)
+        skip = self.verdict = verdict
+        self._raise_on(skip)
+        return skip, [step.send(skip) for _, step, _ in self._sent]
+
+    def _apply(
+        self,
+        skip: Tensor,
+        target_of: Callable[[Bucket], tuple[list[Tensor], float | Tensor]],
+        late: list[BaseException],
+    ) -> None:
+        if self.skipped is None:
+            self.skipped = torch.zeros(1, dtype=torch.int64, device=skip.device)
+        flags = steps.insist(lambda: self.damage.flags(skip, self.exchange.size), late)
+        count: Tensor | None = self.skipped
+        sent, self._sent = self._sent, []
+        for bucket, step, _ in sent:
+            try:
+                params, lr = steps.insist(partial(target_of, bucket), late)
+                step.send(steps.Target(params, lr, count, flags))
+            except StopIteration:
+                pass
+            except BaseException as error:
+                step.close()
+                late.append(error)
+            count = None  # once for all buckets
+        steps.insist(self.damage.report, late)
+        self.steps += 1
+
+    def _raise_on(self, skip: Tensor) -> None:
+        """Raises for a verdict that must not be passed over."""
+        if self.nonfinite != "raise" and not skip.is_cpu:
+            return  # reading the verdict would make the host wait for the device
+        verdict, rank = int(skip), self.exchange.rank
+        if verdict & ops.MISMATCH:
+            self._raise_mismatch()
+        if verdict & ops.OFF:
+            raise RuntimeError(
+                f"step {self.steps + 1}: another worker left it by an exception before it had sent "
+                "all of its part. No worker has made the step, what was sent is back in memory, "
+                "and the next step works"
+            )
+        if verdict & ops.DAMAGED:
+            raise RuntimeError(
+                f"rank {rank} received a damaged payload header; the step was not made here, and "
+                "replicas may differ: restart from a checkpoint"
+            )
+        if verdict and self.nonfinite == "raise":
+            counts = torch.stack([sent.nonfinite() for _, _, sent in self._sent]).sum(0).tolist()
+            met = [f"{count} on rank {rank}" for rank, count in enumerate(counts) if count]
+            raise FloatingPointError(
+                f"non-finite gradient values: {', '.join(met)}; the step was not made, and the "
+                "finite gradients stay in memory (nonfinite='skip' goes on without raising)"
+            )
+
+    def _raise_mismatch(self) -> None:
+        """Finds out in what the workers differ; every worker calls it."""
+        describe = self._facts()
+        assert describe is not None
+        own = {"step": self.steps + 1, **describe()}
+        senders = {tag: round.number for round in _rounds for tag in round._tags}
+        answers = self.exchange.gather_objects((own, senders), self.device)
+        found = agreement.differences([facts for facts, _ in answers])
+        advice = "All workers must change options and layers in the same step"
+        crossed = self._crossed([senders for _, senders in answers])
+        if crossed:
+            found += f"\n  {crossed}"
+            advice = (
+                "The collectives of two optimizers crossed: give each a process_group of its own "
+                "(torch.distributed.new_group()), or use overlap=False"
+            )
+        elif not found:
+            found = "\n  nothing that is named here: a tensor on a GPU, or what changed back since"
+        raise ValueError(
+            f"step {self.steps + 1}: what the workers sent does not belong together. They differ "
+            f"in:{found}\nThe step was not made on any worker, and what was sent is back in "
+            f"memory. {advice}"
+        )
+
+    def _crossed(self, senders: list[dict[int, int]]) -> str:
+        """Which optimizers' messages met, if they are not of one. Optimizers are numbered.
+
+        Args:
+            senders: for each rank, the number of the optimizer by each of its tags.
+        """
+        for _, _, sent in self._sent:
+            numbers = [known.get(tag) for known, tag in zip(senders, sent.tags(), strict=True)]
+            if None not in numbers and len(set(numbers)) > 1:
+                return "optimizer (they are numbered as they were constructed): " + ", ".join(
+                    f"{number} on rank {rank}" for rank, number in enumerate(numbers)
+                )
+        return ""
+
+    def _look_for_duplicates(self, aggregates: list[Tensor], late: list[BaseException]) -> None:
+        sparse = [
+            (sent.payloads, aggregate, bucket.numel)
+            for (bucket, _, sent), aggregate in zip(self._sent, aggregates, strict=True)
+            if sent.payloads is not None
+        ]
+        try:
+            self.duplicates.look(
+                [payloads for payloads, _, _ in sparse],
+                [(aggregate, numel) for _, aggregate, numel in sparse],
+                self.exchange.size,
+            )
+        except BaseException as error:  # a warning that was made one
+            late.append(error)
+
+    # --------------------------------------------------------------------------- calling off
+
+    def cancel(self) -> None:
+        """Ends a step that is not to be made. What was sent of it returns to memory.
+
+        Where other workers wait for the rest of it, they learn that there is none. All workers may
+        cancel a step at once, each at another place.
+        """
+        waiting, self._waiting = self._waiting, deque()
+        if not self._sent:
+            return
+        verdict = 0
+        try:
+            plans = [plan for _, plan in waiting]
+            sents = [sent for _, _, sent in self._sent]
+            if self.exchange.size > 1:
+                verdict = self._verdict_of(sents + self._notices(plans, ops.CALLED_OFF))
+        except GroupLost:
+            verdict = ops.OFF
+        finally:
+            self._close()
+        self._count_as_skipped(verdict)
+
+    def _close(self) -> None:
+        sent, self._sent = self._sent, []
+        for _, step, _ in sent:
+            step.close()
+
+    def _count_as_skipped(self, verdict: int = ops.OFF) -> None:
+        """Counts a step that this worker has not made, if the others have not either.
+
+        If they have, they are one ahead, and the next step says so. Steps that do not belong
+        together are not counted, so that the workers can meet again.
+        """
+        if self.exchange.size > 1 and (verdict == 0 or verdict & ops.MISMATCH):
+            return
+        self.steps += 1
+        if self.skipped is None:
+            self.skipped = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.skipped += 1
+
+    def _notices(self, plans: Sequence[Plan], tag: int) -> list[steps.Sent]:
+        return [steps.notice(self.exchange, plan, tag, self.device) for plan in plans]
+
+    def _verdict_of(self, sents: list[steps.Sent]) -> int:
+        """Waits for these and tells what the workers think of them; reads the device."""
+        for sent in sents:
+            sent.work.wait()
+        return int(self.exchange.agree(_verdict(sents))) if sents else 0
+
+
+def _verdict(sents: Sequence[steps.Sent]) -> Tensor:
+    """Over all buckets, int32 [1], as of ops.verdict."""
+    return ops.verdict(
+        [sent.payloads for sent in sents if sent.payloads is not None],
+        [sent.counts for sent in sents if sent.counts is not None],
+    )

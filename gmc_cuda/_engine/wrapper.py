@@ -1,0 +1,132 @@
+"""An optimizer around another one: what LocalUpdates and NodeAverage share.
+
+torch.optim.Optimizer has a dozen methods that act on the optimizer's own param_groups, state and
+hooks. Around another optimizer each of them would silently act on the wrong ones, so each is
+written here or in the wrappers, or is right as inherited (tests/test_wrappers.py lists those).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, NoReturn
+
+import torch
+
+from gmc_cuda._engine.optimizer import CompressedSGD
+
+_HOOKS = (
+    "step_pre", "step_post", "state_dict_pre", "state_dict_post",
+    "load_state_dict_pre", "load_state_dict_post",
+)  # fmt: skip
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Hooks, state_dict, copies and loss scaling of an optimizer around another one.
+
+    A subclass calls :meth:`_begin_life` where torch.optim calls its constructor, and writes step(),
+    _saved(), _load(), _refuse_open_exchange() and the rest of the public methods.
+    """
+
+    inner: torch.optim.Optimizer
+    _COPIED: ClassVar[tuple[str, ...]] = ()  # the attributes that a copy has
+
+    def _begin_life(self) -> None:
+        """Hooks of its own, which run around the whole of the wrapper's step."""
+        for name in _HOOKS:
+            setattr(self, f"_optimizer_{name}_hooks", OrderedDict())
+        self._patch_step_function()
+
+    def _refuse_open_exchange(self, what: str) -> None:
+        """Raises RuntimeError while something of this optimizer is on its way."""
+
+    # ------------------------------------------------------------------------------ the step
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # A scaler must call step() on every worker, or the others would wait for one that skipped.
+        return sys._getframe(1).f_globals.get("__name__") == torch.amp.grad_scaler.__name__
+
+    @contextmanager
+    def _scaling_ends(self) -> Iterator[None]:
+        """A scaler takes back what it leaves here after a step that went well only."""
+        try:
+            yield
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+
+    # ------------------------------------------------------------- saving, loading and copying
+
+    def _saved(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        self._refuse_open_exchange("state_dict()")
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self._saved()
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._refuse_open_exchange("load_state_dict()")
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        self._load(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_open_exchange("a copy")
+        return {name: self.__dict__[name] for name in self._COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_life()
+
+    def __copy__(self) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(
+            f"copy.copy({name}): two of them over the same parameters would each count what moves "
+            "there as its own. Copy the model along:\n"
+            "    model, optimizer = copy.deepcopy((model, optimizer))"
+        )
+
+
+class Failed:
+    """Takes the place of parameters where there is an error instead.
+
+    The constructor of GMC meets the error when it looks at them, and tells the other workers, which
+    would otherwise wait for this one in theirs.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __iter__(self) -> Iterator[Any]:
+        raise self._error
+
+
+def told_by_constructor(error: BaseException) -> bool:
+    """Whether it came out of the constructor of GMC or DGC, which has told the other workers."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code is CompressedSGD.__init__.__code__:
+            return True
+        trace = trace.tb_next
+    return False
