@@ -83,6 +83,7 @@ class Engine:
         self.rule, self.settings = rule, settings
         self.round = Round(exchange, settings.wire_dtype, settings.nonfinite, number, self._facts)
         self.averaged = self.scaled_together = False
+        self._just_checked = False  # whether the step has begun with what it ends with
         self._overlap = Overlap(self._on_gradient) if settings.overlap else None
         self.pack()
 
@@ -119,6 +120,9 @@ class Engine:
         if not self._packing.holds(optimizer.param_groups, optimizer.state):
             check_params(optimizer, self.rule, self.settings, self.exchange)
             self.pack()
+        elif self._packing.moved and self._overlap is not None:
+            self._overlap.listen(self._packing.bucket_of)
+            self._packing.moved = False
 
     def pack(self) -> None:
         """Makes the buckets from param_groups and state."""
@@ -140,14 +144,35 @@ class Engine:
         self._check_scaler()
         for g, group in enumerate(optimizer.param_groups):
             check_group(group, g, self.rule)
+        self._just_checked = not self.round.is_open
         waiting = self.round.waiting if self.round.is_open else self.buckets
         if self.round.steps == 0:
             ddp_guard.refuse_communicating(params_of(optimizer), self.exchange.group)
+        if len(waiting) == 1 and self._just_checked and self._send_unchecked(waiting[0]):
+            return
         grads = [bucket.flat_grads(self._refuse_gradient) for bucket in waiting]
         if not self.round.is_open:
             self._open()
         for its_grads in grads:
             self.round.send(its_grads)
+
+    def _send_unchecked(self, bucket: Bucket) -> bool:
+        """Lets the operator check the gradients of an only bucket, which saves two looks at each.
+
+        Returns:
+            False if it cannot take them as they are. Nothing was sent or changed then.
+        """
+        grads = bucket.plain_grads()
+        if grads is None:
+            return False
+        self._open()
+        try:
+            self.round.send(grads)
+        except (TypeError, ValueError) as error:
+            if not str(error).startswith("grads"):
+                raise
+            return False
+        return True
 
     def _open(self) -> None:
         self.averaged = False
@@ -167,7 +192,7 @@ class Engine:
         Returns:
             errors that must not keep the step from being made, to be raised now.
         """
-        late = self.round.finish(_target)
+        late = self.round.finish(self._target)
         for group in self.optimizer.param_groups:
             steps.insist(partial(self.rule.finish, group), late)
         if self._overlap is not None:
@@ -179,6 +204,10 @@ class Engine:
         if every and self.round.steps % every == 0:
             self._check_replicas()
         return late
+
+    def _target(self, bucket: Bucket) -> tuple[list[Tensor], float | Tensor]:
+        places = bucket.param_places(look=not self._just_checked)
+        return places, checks.as_float(bucket.group["lr"])
 
     def cancel(self) -> None:
         """Ends a step that is not to be made; what was sent of it returns to memory."""
@@ -276,8 +305,16 @@ class Engine:
     # ------------------------------------------------------------------------ state as a whole
 
     def held(self) -> states.Held:
-        """Each parameter's memory and momentum."""
-        return states.held(self.optimizer.param_groups, self.optimizer.state, self.rule)
+        """Each parameter's memory and momentum; zero where a trained one has none."""
+        optimizer = self.optimizer
+        held = states.held(optimizer.param_groups, optimizer.state, self.rule)
+        for group in optimizer.param_groups:
+            names = ("memory", self.rule.momentum_name(group))
+            for param in group["params"]:
+                if param.requires_grad and len(held.get(param, ())) < len(names):
+                    zero = torch.zeros_like(local(param), dtype=torch.float32)
+                    held[param] = dict.fromkeys(names, zero) | held.get(param, {})
+        return held
 
     def install(self, held: states.Held) -> None:
         """Replaces all of that; zero where there is nothing."""
@@ -377,7 +414,3 @@ def broadcast(exchange: Exchange, groups: list[Group], device: torch.device) -> 
     params = [local(p).detach() for group in groups for p in group["params"]]
     params = [p for p in params if p.numel() and p.device == device and checks.is_trainable(p)]
     exchange.broadcast([in_storage_order(p) for p in params])
-
-
-def _target(bucket: Bucket) -> tuple[list[Tensor], float | Tensor]:
-    return bucket.flat_params(), checks.as_float(bucket.group["lr"])

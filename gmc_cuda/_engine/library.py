@@ -55,6 +55,11 @@ def check_torch(version: str) -> None:
 def explain(record: dict[str, Any] | None, reason: str = "") -> str:
     """The text of the ImportError when the libraries are missing or do not load."""
     python = platform.python_version()
+    if sys.platform != "linux":
+        return (
+            f"gmc_cuda runs on Linux only, and this is {sys.platform}. On Windows use it inside "
+            "WSL 2, elsewhere in a Linux container"
+        )
     if record is None:
         problem = f"is not built: there is no compiled extension for Python {python} in this folder"
     elif record["python"].split(".")[:2] != python.split(".")[:2]:

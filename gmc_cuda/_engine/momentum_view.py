@@ -62,7 +62,11 @@ class MomentumView(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        self.dense(write=True).copy_(value)
+        if value.numel() or not self.numel():  # who empties it to save memory has saved none
+            self.dense(write=True).copy_(value)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.dense().numpy(force=force)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dense().clone().__reduce_ex__(protocol)

@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gmc_cuda._engine.bucket import Bucket
 
-# Who sends a parameter's gradient during the backward pass: the newest that listens to it.
-_listeners: Any = WeakIdKeyDictionary()
+# Who sends a parameter's gradient during the backward pass: the newest that listens to it. By the
+# parameter's id: torch.utils.swap_tensors refuses tensors that have weak references.
+_listeners: dict[int, weakref.ref[Overlap]] = {}
 
 
 class Overlap:
@@ -39,23 +39,25 @@ class Overlap:
         weakref.finalize(self, _remove, self._handles)
 
     def listen(self, params: Iterable[Tensor]) -> None:
-        """Registers hooks on these parameters and removes those on others."""
-        wanted = dict.fromkeys(params)
-        for param in self._handles.keys() - wanted.keys():
-            self.release(param)
-        for param in wanted.keys() - self._handles.keys():
-            before = _listeners[param]() if param in _listeners else None
+        """Registers hooks on these parameters, and removes all others.
+
+        Registers them anew where they were: torch.utils.swap_tensors leaves a parameter with a dict
+        of hooks that the backward pass does not know any more, until it is set again.
+        """
+        _remove(self._handles)
+        for param in params:
+            before = _listeners.get(id(param), lambda: None)()
             if before is not None:
                 before.release(param)
-            _listeners[param] = weakref.ref(self)
+            _listeners[id(param)] = weakref.ref(self)
             hook = partial(_arrived, weakref.ref(self))
             self._handles[param] = param.register_post_accumulate_grad_hook(hook)
+            param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
 
     def release(self, param: Tensor) -> None:
         """Removes the hook on one parameter."""
-        handle = self._handles.pop(param, None)
-        if handle is not None:
-            handle.remove()
+        if param in self._handles:
+            _remove({param: self._handles.pop(param)})
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -99,5 +101,7 @@ def _arrived(listener: weakref.ref[Overlap], param: Tensor) -> None:
 
 
 def _remove(handles: dict[Tensor, Any]) -> None:
-    for handle in handles.values():
+    for param, handle in handles.items():
         handle.remove()
+        _listeners.pop(id(param), None)
+    handles.clear()

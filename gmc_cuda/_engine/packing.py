@@ -7,10 +7,10 @@ what is there, before every step, and the buckets are made anew where it differs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,15 +26,6 @@ _params_of, _requires_grad = itemgetter("params"), attrgetter("requires_grad")
 _layout = attrgetter("dtype", "device", "shape")
 
 
-class _Shown(NamedTuple):
-    """What one name stands for in the state of the packed parameters."""
-
-    get: Callable[[Any], Tensor]
-    entries: list[dict[str, Any]]
-    tensors: list[Tensor]
-    storage: list[int] | None
-
-
 class Packing:
     """Buckets over the parameters that require a gradient, filled from the optimizer's state.
 
@@ -47,10 +38,11 @@ class Packing:
     Attributes:
         buckets: in the order in which the backward pass fills them.
         bucket_of: by parameter.
+        moved: whether parameters were found in another storage since this was last set to False.
     """
 
     def __init__(self, groups: list[Group], state: State, rule: Rule, cap_numel: int) -> None:
-        self._rule = rule
+        self._rule, self.moved = rule, False
         held = states.held(groups, state, rule)
         self.buckets: list[Bucket] = []
         for group in groups:
@@ -58,7 +50,8 @@ class Packing:
             self.buckets += make_buckets(params, group, cap_numel, rule.local_momentum)
         self.bucket_of = {p: bucket for bucket in self.buckets for p in bucket.params}
         states.install(self.buckets, rule, held)
-        states.show(self.buckets, rule, state)
+        self._changed = [False]  # whether a shown entry was written to
+        states.show(self.buckets, rule, state, self._changed)
         # A frozen parameter's state must not be a view of buckets that are gone.
         for param in held.keys() - self.bucket_of.keys():
             state[param].update({name: t.clone() for name, t in held[param].items()})
@@ -66,6 +59,7 @@ class Packing:
 
     def _remember(self, groups: list[Group], state: State) -> None:
         self._groups = list(groups)
+        self._lengths = _lengths(groups)
         self._params = list(chain.from_iterable(map(_params_of, groups)))
         self._requires_grad = list(map(_requires_grad, self._params))
         self._names = list(map(self._rule.momentum_name, groups))
@@ -73,44 +67,57 @@ class Packing:
         # A DTensor's storage is that of its local part.
         self._sharded = any(map(is_sharded, self._packed))
         self._pointers, self._layouts = self._places(), self._layouts_now()
+        self._contiguous = self._all_contiguous()
         self._entries = list(state.values())
-        self._shown: list[_Shown] = []
-        for name in dict.fromkeys(key for p in self._packed for key in state[p]):
-            if name == "memory" or name in states.MOMENTUM_NAMES:
-                entries = [state[p] for p in self._packed if name in state[p]]
-                tensors = [entry[name] for entry in entries]
-                self._shown.append(_Shown(itemgetter(name), entries, tensors, _storage(tensors)))
+        self._shown = [
+            (state[param], {k: v for k, v in state[param].items() if k in states.SHOWN})
+            for param in self._packed
+        ]
+        # Whose storage is exchanged (tensor.data = ...) exchanges all: one of a bucket tells.
+        self._memories = [state[bucket.params[-1]]["memory"] for bucket in self.buckets]
+        self._storage = _storage(self._memories)
+        self._changed[0] = False
 
     def holds(self, groups: list[Group], state: Mapping[Any, Any]) -> bool:
         """Whether groups and state still are what the buckets were made from."""
         params = list(chain.from_iterable(map(_params_of, groups)))
         if not (_same(groups, self._groups) and _same(params, self._params)):
             return False
+        if _lengths(groups) != self._lengths:
+            return False
         if list(map(_requires_grad, params)) != self._requires_grad:
             return False
         if self._names != [self._rule.momentum_name(group) for group in groups]:
             return False
         pointers = self._places()
-        if pointers != self._pointers:
+        # Where all were and are contiguous, none is laid out anew in the same place.
+        if pointers != self._pointers or not (self._contiguous and self._all_contiguous()):
             if self._layouts_now() != self._layouts:
                 return False
             self._pointers = pointers  # another storage, in which all lies as before
+            self.moved = True
+            for bucket in self.buckets:
+                bucket.forget_places()
         return self._state_holds(state)
 
     def _state_holds(self, state: Mapping[Any, Any]) -> bool:
         if len(state) != len(self._entries) or not all(map(is_, state.values(), self._entries)):
             return False
-        try:
-            return all(
-                all(map(is_, map(get, entries), tensors)) and _storage(tensors) == storage
-                for get, entries, tensors, storage in self._shown
-            )
-        except KeyError:  # removed
+        if _storage(self._memories) != self._storage:
             return False
+        if self._changed[0]:
+            for entry, shown in self._shown:
+                if any(entry.get(name) is not tensor for name, tensor in shown.items()):
+                    return False
+            self._changed[0] = False
+        return True
 
     def _places(self) -> list[int] | None:
         """Where the packed parameters lie: elsewhere once they are moved or converted."""
         return _storage(map(local, self._packed) if self._sharded else self._packed)
+
+    def _all_contiguous(self) -> bool:
+        return not self._sharded and all(map(Tensor.is_contiguous, self._packed))
 
     def _layouts_now(self) -> list[Any]:
         params = list(map(local, self._packed)) if self._sharded else self._packed
@@ -123,6 +130,10 @@ def _storage(tensors: Iterable[Tensor]) -> list[int] | None:
         return list(map(Tensor.data_ptr, tensors))
     except RuntimeError:
         return None
+
+
+def _lengths(groups: list[Group]) -> list[int]:
+    return list(map(len, map(_params_of, groups)))
 
 
 def _same(now: list[Any], then: list[Any]) -> bool:

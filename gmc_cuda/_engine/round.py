@@ -243,6 +243,7 @@ class Round:
             except BaseException as error:
                 step.close()
                 late.append(error)
+            bucket.tell_autograd()
             count = None  # once for all buckets
         steps.insist(self.damage.report, late)
         self.steps += 1

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmc_cuda._engine.agreement import parameter_name
 from gmc_cuda._engine.bucket import Bucket
 from gmc_cuda._engine.checks import one_budget
+from gmc_cuda._engine.entry import Entry
 from gmc_cuda._engine.momentum_view import MomentumView
 from gmc_cuda._engine.rules import Group, Rule
 from gmc_cuda._engine.shards import local
@@ -27,6 +29,8 @@ Held = dict[Tensor, ParamState]
 
 _MEMORY = "memory"
 MOMENTUM_NAMES = ("momentum_buffer", "aggregate")  # the latter where it is not what SGD calls so
+
+SHOWN = (_MEMORY, *MOMENTUM_NAMES)
 
 FORMAT = 1
 _STAMP = "saved_by"  # in each param group of a state_dict: the one place every framework keeps
@@ -61,10 +65,12 @@ def held(groups: Iterable[Group], state: Mapping[Any, Any], rule: Rule) -> Held:
     """
     found: Held = {}
     dense: dict[Bucket, list[Tensor]] = {}
-    for group in groups:
-        for param in group["params"]:
+    for g, group in enumerate(groups):
+        for i, param in enumerate(group["params"]):
             for name, value in (state.get(param) or {}).items():
-                if not isinstance(value, Tensor) or name not in (_MEMORY, *MOMENTUM_NAMES):
+                if not isinstance(value, Tensor) or name not in SHOWN:
+                    continue
+                if value.is_meta and not param.is_meta:  # from before the model was materialised
                     continue
                 if isinstance(value, MomentumView):
                     bucket, index = value.place()
@@ -73,7 +79,9 @@ def held(groups: Iterable[Group], state: Mapping[Any, Any], rule: Rule) -> Held:
                     value = dense[bucket][index]
                 if name != _MEMORY:
                     name = rule.momentum_name(group)
-                _check_fits(value, f"state: {name} of a parameter", param)
+                _check_fits(
+                    value, f"state: {name} of {parameter_name(group, i)} of group {g}", param
+                )
                 found.setdefault(param, {})[name] = value
     return found
 
@@ -102,18 +110,20 @@ def install(buckets: Iterable[Bucket], rule: Rule, saved: Held) -> None:
             bucket.aggregate = _packed(bucket, name, saved)
 
 
-def show(buckets: Iterable[Bucket], rule: Rule, state: dict[Any, Any]) -> None:
-    """Makes optimizer.state show the buckets; its other entries stay."""
+def show(buckets: Iterable[Bucket], rule: Rule, state: dict[Any, Any], changed: list[bool]) -> None:
+    """Makes optimizer.state show the buckets; what else is in it stays.
+
+    Args:
+        changed: see Entry.
+    """
     for bucket in buckets:
         shown: dict[str, list[Tensor]] = {k: bucket.views(v) for k, v in bucket.vectors().items()}
         if not rule.local_momentum:
             views: list[Tensor] = [MomentumView(bucket, i) for i in range(len(bucket.params))]
             shown[rule.momentum_name(bucket.group)] = views
         for i, param in enumerate(bucket.params):
-            entry = state.setdefault(param, {})
-            for name in MOMENTUM_NAMES:
-                entry.pop(name, None)
-            entry.update({name: views[i] for name, views in shown.items()})
+            kept = {k: v for k, v in (state.get(param) or {}).items() if k not in SHOWN}
+            state[param] = Entry(kept | {name: views[i] for name, views in shown.items()}, changed)
 
 
 def _packed(bucket: Bucket, name: str, saved: Held) -> Tensor:

@@ -169,10 +169,10 @@ def dense_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], p
         aggregate=previous,
         momentum_buffer=bucket.momentum_buffer,
         rank=rank,
-        ranks=2 * ranks + len(grads),
+        ranks=2 * ranks + len(bucket.params),
         **plan.arguments,
     )
-    v, counts, present = total.split([bucket.numel, 2 * ranks, len(grads)])
+    v, counts, present = total.split([bucket.numel, 2 * ranks, len(bucket.params)])
     applied = False
     try:
         counts[ranks + rank] = float(plan.tag)

@@ -1,0 +1,282 @@
+"""What a checkpoint holds of a model and its optimizer, by file, and how that is put back.
+
+``facts.pt`` says of what model and optimizer it is; ``shared.pt`` holds the model and the momentum
+that is the same on all workers; ``worker0.pt``, ``worker1.pt`` ... hold what each has for itself.
+Of sharded parameters each worker of a node writes its own shard: ``shared.shard1.pt`` and so on.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gmc_cuda._engine import engine, format2, names, parts
+from gmc_cuda._engine import state as states
+from gmc_cuda._engine.exchange import Exchange
+from gmc_cuda._engine.optimizer import CompressedSGD
+from gmc_cuda._engine.shards import is_sharded, local
+
+FORMAT = 3
+_MODEL, _MOMENTUM, _NOT_TENSORS = "model", "momentum", "not tensors"
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+def take(
+    model: torch.nn.Module, optimizer: CompressedSGD, extra: Any, everyone: Exchange, copy: bool
+) -> dict[str, Any]:
+    """What this worker writes, by the name of the file.
+
+    Args:
+        everyone: the workers that save together.
+        copy: whether what is returned must not change while the training goes on.
+    """
+    own_engine = optimizer.engine
+    place = {param: i for i, param in enumerate(engine.params_of(optimizer))}
+    own, shard = own_engine.rule.own_state(), _shard(optimizer)
+    momentum: dict[str, Tensor] = {}
+    private: dict[str, Tensor] = {}
+    for param, tensors in own_engine.held().items():
+        for name, tensor in tensors.items():
+            (private if name in own else momentum)[f"{place[param]}.{name}"] = tensor
+    files: dict[str, Any] = {f"worker{own_engine.exchange.rank}{shard}.pt": private}
+    if own_engine.exchange.rank == 0:
+        files[f"shared{shard}.pt"] = {**_model_state(model, optimizer), _MOMENTUM: momentum}
+    if everyone.rank == 0:
+        files[parts.FACTS] = describe(model, optimizer) | {
+            "world_size": own_engine.exchange.size,
+            "averaged": own_engine.averaged,
+            "groups": optimizer.state_dict()["param_groups"],
+            "extra": extra,
+        }
+    return _copied(files) if copy else files
+
+
+def _model_state(model: torch.nn.Module, optimizer: CompressedSGD) -> dict[str, Any]:
+    state = model.state_dict()
+    plain = names.plain_names(state)
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            _check_shards(name, value, optimizer)
+            tensor = local(value).detach()
+            # torch.save writes the whole storage of a view.
+            whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            tensors[plain[name]] = tensor if whole else tensor.clone()
+        else:
+            rest[plain[name]] = value
+    return {_MODEL: tensors, _NOT_TENSORS: loadable("the model's extra state", rest)}
+
+
+def _check_shards(name: str, value: Tensor, optimizer: CompressedSGD) -> None:
+    """Each shard is written once only if it is the optimizer's exchange that has the copies."""
+    if not is_sharded(value):
+        return
+    inside = optimizer.engine.exchange.agree_group
+    mesh = value.device_mesh  # type: ignore[attr-defined]
+    ranks = [] if inside is None else sorted(dist.get_process_group_ranks(inside))
+    if sorted(mesh.mesh.flatten().tolist()) != ranks:
+        raise TypeError(
+            f"model: got {name} as a DTensor over the ranks {mesh.mesh.tolist()}, must be one over "
+            f"{ranks}, like the parameters of this optimizer. Give all of the model to one "
+            "optimizer, or save such a model by torch.distributed.checkpoint"
+        )
+
+
+def loadable(what: str, value: Any) -> Any:
+    """A copy of it, as torch.load(weights_only=True) gives it back.
+
+    Raises:
+        TypeError: that refuses it.
+    """
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise TypeError(
+            f"{what}: got an object that torch.load(weights_only=True) refuses, must be made of "
+            "tensors, numbers, strings and containers of them (a state_dict, not the object)"
+        ) from error
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was read and fits; nothing was changed yet.
+
+    Attributes:
+        model: as the model's load_state_dict takes it.
+        optimizer: likewise.
+        extra: what was saved beside them.
+    """
+
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    extra: Any
+
+
+def read(part: Path, model: torch.nn.Module, optimizer: CompressedSGD) -> Found:
+    """Reads what this worker needs. No collective.
+
+    Raises:
+        Damaged: a file is not as it was written.
+        ValueError, TypeError: the checkpoint does not fit.
+    """
+    listing = parts.listing(part)
+
+    def open_file(name: str) -> Any:
+        if listing is not None:
+            if name not in listing:
+                raise parts.Damaged(f"{part / name} is not in the list of its files")
+            parts.verify(part, name, *listing[name])
+        return torch.load(part / name, map_location="cpu", weights_only=True)
+
+    facts = open_file(parts.FACTS)
+    _check_facts(facts, describe(model, optimizer))
+    exchange, shard = optimizer.engine.exchange, _shard(optimizer)
+    if listing is None:
+        shared, private = format2.readers(part, facts, model, optimizer, shard)
+    else:
+        shared = open_file(f"shared{shard}.pt")
+
+        def private(rank: int) -> dict[str, Tensor]:
+            tensors: dict[str, Tensor] = open_file(f"worker{rank}{shard}.pt")
+            return tensors
+
+    size = facts["world_size"]
+    own = private(exchange.rank) if size == exchange.size else _mean(private, size)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in (shared[_MOMENTUM] | own).items():
+        i, name = key.split(".")
+        state.setdefault(int(i), {})[name] = tensor
+    averaged = facts["averaged"] or size != exchange.size
+    stamp = states.Stamp(type(optimizer).__name__, exchange.rank, exchange.size, averaged)
+    whole = states.assemble(state, facts["groups"], stamp)
+    states.read(whole, optimizer.param_groups, optimizer.engine.rule, stamp.optimizer)
+    return Found(_for_model(model, shared), whole, facts["extra"])
+
+
+def _mean(private: Callable[[int], dict[str, Tensor]], size: int) -> dict[str, Tensor]:
+    total = private(0)
+    for rank in range(1, size):
+        for name, tensor in private(rank).items():
+            total[name] += tensor
+    return {name: tensor / size for name, tensor in total.items()}
+
+
+def _for_model(model: torch.nn.Module, shared: dict[str, Any]) -> dict[str, Any]:
+    own, saved = model.state_dict(), shared[_MODEL] | shared[_NOT_TENSORS]
+    plain = names.plain_names(own)
+    for here, there, which in ((set(plain.values()), set(saved), "lacks"),
+                               (set(saved), set(plain.values()), "has")):  # fmt: skip
+        if here - there:
+            verb = "must have it" if which == "lacks" else "this model does not have it"
+            raise ValueError(f"checkpoint: {which} {min(here - there)!r} of a model, {verb}")
+    return {name: _like(value, saved[plain[name]], plain[name]) for name, value in own.items()}
+
+
+def _like(own: Any, saved: Any, name: str) -> Any:
+    if not isinstance(own, Tensor):
+        return saved
+    shape = tuple(local(own).shape)
+    if tuple(saved.shape) != shape:
+        raise ValueError(
+            f"checkpoint: got {name!r} of the model with shape {tuple(saved.shape)}, must be "
+            f"{shape}"
+        )
+    if not is_sharded(own):
+        return saved
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(own, DTensor)
+    shard = saved.to(local(own).device)
+    return DTensor.from_local(
+        shard, own.device_mesh, own.placements, run_check=False, shape=own.shape,
+        stride=own.stride(),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- facts
+
+
+def shards(optimizer: CompressedSGD) -> int:
+    """How many workers of a node have the parameters together."""
+    inside = optimizer.engine.exchange.agree_group
+    return 1 if inside is None else dist.get_world_size(inside)
+
+
+def _shard(optimizer: CompressedSGD) -> str:
+    """What the names of this worker's files contain."""
+    inside = optimizer.engine.exchange.agree_group
+    return "" if inside is None else f".shard{dist.get_rank(inside)}"
+
+
+def describe(model: torch.nn.Module, optimizer: CompressedSGD) -> dict[str, Any]:
+    """What a checkpoint and who loads it must have in common.
+
+    Raises:
+        ValueError: the optimizer is not this model's.
+    """
+    named: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+    params = engine.params_of(optimizer)
+    unknown = [i for i, param in enumerate(params) if param not in named]
+    if unknown:
+        raise ValueError(
+            f"model: parameter {unknown[0]} of the optimizer is not one of the model's"
+        )
+    plain = names.plain_names(named.values())
+    found = [(plain[named[p]], tuple(p.shape), str(p.dtype)) for p in params]
+    return {
+        "format": FORMAT,
+        "optimizer": type(optimizer).__name__,
+        "number of shards": shards(optimizer),
+        "parameters": found,
+    }
+
+
+def _check_facts(saved: dict[str, Any], here: dict[str, Any]) -> None:
+    if saved["format"] not in (FORMAT, format2.FORMAT):
+        raise ValueError(
+            f"checkpoint: got format {saved['format']}, this version of gmc_cuda reads "
+            f"{format2.FORMAT} and {FORMAT}"
+        )
+    for name in ("optimizer", "number of shards"):
+        if saved[name] != here[name]:
+            raise ValueError(f"checkpoint: got {name} {saved[name]}, must be {here[name]}")
+    if len(saved["parameters"]) != len(here["parameters"]):
+        raise ValueError(
+            f"checkpoint: got one of {len(saved['parameters'])} parameters, must be of "
+            f"{len(here['parameters'])}"
+        )
+    plain = names.plain_names(name for name, *_ in saved["parameters"])  # of format 2 they are not
+    for (name, *then), now in zip(saved["parameters"], here["parameters"], strict=True):
+        then = [plain[name], *map(_as_tuple, then)]
+        if tuple(then) != tuple(now):
+            raise ValueError(
+                "checkpoint: got a parameter {} of shape {} and {}, must be {} of shape {} and "
+                "{}".format(*then, *now)
+            )
+
+
+def _as_tuple(value: Any) -> Any:
+    return value if isinstance(value, str) else tuple(value)
