@@ -10,7 +10,8 @@ from setuptools.command.build_ext import build_ext
 os.chdir(Path(__file__).resolve().parent)
 sys.path.insert(0, os.path.abspath("tools"))
 
-from build_toolkit import BuildError, find_torch, make_plan  # noqa: E402
+from build_error import BuildError  # noqa: E402
+from build_toolkit import check_platform, find_torch, make_plan  # noqa: E402
 from compile import TARGET_TORCH, compile_libraries  # noqa: E402
 
 if int(setuptools.__version__.split(".")[0]) < 77:
@@ -24,6 +25,7 @@ class Build(build_ext):
     """Compiles the libraries and puts them into the package, with a record of how."""
 
     def run(self):
+        check_platform()
         torch = find_torch(TARGET_TORCH)
         plan = make_plan(torch.version, torch.cuda)
         # Kept between builds, also by editable installs, whose default is a temporary folder; one
@@ -38,6 +40,8 @@ class Build(build_ext):
         record = {"version": self.distribution.get_version(), **record}
         (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n")
         replace(folder / "record.json", module.parent / "_build_config.json")
+        if plan.left_out:
+            print(plan.left_out, flush=True)
         print(record["summary"], flush=True)
 
 

@@ -119,9 +119,28 @@ def test_real_compiler_belongs_to_a_real_toolkit(build_toolkit):
     toolkit = build_toolkit.toolkit_of(nvcc)
     assert (toolkit.include / "cuda_runtime.h").exists()
     known = build_toolkit.run(toolkit.nvcc, "--list-gpu-arch")
-    assert build_toolkit.arch_list({}, known).startswith("8.0;9.0")
+    assert build_toolkit.choose_archs("", known)[0].startswith("8.0;9.0")
 
 
+# ------------------------------------------------------------------------- TORCH_CUDA_ARCH_LIST
+
+KNOWN = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120)  # roughly what CUDA 13's nvcc prints
+
+
+@pytest.fixture
+def choose(build_toolkit):
+    """choose_archs for a compiler that knows these architectures: the list, and what it says."""
+    cuda_archs = importlib.import_module("cuda_archs")
+
+    def choose(asked, known=KNOWN):
+        archs, line = cuda_archs.choose_archs(asked, "\n".join(f"compute_{n}" for n in known))
+        assert cuda_archs.gencode_flags(archs)  # whatever is chosen is in nvcc's form
+        return archs, line
+
+    return choose
+
+
+@pytest.mark.parametrize("asked", ["", " ", ";", " , ;", "native", "Auto", "common", "''"])
 @pytest.mark.parametrize(
     ("known", "expected"),
     [
@@ -131,11 +150,79 @@ def test_real_compiler_belongs_to_a_real_toolkit(build_toolkit):
         ((), "8.0+PTX"),
     ],
 )
-def test_default_archs_are_those_the_compiler_knows(build_toolkit, known, expected):
-    listed = "\n".join(f"compute_{arch}" for arch in known)
-    assert build_toolkit.arch_list({}, listed) == expected
-    assert build_toolkit.arch_list({"TORCH_CUDA_ARCH_LIST": "native"}, listed) == expected
-    assert build_toolkit.arch_list({"TORCH_CUDA_ARCH_LIST": "8.6 9.0"}, listed) == "8.6 9.0"
+def test_default_archs_are_those_the_compiler_knows(choose, asked, known, expected):
+    assert choose(asked, known) == (expected, "")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("8.6 9.0", "8.6;9.0"),
+        ("8.0,9.0a", "8.0;9.0a"),
+        ("8.0;;9.0+PTX;", "8.0;9.0+PTX"),
+        ("'8.0 9.0'", "8.0;9.0"),  # quoted once too often, in a Dockerfile
+        ("10.0f+ptx", "10.0f+PTX"),
+        ("9.0 9.0+PTX 9.0", "9.0+PTX"),  # nvcc warns of one that comes twice
+        ("Ada;hopper", "8.9+PTX;9.0+PTX"),
+        ("Ampere+Tegra", "8.7"),
+        ("Hopper 9.0 9.0a", "9.0+PTX;9.0a"),
+        ("all", "8.0;8.6;8.7;8.9;9.0;10.0;10.3;11.0;12.0+PTX"),
+        ("all-major", "8.0;9.0;10.0;11.0;12.0+PTX"),
+    ],
+)
+def test_every_form_of_the_list_is_understood(choose, asked, expected):
+    assert choose(asked) == (expected, "")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected", "left_out"),
+    [
+        ("5.2 6.0 6.1 7.0 7.2 7.5 8.0 8.6 8.7 9.0+PTX", "8.0;8.6;8.7;9.0+PTX",
+         "5.2, 6.0, 6.1, 7.0, 7.2, 7.5"),  # of NVIDIA's containers
+        ("7.0;7.5;8.0;8.6;9.0", "8.0;8.6;9.0", "7.0, 7.5"),
+        ("7.5 9.0a", "9.0a", "7.5"),
+        ("Volta;Volta+Tegra;Hopper", "9.0+PTX", "7.0, 7.2"),
+        # A device of capability 9.0 would have run by the PTX of 7.5, so one must be left for it.
+        ("Turing;8.6;8.0", "8.6;8.0+PTX", "7.5"),
+        ("6.1+PTX 9.0", "9.0+PTX", "6.1"),
+    ],
+)  # fmt: skip
+def test_what_is_too_old_is_left_out_in_one_line(choose, asked, expected, left_out):
+    line = f"left out {left_out}, because the kernels need 8.0 or later; built for {expected}"
+    assert choose(asked) == (expected, f"gmc_cuda: TORCH_CUDA_ARCH_LIST: {line}")
+
+
+@pytest.mark.parametrize("asked", ["7.5", "6.0 7.0+PTX", "Pascal", "Maxwell+Tegra;Turing"])
+def test_a_list_that_is_all_too_old_is_refused(choose, asked):
+    with pytest.raises(SystemExit, match="need compute capability 8.0 or later, and noth") as error:
+        choose(asked)
+    assert "TORCH_CUDA_ARCH_LIST='8.0+PTX', or FORCE_CPU=1" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("9.0;Tesla", "'Tesla' is neither of the form 9.0, 9.0a or 9.0+PTX nor a generation"),
+        ("80;90", "is 8.0 meant?"),  # CMake's form
+        ("sm_90a", "is 9.0a meant?"),
+        ("compute_100", "is 10.0 meant?"),
+        ("9", "'9' is neither of the form"),
+        ("8.0+PTX+PTX", "'8.0+PTX+PTX' is neither"),
+        ("8.6a", "'8.6a' does not exist, because variants with a letter begin at 9.0a. Write 8.6"),
+        ("9.0 13.0", "does not know 13.0. It knows 8.0, 8.6, 8.7"),
+        ("Rubin", "does not know 10.7"),
+    ],
+)
+def test_what_cannot_be_compiled_for_is_named(choose, asked, said):
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST='.*") as error:
+        choose(asked)
+    assert said in str(error.value)
+
+
+def test_an_old_nvcc_that_lists_nothing_is_trusted(choose):
+    assert choose("8.0 12.0+PTX", ()) == ("8.0;12.0+PTX", "")
+    with pytest.raises(SystemExit, match="does not say which architectures it knows"):
+        choose("all", ())
 
 
 @pytest.mark.parametrize(
@@ -143,15 +230,153 @@ def test_default_archs_are_those_the_compiler_knows(build_toolkit, known, expect
     [
         ("9.0", ["compute_90,code=sm_90"]),
         ("8.0;9.0a", ["compute_80,code=sm_80", "compute_90a,code=sm_90a"]),
-        ("8.6 10.0+PTX", ["compute_86,code=sm_86", "compute_100,code=sm_100",
+        ("8.6;10.0+PTX", ["compute_86,code=sm_86", "compute_100,code=sm_100",
                           "compute_100,code=compute_100"]),
     ],
 )  # fmt: skip
 def test_archs_become_flags_of_the_compiler(build_toolkit, archs, codes):
+    cuda_archs = importlib.import_module("cuda_archs")
+    assert cuda_archs.gencode_flags(archs) == [f"-gencode=arch={code}" for code in codes]
+
+
+def test_the_plan_keeps_what_was_left_out_for_the_end_of_the_build(plan):
+    made = plan("13.2", ["13.0"], TORCH_CUDA_ARCH_LIST="7.5 8.0")
+    assert made.archs == "8.0" and "left out 7.5" in made.left_out
+    # A build for the CPU does not look at the list.
+    assert plan(None, TORCH_CUDA_ARCH_LIST="7.5").left_out == ""
+
+
+# ------------------------------------------------------------------------ the platform, CXX, jobs
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32", "cygwin", "freebsd14", "android"])
+def test_another_platform_than_linux_is_refused_in_one_sentence(build_toolkit, platform):
+    with pytest.raises(SystemExit, match=f"built on Linux only, and this is {platform}: "):
+        build_toolkit.check_platform(platform)
+    build_toolkit.check_platform("linux")
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32", "freebsd14"])
+def test_importing_it_there_says_the_same(monkeypatch, platform):
+    monkeypatch.setattr(library.sys, "platform", platform)
+    assert f"runs on Linux only, and this is {platform}" in library.explain(None)
+
+
+GCC = """case "$*" in
+*--version*) echo "{name} 14.2" ;;
+*-dM*) printf '#define __cplusplus %s\n' {cplusplus}; {more} ;;
+esac
+"""
+
+
+@pytest.fixture
+def compilers(build_toolkit, tmp_path):
+    """compilers(CXX) is find_compiler where these are on the path and no others."""
+
+    def add(name, cplusplus="202002L", more=":"):
+        text = GCC.format(name=name, cplusplus=cplusplus, more=more)
+        write_program(tmp_path / "bin" / name, text)
+
+    def find(cxx=None, only=("g++", "clang++", "cc", "old-g++")):
+        shutil.rmtree(tmp_path / "bin", ignore_errors=True)
+        for name in only:
+            clang = "echo '#define __clang__ 1'" if "clang" in name else ":"
+            add(name, "201103L" if "old" in name else "202002L", clang)
+        for launcher in ("ccache", "sccache", "distcc"):
+            write_program(tmp_path / "bin" / launcher, 'exec "$@"\n')
+        environ = {"PATH": f"{tmp_path / 'bin'}"} | ({} if cxx is None else {"CXX": cxx})
+        return importlib.import_module("host_compiler").find_compiler(environ)
+
+    return find
+
+
+@pytest.mark.parametrize(
+    ("cxx", "command", "for_nvcc"),
+    [
+        ("g++", ["g++"], ["-ccbin", "g++"]),
+        ("ccache g++", ["ccache", "g++"], ["-ccbin", "g++"]),
+        ("sccache clang++", ["sccache", "clang++"], ["-ccbin", "clang++"]),
+        ("ccache distcc g++", ["ccache", "distcc", "g++"], ["-ccbin", "g++"]),
+        ("g++ -m64 -pipe", ["g++", "-m64", "-pipe"],
+         ["-ccbin", "g++", "-Xcompiler=-m64", "-Xcompiler=-pipe"]),
+        ("ccache g++ -m64", ["ccache", "g++", "-m64"], ["-ccbin", "g++", "-Xcompiler=-m64"]),
+        ("/usr/bin/env LANG=C g++", ["/usr/bin/env", "LANG=C", "g++"], ["-ccbin", "g++"]),
+        ("cc", ["cc"], ["-ccbin", "cc"]),
+    ],
+)  # fmt: skip
+def test_cxx_may_have_launchers_and_flags(compilers, cxx, command, for_nvcc):
+    found = compilers(cxx)
+    assert (found.command, found.for_nvcc) == (command, for_nvcc)
+    assert found.is_clang == ("clang" in cxx)
+    assert found.version.endswith(" 14.2")
+
+
+@pytest.mark.parametrize("cxx", [None, "", "  "])
+def test_without_cxx_the_first_usual_compiler_is_taken(compilers, cxx):
+    assert compilers(cxx).command == ["g++"]
+    assert compilers(cxx, only=("c++", "g++")).command == ["c++"]
+    found = compilers(cxx, only=("clang++",))
+    assert (found.command, found.for_nvcc, found.is_clang) == (["clang++"], [], True)
+    with pytest.raises(SystemExit, match=r"no C\+\+ compiler was found .* apt-get install g\+\+"):
+        compilers(cxx, only=())
+
+
+def test_a_path_with_a_space_is_one_word(compilers, tmp_path):
+    there = tmp_path / "my tools" / "g++"
+    write_program(there, GCC.format(name="mine", cplusplus="202002L", more=":"))
+    assert compilers(str(there)).command == compilers(f'"{there}"').command == [str(there)]
+
+
+@pytest.mark.parametrize(
+    ("cxx", "said"),
+    [
+        ("no-such-g++", "there is no program 'no-such-g++' on this machine's PATH"),
+        ("/opt/gone/bin/g++", "there is no program '/opt/gone/bin/g++'"),
+        ("ccache no-such-g++", "there is no program 'no-such-g++'"),
+        ("no-cache g++", "there is no program 'no-cache'"),
+        ("-O2 g++", "begins with an option"),
+        ('g++ "-m64', "cannot be read (No closing quotation)"),
+        ("ccache", "does not compile C++20 (it said: "),
+        ("old-g++", "does not compile C++20"),
+    ],
+)
+def test_a_cxx_that_cannot_build_is_refused_in_one_sentence(compilers, cxx, said):
+    with pytest.raises(SystemExit, match=r"must .*C\+\+20 \(g\+\+ 10 or later\)") as error:
+        compilers(cxx)
+    message = str(error.value).strip()
+    assert f"CXX={cxx!r}" in message and said in message and "\n" not in message
+
+
+def test_this_machines_compiler_will_do(build_toolkit):
+    host_compiler, compile = map(importlib.import_module, ("host_compiler", "compile"))
+    found = host_compiler.find_compiler()
+    assert subprocess.run([*found.command, "--version"], capture_output=True).returncode == 0
+    flag = "-fno-tree-loop-distribute-patterns"
+    assert (flag in compile.cxx_flags(found)) != found.is_clang
+
+
+def test_the_launcher_starts_the_compiler_and_nvcc_gets_the_compiler_alone(
+    compilers, plan, tmp_path, monkeypatch
+):
     compile = importlib.import_module("compile")
-    assert compile.gencode_flags(archs) == [f"-gencode=arch={code}" for code in codes]
-    with pytest.raises(SystemExit, match="'Hopper' is not of the form 9.0"):
-        compile.gencode_flags("9.0;Hopper")
+    monkeypatch.chdir(ROOT)
+    cxx = compilers("ccache g++ -m64")
+    compile.write_ninja_file(tmp_path, plan("13.2", ["13.0"]), Path("/torch"), cxx)
+    rules = (tmp_path / "build.ninja").read_text()
+    assert "\ncxx = ccache g++ -m64\n" in rules
+    assert " -ccbin g++ -Xcompiler=-m64 " in rules and "-ccbin ccache" not in rules
+
+
+@pytest.mark.parametrize("asked", ["four", "0", "-1", "2.5", "٣"])
+def test_a_number_of_jobs_that_is_none_is_refused(build_toolkit, asked):
+    compile = importlib.import_module("compile")
+    with pytest.raises(SystemExit, match=f"MAX_JOBS is '{asked}'; it must be a whole number"):
+        compile.jobs({"MAX_JOBS": asked})
+    assert compile.jobs({"MAX_JOBS": " 2 "}) == ["-j", "2"]
+    assert compile.jobs({"MAX_JOBS": ""}) == compile.jobs({}) == []
+
+
+# ------------------------------------------------------------------------------ torch and the plan
 
 
 def test_torch_is_found_without_importing_it(build_toolkit):

@@ -102,3 +102,12 @@ def test_make_reads_every_list_of_pyproject():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     read = [group.split() for group in re.split(r"\n/\n", done.stdout)]
     assert read == [[*packages] for packages in lists.values()]
+
+
+def test_every_folder_of_the_package_is_installed():
+    setuptools = pytest.importorskip("setuptools")
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = setuptools.find_packages(str(ROOT), include=settings["packages"]["find"]["include"])
+    files = (ROOT / "gmc_cuda").rglob("*.py")
+    assert set(found) == {".".join(file.parent.relative_to(ROOT).parts) for file in files}

@@ -11,14 +11,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-PREFERRED_ARCHS = ("8.0", "9.0", "10.0")
+from build_error import BuildError
+from cuda_archs import choose_archs
 
 
-class BuildError(SystemExit):
-    """Ends the build with one readable message instead of a traceback."""
-
-    def __init__(self, message):
-        super().__init__(f"\ngmc_cuda: {message}\n")
+def check_platform(platform=sys.platform):
+    """BuildError where the libraries cannot be built or loaded."""
+    if platform != "linux":
+        raise BuildError(
+            f"it can be built on Linux only, and this is {platform}: the libraries need GNU "
+            "linking, and CUDA training on several machines runs on Linux. On Windows build it "
+            "inside WSL 2, elsewhere in a Linux container"
+        )
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Plan:
     toolkit: Toolkit | None
     archs: str  # in the form of TORCH_CUDA_ARCH_LIST; "" without CUDA
     reason: str  # why there is no CUDA; "" with it
+    left_out: str = ""  # a line about architectures that were asked for in vain; "" without any
 
 
 def flag(name, environ):
@@ -154,21 +159,6 @@ def _version_key(nvcc):
     return [int(number) for number in re.findall(r"\d+", nvcc.parts[-3])]
 
 
-def arch_list(environ, known):
-    """TORCH_CUDA_ARCH_LIST if set, else a default of those that the compiler knows, the newest
-    one also as PTX for the GPUs that come after it.
-
-    `known` is what `nvcc --list-gpu-arch` prints: compute_80, compute_90, ...
-    """
-    asked = environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
-    # torch reads "native" off the visible GPUs and fails where there is none.
-    if asked and asked != "native":
-        return asked
-    numbers = set(re.findall(r"compute_(\d+)\b", known))
-    archs = [arch for arch in PREFERRED_ARCHS if arch.replace(".", "") in numbers]
-    return ";".join(archs or PREFERRED_ARCHS[:1]) + "+PTX"
-
-
 def make_plan(torch_version, torch_cuda, environ=os.environ, find=find_toolkits):
     """Decides what is built for a torch whose `torch.version.cuda` is `torch_cuda`.
 
@@ -199,7 +189,9 @@ def make_plan(torch_version, torch_cuda, environ=os.environ, find=find_toolkits)
             where = f"{chosen[0]}={environ[chosen[0]]}" if chosen else "any of the usual places"
             reason = f"no CUDA toolkit (nvcc, headers and libcudart_static.a) was found in {where}"
     if toolkit:
-        return Plan(toolkit, arch_list(environ, run(toolkit.nvcc, "--list-gpu-arch")), "")
+        known = run(toolkit.nvcc, "--list-gpu-arch")
+        archs, left_out = choose_archs(environ.get("TORCH_CUDA_ARCH_LIST", ""), known)
+        return Plan(toolkit, archs, "", left_out)
     if force_cuda:
         raise BuildError(
             f"FORCE_CUDA=1, but {reason}. Install a CUDA toolkit and a CUDA build of torch of the "

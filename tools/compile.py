@@ -11,7 +11,9 @@ import sysconfig
 from glob import glob
 from importlib import metadata
 
-from build_toolkit import BuildError
+from build_error import BuildError
+from cuda_archs import gencode_flags
+from host_compiler import find_compiler
 
 # The oldest torch whose stable interface is used. What is built with it runs with every later one.
 TARGET_TORCH = "2.11"
@@ -20,6 +22,7 @@ TARGET_TORCH = "2.11"
 # a memcpy and the rest makes it read memory twice.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
 CXX_FLAGS += ["-fno-tree-loop-distribute-patterns", "-Wall", "-Wextra"]
+NOT_OF_CLANG = ["-fno-tree-loop-distribute-patterns"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-lineinfo", "-Xcompiler"]
 NVCC_FLAGS += ["-fPIC,-ffp-contract=off,-fvisibility=hidden,-Wall,-Wextra"]
 
@@ -40,27 +43,6 @@ rule link
 """
 
 
-def cxx():
-    """The C++ compiler: $CXX or c++."""
-    return shlex.split(os.environ.get("CXX", "c++"))
-
-
-def gencode_flags(archs):
-    """nvcc's flags for a list in the form of TORCH_CUDA_ARCH_LIST: "8.0;9.0a;10.0+PTX"."""
-    flags = []
-    for arch in re.split(r"[\s;,]+", archs.strip()):
-        number = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
-        if not number:
-            raise BuildError(
-                f"TORCH_CUDA_ARCH_LIST={archs!r}: {arch!r} is not of the form 9.0 or 9.0+PTX"
-            )
-        code = number[1] + number[2]
-        flags.append(f"-gencode=arch=compute_{code},code=sm_{code}")
-        if number[3]:
-            flags.append(f"-gencode=arch=compute_{code},code=compute_{code}")
-    return flags
-
-
 def ninja():
     """The ninja program: on the path, or where pip has put it while its environment is not."""
     try:
@@ -74,7 +56,20 @@ def ninja():
     return found
 
 
-def write_ninja_file(folder, plan, torch_folder):
+def cxx_flags(cxx):
+    """The flags of every C++ file for this compiler."""
+    return [flag for flag in CXX_FLAGS if not (cxx.is_clang and flag in NOT_OF_CLANG)]
+
+
+def jobs(environ=os.environ):
+    """ninja's option for MAX_JOBS, the number of compilers at a time; by default it decides."""
+    asked = environ.get("MAX_JOBS", "").strip()
+    if asked and not (asked.isascii() and asked.isdigit() and int(asked) > 0):
+        raise BuildError(f"MAX_JOBS is {asked!r}; it must be a whole number from 1 on, or unset")
+    return ["-j", asked] if asked else []
+
+
+def write_ninja_file(folder, plan, torch_folder, cxx):
     """Writes folder/build.ninja, which makes folder/_ops.so and folder/_C.so of csrc/.
 
     _ops.so has the operators and knows torch, but no Python; _C.so is a Python module and knows
@@ -98,18 +93,19 @@ def write_ninja_file(folder, plan, torch_folder):
         # A runtime of our own: torch's may be of another CUDA version, or absent.
         link += [str(plan.toolkit.cudart_static), "-ldl", "-lrt", "-lpthread"]
 
+    common = cxx_flags(cxx)
     cuda = ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"] if plan.toolkit else []
     sources = {
         "_C": ["csrc/module.cpp"] + (["csrc/device.cu"] if plan.toolkit else []),
         "_ops": ["csrc/ops.cpp", "csrc/checks.cpp", "csrc/cpu/*.cpp", *cuda],
     }
-    libraries = {"_ops": link + torch_libraries, "_C": link}
+    libraries = {"_ops": link + torch_libraries, "_C": [*link, "-lstdc++"]}
 
     def flags(source):
         if source.endswith(".cu"):
-            compiler = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
-            return NVCC_FLAGS + compiler + gencode_flags(plan.archs) + ["-Icsrc", archs_macro]
-        return CXX_FLAGS + macros + include + (python if source == "csrc/module.cpp" else [])
+            host = cxx.for_nvcc
+            return NVCC_FLAGS + host + gencode_flags(plan.archs) + ["-Icsrc", archs_macro]
+        return common + macros + include + (python if source == "csrc/module.cpp" else [])
 
     def path(text):
         return re.sub(r"([$ :])", r"$\1", str(text))
@@ -117,7 +113,7 @@ def write_ninja_file(folder, plan, torch_folder):
     def command(words):
         return shlex.join(map(str, words)).replace("$", "$$")
 
-    lines = [f"builddir = {path(folder)}", f"cxx = {command(cxx())}"]
+    lines = [f"builddir = {path(folder)}", f"cxx = {command(cxx.command)}"]
     lines += [f"nvcc = {command([plan.toolkit.nvcc])}"] if plan.toolkit else []
     lines += [RULES]
     for library, patterns in sources.items():
@@ -135,11 +131,10 @@ def write_ninja_file(folder, plan, torch_folder):
 
 def compile_libraries(folder, plan, torch):
     """Compiles what has changed; returns how, for the record that is installed."""
-    write_ninja_file(folder, plan, torch.folder)
-    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    if subprocess.run([ninja(), "-f", str(folder / "build.ninja"), *jobs]).returncode:
+    cxx = find_compiler()
+    write_ninja_file(folder, plan, torch.folder, cxx)
+    if subprocess.run([ninja(), "-f", str(folder / "build.ninja"), *jobs()]).returncode:
         raise BuildError("the compiler failed: see its message after FAILED")
-    version = subprocess.run([*cxx(), "--version"], capture_output=True, text=True)
     target = f"CUDA {plan.toolkit.version} ({plan.archs})" if plan.toolkit else "the CPU only"
     why = f"toolkit in {plan.toolkit.home}" if plan.toolkit else plan.reason
     return {
@@ -149,8 +144,8 @@ def compile_libraries(folder, plan, torch):
         "with_cuda": plan.toolkit is not None,
         "cuda": plan.toolkit.version if plan.toolkit else None,
         "arch_list": plan.archs,
-        "compiler": version.stdout.split("\n")[0],
-        "cxx_flags": " ".join(CXX_FLAGS),
+        "compiler": cxx.version,
+        "cxx_flags": " ".join(cxx_flags(cxx)),
         "nvcc_flags": " ".join(NVCC_FLAGS) if plan.toolkit else "",
         "summary": f"gmc_cuda: built for {target}, torch {TARGET_TORCH} and later (headers of "
         f"{torch.version}), Python {platform.python_version()}; {why}",
