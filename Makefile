@@ -20,7 +20,7 @@ demo: $(VENV)/demo.installed build  ## train four workers on real text: GMC besi
 test: $(VENV)/demo.installed $(VENV)/test.installed build  ## run the tests
 	@$(python) -m pytest $(ARGS)
 
-test-frameworks: $(VENV)/frameworks.installed $(VENV)/test.installed build  ## run the examples in Trainer, Accelerate and Lightning, and their wrong uses
+test-frameworks: $(VENV)/frameworks.installed $(VENV)/test.installed build  ## run the examples in Trainer, Accelerate, Lightning and Fabric, and their wrong uses
 	@$(python) -m pytest tests/test_integrations.py $(ARGS)
 
 lint: $(VENV)/build.installed $(VENV)/lint.installed  ## check style and types: ruff, clang-format, mypy

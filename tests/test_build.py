@@ -376,6 +376,16 @@ def test_a_number_of_jobs_that_is_none_is_refused(build_toolkit, asked):
     assert compile.jobs({"MAX_JOBS": ""}) == compile.jobs({}) == []
 
 
+def test_missing_headers_of_python_are_named(build_toolkit, monkeypatch, tmp_path):
+    compile = importlib.import_module("compile")
+    assert (Path(compile.python_headers()) / "Python.h").exists()
+    monkeypatch.setattr(compile.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(
+        SystemExit, match=rf"{tmp_path} has no Python.h.*apt-get install python3\.\d"
+    ):
+        compile.python_headers()
+
+
 # ------------------------------------------------------------------------------ torch and the plan
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import gmc_cuda
+from gmc_cuda import integrations
+
 ROOT = Path(__file__).parent.parent
 STEPS, SAVED_AT = 30, 20
 
@@ -52,6 +55,7 @@ def losses(folder):
         ("transformers", "trainer.py"),
         ("accelerate", "with_accelerate.py"),
         ("lightning", "with_lightning.py"),
+        ("lightning", "with_fabric.py"),
     ],
 )
 def test_example_trains_saves_and_resumes(framework, script, tmp_path):
@@ -71,6 +75,104 @@ def test_example_trains_saves_and_resumes(framework, script, tmp_path):
         r".*(?:sent the same payload|was saved by rank|gmc_cuda\S*:\d+).*", printed
     )
     assert not complaints, printed
+
+
+# --------------------------------------------------------------------------------------- float16
+
+
+@pytest.mark.parametrize(
+    "package,framework",
+    [
+        ("transformers", "transformers"),
+        ("accelerate", "accelerate"),
+        ("lightning", "lightning"),
+        ("lightning", "fabric"),
+        ("pytorch_lightning", "pytorch_lightning"),
+        ("lightning_fabric", "lightning_fabric"),
+    ],
+)
+def test_workers_agree_on_the_scale_that_a_framework_makes(package, framework, tmp_path):
+    """Gradients are clipped as well, and rank 1 alone meets an overflow in the third step."""
+    needs(package)
+    torchrun("../tests/scaled_training.py", 2, framework, tmp_path)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for met in ranks:
+        assert all(run["scaler"] == "gmc_cuda.amp.GradScaler" for run in met.values())
+        small, large, overflow = met["small scale"], met["large scale"], met["overflow"]
+        # Memory holds no scaled value: a power of two as scale is not seen.
+        assert {**large, "scale": 1.0} == small
+        assert (small["scale"], large["scale"], overflow["scale"]) == (1.0, 256.0, 128.0)
+        assert [run["skipped"] for run in (small, large, overflow)] == [0, 0, 1]
+        assert all(run["steps"] == 6 for run in met.values())
+        if small["scheduled"] is not None:
+            assert (small["scheduled"], overflow["scheduled"]) == (6, 5)
+        assert overflow["parameters"] != large["parameters"]
+    for run in ranks[0]:
+        assert ranks[0][run]["parameters"] == ranks[1][run]["parameters"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.amp.GradScaler("cpu", init_scale=8.0),
+        lambda: torch.amp.GradScaler("cuda", init_scale=8.0, enabled=False),
+        lambda: torch.cpu.amp.GradScaler(init_scale=8.0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
+def test_a_plain_scaler_becomes_ours_with_the_scale_it_has(make):
+    scaler, expected = make(), make()
+    integrations.share_scale(scaler, "scaler", "line")
+    assert type(scaler) is gmc_cuda.GradScaler
+    ours = gmc_cuda.GradScaler("cpu", enabled=scaler.is_enabled())
+    assert vars(scaler).keys() == vars(ours).keys()  # no attribute of its class is missing
+    assert scaler.get_scale() == expected.get_scale()
+    assert scaler.state_dict() == expected.state_dict()
+    integrations.share_scale(scaler, "scaler", "line")
+    integrations.share_scale(None, "scaler", "line")
+
+
+def test_a_scaler_of_another_class_is_refused_with_the_line_to_write():
+    class Mine(torch.amp.GradScaler):
+        pass
+
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    for scaler, name in ((Mine("cpu"), "Mine"), (ShardedGradScaler("cpu"), "ShardedGradScaler")):
+        with pytest.raises(TypeError, match=rf"trainer.scaler: got .*\.{name}, must be") as error:
+            integrations.share_scale(scaler, "trainer.scaler", "Trainer(scaler=...)")
+        assert str(error.value).endswith("Write\n    Trainer(scaler=...)")
+
+    class OfOurs(gmc_cuda.GradScaler):
+        pass
+
+    own = OfOurs("cpu")
+    integrations.share_scale(own, "scaler", "line")
+    assert type(own) is OfOurs
+
+
+def test_the_optimizer_is_found_in_wrappers_that_take_its_class():
+    model = torch.nn.Linear(2, 2)
+    own = gmc_cuda.GMC(model.parameters(), lr=0.1)
+
+    class Wraps:
+        def __init__(self, optimizer, attribute):
+            setattr(self, attribute, optimizer)
+
+    class Imitates:  # as Lightning's and Fabric's
+        def __init__(self, optimizer):
+            self._optimizer = optimizer
+            self.__class__ = type("Lightning", (Imitates, type(optimizer)), {})
+
+    local = gmc_cuda.LocalUpdates(torch.optim.AdamW(model.parameters()), every=2)
+    for optimizer in (own, local):
+        assert integrations.unwrap(optimizer) is optimizer
+        assert integrations.unwrap(Wraps(optimizer, "optimizer")) is optimizer
+        assert integrations.unwrap(Imitates(optimizer)) is optimizer
+        assert integrations.unwrap(Wraps(Imitates(optimizer), "optimizer")) is optimizer
+    sgd = torch.optim.SGD(model.parameters())
+    for foreign in (sgd, Wraps(sgd, "optimizer"), Imitates(sgd), None, 3, {"optimizer": own}):
+        assert integrations.unwrap(foreign) is None
 
 
 # ------------------------------------------------------------------------------------ wrong uses
@@ -97,36 +199,66 @@ ALONE = (
 )
 
 
+ANOTHER = (
+    "got SGD, must be a GMC, DGC, LocalUpdates or NodeAverage: DistributedDataParallel leaves the "
+    "gradients to the optimizer here, and with another one the workers would train apart. Write\n"
+)
+LINES = {
+    "transformers": 'optimizer_cls_and_kwargs=(gmc_cuda.GMC, {"lr": 0.1})',
+    "accelerate": "optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1)",
+    "lightning": "return gmc_cuda.GMC(self.parameters(), lr=0.1)",
+    "fabric": "optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1)",
+}
+OPTIMIZERS = {
+    "transformers": "the Trainer's optimizer",
+    "accelerate": "the optimizer given to accelerator.prepare()",
+    "lightning": "configure_optimizers",
+    "fabric": "the optimizer given to fabric.setup()",
+}
+EARLY = (
+    "accelerator: it has prepared no optimizer. Write, in this order,\n"
+    "    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)\n"
+    "    leave_gradients_to_optimizer(accelerator, model)"
+)
+
+
 @pytest.mark.parametrize(
     "framework,how",
     [
         (framework, how)
-        for framework in ("transformers", "accelerate", "lightning")
-        for how in ("communicates", "clips", "accumulates")
+        for framework in ("transformers", "accelerate", "lightning", "fabric")
+        for how in ("communicates", "clips", "accumulates", "takes another optimizer")
     ]
     + [("transformers", "saves alone"), ("transformers", "saves the best")]
-    + [("accelerate", "saves alone")],
+    + [("accelerate", "saves alone"), ("accelerate", "comes too early"), ("fabric", "saves alone")],
 )
 def test_wrong_use_is_refused_with_the_line_to_write(framework, how, tmp_path):
     """tests/wrong_uses.py does it and prints what it met."""
-    needs(framework)
+    needs("lightning" if framework == "fabric" else framework)
     names = {
         "transformers": ("max_grad_norm", "gradient_accumulation_steps"),
         "accelerate": ("accelerator.clip_grad_norm_", "gradient_accumulation_steps"),
         "lightning": ("gradient_clip_val", "accumulate_grad_batches"),
+        "fabric": ("max_norm", ""),
     }
     clips, accumulates = (
-        f"{name}: got {value} {OVERLAP} {name} out"
+        f"ValueError: {name}: got {value} {OVERLAP} {name} out"
         for name, value in zip(names[framework], (1.0, 2), strict=True)
+    )
+    another = (
+        f"{OPTIMIZERS[framework]}: {ANOTHER}    {LINES[framework]}\n"
+        "or leave gmc_cuda.integrations out"
     )
     expected = {
         "communicates": f"RuntimeError: {TWICE}",
-        "clips": f"ValueError: {clips}",
-        "accumulates": f"ValueError: {accumulates}",
-        "saves alone": f"UserWarning: {ALONE[framework == 'accelerate']}",
+        "clips": clips,
+        "accumulates": "nothing" if framework == "fabric" else accumulates,
+        "takes another optimizer": f"ValueError: {another}",
+        "comes too early": f"ValueError: {EARLY}",
+        "saves alone": f"UserWarning: {ALONE[framework != 'transformers']}",
         "saves the best": "nothing",
     }[how]
-    times = 1 if (framework, how) == ("accelerate", "saves alone") else 2  # by rank 1 only
+    times = 1 if how == "saves alone" and framework != "transformers" else 2  # by rank 1 only
     said = torchrun("../tests/wrong_uses.py", 2, framework, how, tmp_path)
     assert re.findall(r"^met (.*?) end$", said, re.M | re.S) == [expected] * times, said
 

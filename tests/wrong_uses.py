@@ -14,6 +14,10 @@ import gmc_cuda
 FRAMEWORK, HOW, FOLDER = sys.argv[1:]
 OVERLAP = HOW in ("clips", "accumulates")
 OPTIONS = {"lr": 0.1, "density": 0.1, "overlap": OVERLAP}
+# No one communicates for it.
+MAKE = torch.optim.SGD if HOW == "takes another optimizer" else gmc_cuda.GMC
+if MAKE is torch.optim.SGD:
+    OPTIONS = {"lr": 0.1}
 CLIP, ACCUMULATE = 1.0 if HOW == "clips" else 0.0, 2 if HOW == "accumulates" else 1
 
 
@@ -60,7 +64,7 @@ def transformers():
         arguments,
         train_dataset=DATA,
         eval_dataset=DATA,
-        optimizer_cls_and_kwargs=(gmc_cuda.GMC, OPTIONS),
+        optimizer_cls_and_kwargs=(MAKE, OPTIONS),
     )
     if HOW != "communicates":
         trainer.add_callback(GMCCallback(trainer))
@@ -80,8 +84,10 @@ def accelerate():
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATE)
     model = Model()
-    optimizer = gmc_cuda.GMC(model.parameters(), **OPTIONS)
+    optimizer = MAKE(model.parameters(), **OPTIONS)
     loader = torch.utils.data.DataLoader(DATA, batch_size=2)
+    if HOW == "comes too early":
+        leave_gradients_to_optimizer(accelerator, model)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     if HOW == "saves alone":
         gmc_cuda.local_gradients(model)
@@ -109,7 +115,7 @@ def lightning():
             self.model = Model()
 
         def configure_optimizers(self):
-            return gmc_cuda.GMC(self.parameters(), **OPTIONS)
+            return MAKE(self.parameters(), **OPTIONS)
 
         def training_step(self, batch, i):
             return self.model(**batch)["loss"]
@@ -122,13 +128,49 @@ def lightning():
     ).fit(Module(), torch.utils.data.DataLoader(DATA, batch_size=2))  # fmt: skip
 
 
+def fabric():
+    import lightning as L
+
+    from gmc_cuda.integrations.fabric import GMCFabricStrategy
+
+    strategy = "ddp" if HOW in ("communicates", "saves alone") else GMCFabricStrategy()
+    fabric = L.Fabric(strategy=strategy, accelerator="cpu", devices=2)
+    fabric.launch()
+    trained = []
+    for overlap in (OVERLAP, False):
+        model = Model()
+        options = OPTIONS | ({} if MAKE is torch.optim.SGD else {"overlap": overlap})
+        wrapped, optimizer = fabric.setup(model, MAKE(model.parameters(), **options))
+        if HOW == "saves alone":
+            gmc_cuda.local_gradients(wrapped)
+        loader = fabric.setup_dataloaders(torch.utils.data.DataLoader(DATA, batch_size=2))
+        for i, batch in enumerate(loader, 1):
+            last = i % ACCUMULATE == 0
+            with fabric.no_backward_sync(wrapped, enabled=not last):
+                fabric.backward(wrapped(**batch)["loss"])
+            if last:
+                if CLIP:
+                    fabric.clip_gradients(wrapped, optimizer, max_norm=CLIP)
+                optimizer.step()
+                optimizer.zero_grad()
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    if HOW == "accumulates":  # which is right, also with overlap
+        say("nothing" if torch.equal(*trained) else "other weights with overlap")
+    if HOW == "saves alone":
+        fabric.save(f"{FOLDER}/state", {"optimizer": optimizer})
+        fabric.load(f"{FOLDER}/state", {"optimizer": optimizer})
+
+
 def main():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            {"transformers": transformers, "accelerate": accelerate, "lightning": lightning}[
-                FRAMEWORK
-            ]()
+            {
+                "transformers": transformers,
+                "accelerate": accelerate,
+                "lightning": lightning,
+                "fabric": fabric,
+            }[FRAMEWORK]()
         except (ValueError, RuntimeError) as error:
             say(f"{type(error).__name__}: {error}")
     for warning in caught:

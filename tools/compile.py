@@ -56,6 +56,19 @@ def ninja():
     return found
 
 
+def python_headers():
+    """The folder with Python.h, which distributions package apart from Python itself."""
+    folder = sysconfig.get_path("include")
+    if not os.path.isfile(os.path.join(folder, "Python.h")):
+        version = ".".join(platform.python_version_tuple()[:2])
+        raise BuildError(
+            f"Python's headers are needed to build, and {folder} has no Python.h. On Debian and "
+            f"Ubuntu install them by apt-get install python{version}-dev, on Fedora by dnf install "
+            f"python{version}-devel"
+        )
+    return folder
+
+
 def cxx_flags(cxx):
     """The flags of every C++ file for this compiler."""
     return [flag for flag in CXX_FLAGS if not (cxx.is_clang and flag in NOT_OF_CLANG)]
@@ -80,7 +93,7 @@ def write_ninja_file(folder, plan, torch_folder, cxx):
     macros = [f"-DTORCH_TARGET_VERSION={torch_target:#x}"]
     archs_macro = f'-DGMC_CUDA_ARCHS="{plan.archs}"'
     # The module's two functions are called once: optimized, they would only compile longer.
-    python = ["-O0", "-isystem", sysconfig.get_path("include")]
+    python = ["-O0", "-isystem", python_headers()]
     # By their names alone, so that the torch that is running, which has them loaded, provides
     # them. libtorch.so leads to libtorch_cuda.so where torch has one, and is kept in spite of
     # having no symbols. libstdc++ comes first, because torch's libraries hold parts of it, too.

@@ -6,10 +6,16 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from gmc_cuda.ddp import local_gradients
-from gmc_cuda.integrations import refuse_with_overlap, settle
+from gmc_cuda._engine.optimizer import CompressedSGD
+from gmc_cuda.integrations import (
+    make_local,
+    refuse_with_overlap,
+    require_own,
+    settle,
+    share_scale,
+    unwrap,
+)
 
 
 def leave_gradients_to_optimizer(accelerator: Accelerator, *models: nn.Module) -> None:
@@ -20,21 +26,35 @@ def leave_gradients_to_optimizer(accelerator: Accelerator, *models: nn.Module) -
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         leave_gradients_to_optimizer(accelerator, model)
 
-    ``accumulate()``, ``clip_grad_norm_()`` (of each worker's own gradient), ``save_state()`` and
-    ``load_state()`` work as with other optimizers.
+    ``accumulate()``, ``clip_grad_norm_()`` (of each worker's own gradient), ``save_state()``,
+    ``load_state()`` and ``mixed_precision="fp16"`` work as with other optimizers: the
+    accelerator's GradScaler becomes a :class:`gmc_cuda.GradScaler`.
 
     Args:
-        models: what ``prepare()`` returned for the models.
+        models: what ``prepare()`` returned for the models; without any, all of them.
 
     Raises:
-        ValueError: accumulation, or later clipping, with an optimizer that has overlap=True.
+        ValueError: an optimizer that is not of gmc_cuda, or none, was prepared; accumulation, or
+            later clipping, with an optimizer that has overlap=True.
+        TypeError: a GradScaler of a class of its own.
     """
+    if not accelerator._optimizers:
+        raise ValueError(
+            "accelerator: it has prepared no optimizer. Write, in this order,\n"
+            "    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)\n"
+            "    leave_gradients_to_optimizer(accelerator, model)"
+        )
+    require_own(
+        accelerator._optimizers,
+        "the optimizer given to accelerator.prepare()",
+        "optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1)",
+    )
     steps = accelerator.gradient_accumulation_steps
     for optimizer in accelerator._optimizers:
         refuse_with_overlap(optimizer, {"gradient_accumulation_steps": (steps, steps > 1)})
-    for model in models:
-        if isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel):
-            local_gradients(model)
+    share_accelerators_scale(accelerator, "accelerator")
+    for model in models or accelerator._models:
+        make_local(model)
     for name in ("clip_grad_norm_", "clip_grad_value_"):
         setattr(accelerator, name, _refusing(accelerator, name))
 
@@ -43,6 +63,36 @@ def leave_gradients_to_optimizer(accelerator: Accelerator, *models: nn.Module) -
             settle(optimizer)
 
     accelerator.register_save_state_pre_hook(before_saving)
+
+
+def share_accelerators_scale(accelerator: Any, name: str) -> None:
+    """The accelerator's scaler becomes ours, and its optimizers notice the steps that it skips."""
+    share_scale(
+        accelerator.scaler,
+        f"{name}.scaler",
+        f'{name}.scaler = gmc_cuda.GradScaler("cuda")  # before prepare()',
+    )
+    for optimizer in accelerator._optimizers:
+        found = unwrap(optimizer)
+        if optimizer.scaler is not None and isinstance(found, CompressedSGD):
+            _tell_of_skipped_steps(optimizer, found)
+
+
+def _tell_of_skipped_steps(accelerated: Any, optimizer: CompressedSGD) -> None:
+    """Makes Accelerate's ``step_was_skipped`` true after a step that all workers skipped.
+
+    It takes a step as made when the scaler has called the optimizer, which is always the case here:
+    the workers decide inside. What follows it, such as the learning rate's schedule, would go on.
+    """
+    known = accelerated._optimizer_patched_step_method
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        result = known(*args, **kwargs)
+        skipped = optimizer.last_step_skipped()
+        accelerated._accelerate_step_called = skipped is None or not skipped.item()
+        return result
+
+    accelerated._optimizer_patched_step_method = step
 
 
 def _refusing(accelerator: Accelerator, name: str) -> Any:

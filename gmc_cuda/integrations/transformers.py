@@ -5,11 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
-from gmc_cuda.ddp import local_gradients
-from gmc_cuda.integrations import refuse_with_overlap, settle, unwrap
+from gmc_cuda.integrations import make_local, refuse_with_overlap, require_own, settle, unwrap
+from gmc_cuda.integrations.accelerate import share_accelerators_scale
 
 
 class GMCCallback(TrainerCallback):
@@ -22,11 +21,13 @@ class GMCCallback(TrainerCallback):
         trainer.add_callback(GMCCallback(trainer))
 
     Add it last: it acts when a callback before it has asked for a checkpoint. Gradient clipping
-    clips each worker's own gradient.
+    clips each worker's own gradient. With ``fp16=True`` the trainer's GradScaler becomes a
+    :class:`gmc_cuda.GradScaler`.
 
     Raises:
-        ValueError: when training begins, clipping or accumulation with an optimizer that has
-            overlap=True.
+        ValueError: when training begins, another optimizer; clipping or accumulation with one that
+            has overlap=True.
+        TypeError: when training begins, a GradScaler of a class of its own.
 
     Warns:
         UserWarning: a checkpoint was written that lacks what other workers had not sent.
@@ -37,6 +38,11 @@ class GMCCallback(TrainerCallback):
         self._settled_at = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        require_own(
+            [self._trainer.optimizer],
+            "the Trainer's optimizer",
+            'optimizer_cls_and_kwargs=(gmc_cuda.GMC, {"lr": 0.1})',
+        )
         clipping, steps = args.max_grad_norm, args.gradient_accumulation_steps
         refuse_with_overlap(
             self._trainer.optimizer,
@@ -45,9 +51,8 @@ class GMCCallback(TrainerCallback):
                 "gradient_accumulation_steps": (steps, steps > 1),
             },
         )
-        model = self._trainer.model_wrapped
-        if isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel):
-            local_gradients(model)
+        share_accelerators_scale(self._trainer.accelerator, "trainer.accelerator")
+        make_local(self._trainer.model_wrapped)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save:

@@ -1,0 +1,122 @@
+"""What the strategies for Lightning and Fabric add to DDPStrategy.
+
+Both come in two packages: ``lightning`` contains them as lightning.pytorch and lightning.fabric,
+and pytorch_lightning and lightning_fabric are the same code under other names, whose classes do not
+accept each other. So this module imports none of them.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+from weakref import WeakSet
+
+from gmc_cuda._engine.optimizer import CompressedSGD
+from gmc_cuda.integrations import (
+    make_local,
+    refuse_with_overlap,
+    require_own,
+    settle,
+    share_scale,
+    unwrap,
+)
+
+Base: Any = object  # whose methods are those of the DDPStrategy that stands beside it
+SCALER = 'plugins=MixedPrecision("16-mixed", "cuda", scaler=gmc_cuda.GradScaler("cuda"))'
+
+
+class TrainersStrategy(Base):
+    """For the DDPStrategy of a Trainer."""
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        make_local(self.model)
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        super().setup_optimizers(trainer)
+        require_own(
+            self.optimizers,
+            "configure_optimizers",
+            "return gmc_cuda.GMC(self.parameters(), lr=0.1)",
+        )
+        clipping, batches = trainer.gradient_clip_val, trainer.accumulate_grad_batches
+        for optimizer in self.optimizers:
+            refuse_with_overlap(
+                optimizer,
+                {
+                    "gradient_clip_val": (clipping, bool(clipping)),
+                    "accumulate_grad_batches": (batches, batches > 1),
+                },
+            )
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        share_scale(scaler, "trainer.precision_plugin.scaler", f"Trainer({SCALER})")
+
+    def lightning_module_state_dict(self) -> Any:
+        for optimizer in self.optimizers:
+            settle(optimizer)  # before the parameters are read, which a LocalUpdates changes
+        return super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer: Any) -> Any:
+        settle(optimizer)
+        return super().optimizer_state(optimizer)
+
+
+class FabricsStrategy(Base):
+    """For the DDPStrategy of Fabric."""
+
+    _backward_sync_control: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._backward_sync_control = _NoSync(self._backward_sync_control)
+
+    def setup_module(self, module: Any) -> Any:
+        ddp = super().setup_module(module)
+        make_local(ddp)
+        return ddp
+
+    def setup_optimizer(self, optimizer: Any) -> Any:
+        require_own(
+            [optimizer],
+            "the optimizer given to fabric.setup()",
+            "optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1)",
+        )
+        scaler = getattr(self.precision, "scaler", None)
+        share_scale(scaler, "fabric.strategy.precision.scaler", f"Fabric({SCALER})")
+        self._backward_sync_control.optimizers.add(optimizer)
+        return super().setup_optimizer(optimizer)
+
+    def clip_gradients_norm(
+        self, module: Any, optimizer: Any, max_norm: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        refuse_with_overlap(optimizer, {"max_norm": (max_norm, True)})
+        return super().clip_gradients_norm(module, optimizer, max_norm, *args, **kwargs)
+
+    def clip_gradients_value(self, module: Any, optimizer: Any, clip_val: Any) -> Any:
+        refuse_with_overlap(optimizer, {"clip_val": (clip_val, True)})
+        return super().clip_gradients_value(module, optimizer, clip_val)
+
+    def save_checkpoint(self, path: Any, state: Any, *args: Any, **kwargs: Any) -> None:
+        for value in state.values():
+            settle(value)  # before anything is read, because a LocalUpdates changes parameters
+        super().save_checkpoint(path, state, *args, **kwargs)
+
+
+class _NoSync:
+    """fabric.no_backward_sync() for optimizers that send during the backward pass."""
+
+    def __init__(self, of_ddp: Any) -> None:
+        self.of_ddp = of_ddp
+        self.optimizers: WeakSet[Any] = WeakSet()
+
+    def no_backward_sync(self, module: Any, enabled: bool) -> AbstractContextManager[Any]:
+        contexts = ExitStack()
+        contexts.enter_context(self.of_ddp.no_backward_sync(module, enabled))
+        of_module = set(module.parameters()) if enabled else set()
+        for optimizer in self.optimizers:
+            found = unwrap(optimizer)
+            if isinstance(found, CompressedSGD) and found.overlap:
+                params = (p for group in found.param_groups for p in group["params"])
+                if not of_module.isdisjoint(params):
+                    contexts.enter_context(found.no_sync())
+        return contexts
