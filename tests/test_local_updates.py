@@ -1,6 +1,9 @@
 """LocalUpdates: rounds of inner steps, against closed forms, with any inner optimizer."""
 
+import copy
 import functools
+import io
+import pickle
 import warnings
 from copy import deepcopy
 
@@ -16,6 +19,11 @@ from problems import (
     same_on_all_ranks,
     set_gradients,
 )
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn import Parameter
 
 import gmc_cuda
 
@@ -215,7 +223,7 @@ def test_schedulers_and_the_optimizer_protocol():
     assert len(calls) == 5
     optimizer.zero_grad()
     assert all(p.grad is None for p in params)
-    assert optimizer.state is inner.state
+    assert dict(optimizer.state) == inner.state
     assert optimizer.outer.param_groups[0]["density"] == gmc_cuda.LocalUpdates.DEFAULTS["density"]
     assert optimizer.stats()["steps"] == 1
 
@@ -253,8 +261,630 @@ def test_wrong_uses():
     for every in (0, 2.0, True):
         with pytest.raises(ValueError, match="every: got .*at least 1"):
             gmc_cuda.LocalUpdates(inner, every=every)
+    with pytest.raises(TypeError, match=r"inner_optimizer: got list, must be a torch.optim.Opt"):
+        gmc_cuda.LocalUpdates(params)
     optimizer = gmc_cuda.LocalUpdates(inner)
     with pytest.raises(ValueError, match="got the state of an inner optimizer alone"):
         optimizer.load_state_dict(inner.state_dict())
-    with pytest.raises(NotImplementedError, match="construct the inner optimizer with all"):
-        optimizer.add_param_group({"params": parameters()})
+    with pytest.raises(ValueError, match="got the state of GMC, must be of LocalUpdates"):
+        optimizer.load_state_dict(gmc_cuda.GMC(params, 0.7).state_dict())
+    other = gmc_cuda.LocalUpdates(torch.optim.SGD(params[:3], lr=0.1))
+    with pytest.raises(ValueError, match="got 3 parameters, must be 6"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+# ------------------------------------------------------------------- what users change meanwhile
+
+
+def plain(params, **options):
+    """Rounds whose outer step is the mean of the workers' parameters."""
+    outer = functools.partial(gmc_cuda.GMC, lr=1.0, momentum=0.0, density=1.0, **options)
+    return gmc_cuda.LocalUpdates(torch.optim.SGD(params, lr=0.1), outer, H)
+
+
+def averaging(group, change):
+    """At density 1, lr 1 a round ends with the mean of what the workers have, whatever changed."""
+    rank = dist.get_rank(group)
+    params = parameters()
+    optimizer = plain(params, process_group=group)
+    twin = torch.optim.SGD(parameters(), lr=0.1)
+    for step in range(4 * H):
+        for each in (optimizer, twin):
+            CHANGES[change](each, step)
+            trained = [p for g in each.param_groups for p in g["params"] if p.requires_grad]
+            set_gradients(trained, rank, step)
+            each.step()
+            each.zero_grad()
+        own, twins = ([p for g in o.param_groups for p in g["params"]] for o in (optimizer, twin))
+        if (step + 1) % H == 0:
+            for p in twins:
+                p.data.copy_(mean(group, p.detach()))
+            assert same_on_all_ranks(group, own)
+        torch.testing.assert_close(flat(own), flat(twins), rtol=1e-5, atol=1e-6)
+    copies = [p for g in optimizer.outer.param_groups for p in g["params"]]
+    assert len(copies) == len(own) and len(optimizer.outer.state) == len(own)
+
+
+def freeze(first, last):
+    def change(each, step):
+        for p in each.param_groups[0]["params"][1:3]:
+            if step == first:
+                p.requires_grad_(False)
+            if step == last:
+                p.requires_grad_(True)
+
+    return change
+
+
+def replace(at):
+    def change(each, step):
+        if step == at:
+            torch.manual_seed(3)
+            each.param_groups[0]["params"][2] = Parameter(torch.randn(9, 9))
+
+    return change
+
+
+def removed(at):
+    def change(each, step):
+        if step == at:
+            each.state.pop(each.param_groups[0]["params"].pop(1), None)
+
+    return change
+
+
+def add(at):
+    def change(each, step):
+        if step == at:
+            torch.manual_seed(3)
+            each.add_param_group({"params": [Parameter(torch.randn(6, 5))], "lr": 0.05})
+
+    return change
+
+
+def append(at):
+    def change(each, step):
+        if step == at:
+            each.param_groups[0]["params"].append(Parameter(torch.ones(4)))
+
+    return change
+
+
+def other_strides(at):
+    def change(each, step):
+        p = each.param_groups[0]["params"][0]
+        if step == at:
+            p.data = p.data.t().contiguous().t()
+
+    return change
+
+
+# Steps 3, 6 and 9 begin a round of three; the others lie within one.
+CHANGES = {
+    "frozen and unfrozen between rounds": freeze(3, 9),
+    "frozen and unfrozen within rounds": freeze(4, 10),
+    "frozen within a round, unfrozen at its end": freeze(4, 6),
+    "frozen and unfrozen within one round": freeze(3, 5),
+    "replaced between rounds": replace(3),
+    "replaced within a round": replace(4),
+    "removed between rounds": removed(3),
+    "removed within a round": removed(5),
+    "added between rounds": add(6),
+    "added within a round": add(7),
+    "appended": append(3),
+    "appended within a round": append(5),
+    "other strides": other_strides(4),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_users_change_is_followed(pool, change):
+    pool.run(2, averaging, change)
+
+
+def unfrozen(group, dtype, overlap, every, values_differ):
+    """Layers are frozen and unfrozen in any step; at the end all workers have the same."""
+    rank = dist.get_rank(group)
+    params = parameters(dtype)
+    if values_differ and rank:
+        with torch.no_grad():
+            for p in params:
+                p.add_(1.0)
+    for p in params[2:]:
+        p.requires_grad_(False)
+    outer = gmc(group, lr=0.7, momentum=0.5, density=0.05)
+    optimizer = gmc_cuda.LocalUpdates(
+        torch.optim.AdamW(params, lr=0.01), outer, every, overlap=overlap
+    )
+    for step in range(14):
+        for i, p in enumerate(params):
+            p.requires_grad_((step + i) % 5 != 0 if step > 2 else i < 2)
+        set_gradients([p for p in params if p.requires_grad], rank, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.synchronize()
+    assert same_on_all_ranks(group, params)
+    assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("dtype,values_differ", [(torch.float32, True), (torch.bfloat16, False)])
+def test_replicas_stay_equal_through_gradual_unfreezing(pool, dtype, overlap, every, values_differ):
+    pool.run(2, unfrozen, dtype, overlap, every, values_differ)
+
+
+def values_that_differ(group, overlap):
+    """A parameter that comes in within a round starts with rank 0's values."""
+    rank, params = dist.get_rank(group), parameters()
+    outer = functools.partial(gmc_cuda.GMC, lr=1.0, momentum=0.0, density=1.0, process_group=group)
+    optimizer = gmc_cuda.LocalUpdates(torch.optim.SGD(params, lr=0.1), outer, H, overlap=overlap)
+    new = Parameter(torch.full((4,), 1.0 + rank))
+    for step in range(2 * H):
+        if step == 1:
+            optimizer.param_groups[0]["params"].append(new)
+        set_gradients(params, rank, step)
+        new.grad = torch.full((4,), float(rank))
+        optimizer.step()
+    optimizer.synchronize()
+    assert same_on_all_ranks(group, [*params, new])
+    torch.testing.assert_close(new.detach(), torch.full((4,), 1.0 - 0.1 * 0.5 * (2 * H - 1)))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_new_parameter_starts_with_rank_0s_values(pool, overlap):
+    pool.run(2, values_that_differ, overlap)
+
+
+def waiting(group):
+    """What a layer has not sent waits while it is frozen, in the outer memory; the layer rests."""
+    rank, params = dist.get_rank(group), parameters()
+    outer = gmc(group, lr=0.7, momentum=0.5, density=0.05)
+    optimizer = gmc_cuda.LocalUpdates(torch.optim.SGD(params, lr=0.1), outer, H)
+
+    def train(steps):
+        for step in steps:
+            set_gradients([p for p in params if p.requires_grad], rank, step)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def memory():
+        return optimizer.outer.state[optimizer._copies[params[0]]]["memory"].clone()
+
+    train(range(H))
+    params[0].requires_grad_(False)
+    before, weights = memory(), flat(params[:1])
+    assert before.any()
+    train(range(H, 3 * H))
+    assert torch.equal(memory(), before) and torch.equal(flat(params[:1]), weights)
+    saved = deepcopy(optimizer.state_dict())
+    params[0].requires_grad_(True)
+    train(range(3 * H, 5 * H))
+    assert not torch.equal(memory(), before) and not torch.equal(flat(params[:1]), weights)
+    assert same_on_all_ranks(group, params)
+    # A new process, in which the layer has never been trained, has it as well.
+    others = parameters()
+    others[0].requires_grad_(False)
+    fresh = gmc_cuda.LocalUpdates(torch.optim.SGD(others, lr=0.1), outer, H)
+    fresh.load_state_dict(saved)
+    assert torch.equal(fresh.outer.state[fresh._copies[others[0]]]["memory"], before)
+
+
+def test_what_a_frozen_layer_has_not_sent_waits_for_it(pool):
+    pool.run(2, waiting)
+
+
+def test_weights_written_to_while_frozen_count():
+    params = parameters()
+    optimizer = plain(params)
+    params[0].requires_grad_(False)
+    set_gradients(params[1:], 0, 0)
+    optimizer.step()
+    with torch.no_grad():
+        params[0].fill_(3.0)
+    params[0].requires_grad_(True)
+    for _ in range(2 * H):
+        optimizer.zero_grad()
+        params[0].grad = torch.zeros_like(params[0])
+        optimizer.step()
+    assert torch.equal(params[0].detach(), torch.full_like(params[0], 3.0))
+
+
+def test_all_frozen_at_first():
+    params = [p.requires_grad_(False) for p in parameters()]
+    optimizer = plain(params)
+    for step in range(2 * H):
+        if step == 2:
+            params[1].requires_grad_(True)
+        set_gradients([p for p in params if p.requires_grad], 0, step)
+        optimizer.step()
+    assert not torch.equal(params[1].detach(), parameters()[1].detach())
+
+
+@pytest.fixture
+def swapped():
+    """Conversions keep the Parameter objects, as .cuda() does on a GPU."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("at", [0, 2, 3, 4])
+def test_a_model_moves(swapped, at, overlap):
+    """ "meta" stands for the GPU: it has no values, but whatever mixes it with the CPU fails."""
+    model = torch.nn.Linear(8, 8)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = gmc_cuda.LocalUpdates(inner, every=H, overlap=overlap)
+    for step in range(4 * H):
+        if step == at:
+            model.to("meta")
+        optimizer.zero_grad()
+        x = torch.randn(2, 8, device=model.weight.device)
+        model(x).sum().backward()
+        optimizer.step()
+    optimizer.synchronize()
+    assert all(p.device.type == "meta" for p in optimizer._copies.values())
+
+
+def test_a_model_is_converted():
+    model = torch.nn.Linear(8, 8)
+    optimizer = plain(model.parameters())
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        for _ in range(H + 1):
+            optimizer.zero_grad()
+            model(torch.randn(2, 8, dtype=dtype)).sum().backward()
+            optimizer.step()
+    before = model.weight.detach().clone(), len(optimizer.inner.state)
+    optimizer.zero_grad()
+    model.double()
+    model(torch.randn(2, 8).double()).sum().backward()
+    with pytest.raises(TypeError, match=r"parameter 0 of group 0: got torch.float64.*model.float"):
+        optimizer.step()
+    assert torch.equal(model.weight.detach().float(), before[0])
+    model.float()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float64])
+def test_what_float32_cannot_hold_is_refused_or_left_alone(dtype):
+    odd, params = Parameter(torch.ones(4, dtype=dtype)), parameters()
+    refused = rf"parameter 6 \('odd'\) of group 0: got {dtype}, must be dense torch.float32"
+    named = [(f"p{i}", p) for i, p in enumerate(params)] + [("odd", odd)]
+    with pytest.raises(TypeError, match=refused):
+        plain(named)
+    assert torch.equal(odd.detach(), torch.ones(4, dtype=dtype))
+    odd.requires_grad_(False)
+    optimizer = plain(named)
+    set_gradients(params, 0, 0)
+    optimizer.step()
+    odd.requires_grad_(True)
+    odd.grad = torch.ones_like(odd)
+    weights, steps = flat(params), optimizer._steps
+    with pytest.raises(TypeError, match=refused):
+        optimizer.step()
+    assert torch.equal(flat(params), weights) and optimizer._steps == steps
+    assert torch.equal(odd.detach(), torch.ones(4, dtype=dtype))
+    odd.requires_grad_(False)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("model_too", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_made_under_inference_mode(overlap, model_too):
+    model = torch.nn.Linear(4, 4)
+    with torch.inference_mode():
+        optimizer = gmc_cuda.LocalUpdates(
+            torch.optim.AdamW(model.parameters()), every=2, overlap=overlap
+        )
+        if model_too:
+            optimizer.add_param_group({"params": [Parameter(torch.ones(3), requires_grad=False)]})
+            optimizer.load_state_dict(optimizer.state_dict())
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).sum().backward()
+        optimizer.step()
+
+
+# ------------------------------------------------------------------------------ errors on one rank
+
+
+def bad_argument(group, case):
+    rank, params = dist.get_rank(group), parameters()
+    outer, every, inner = gmc(group, lr=0.7), H, torch.optim.SGD
+    mine = rank == 1
+    if case == "every" and mine:
+        every = 0
+    if case == "dtype" and mine:
+        params[1] = Parameter(torch.ones(5, dtype=torch.float64))
+    if case == "dtype, by a function":
+        params[1] = Parameter(torch.ones(5, dtype=torch.float64)) if mine else params[1]
+        outer = lambda params: gmc_cuda.DGC(params, 0.7, process_group=group)  # noqa: E731
+    if case == "option" and mine:
+        outer = gmc(group, lr=-1.0)
+    if case == "keyword" and mine:
+        outer = gmc(group, lr=0.7, densty=0.1)
+    if case == "an optimizer" and mine:
+        outer = torch.optim.SGD(parameters(), lr=0.1)
+    if case == "frozen" and mine:
+        params[4].requires_grad_(False)
+    if case == "inner" and mine:
+        inner = torch.optim.AdamW
+    inner = inner(params, lr=0.1)
+    with pytest.raises(Exception) as raised:
+        gmc_cuda.LocalUpdates(inner, outer, every)
+    good = parameters()
+    optimizer = plain(good, process_group=group)  # all is still in step
+    for step in range(H):
+        set_gradients(good, rank, step)
+        optimizer.step()
+    assert same_on_all_ranks(group, good)
+    return f"{type(raised.value).__name__}: {raised.value}"
+
+
+@pytest.mark.parametrize(
+    "case,own,reason",
+    [
+        ("every", "ValueError", "every: got 0"),
+        ("dtype", "TypeError", "parameter 1 of group 0: got torch.float64"),
+        ("dtype, by a function", "TypeError", "parameter 1 of group 0: got torch.float64"),
+        ("option", "ValueError", "lr of param group 0: got -1.0"),
+        ("keyword", "TypeError", "densty"),
+        ("frozen", "ValueError", "number of parameters"),
+        ("inner", "ValueError", "inner optimizer: 'SGD' on rank 0, 'AdamW' on rank 1"),
+    ],
+)
+def test_an_error_on_one_rank_is_one_on_all(pool, case, own, reason):
+    told = pool.run(2, bad_argument, case)
+    assert told[1].startswith(own)
+    assert all(
+        reason in text and "rank 1" in (text + "rank 1" * (r == 1)) for r, text in enumerate(told)
+    )
+
+
+def added_on_one(group):
+    rank, params = dist.get_rank(group), parameters()
+    optimizer = plain(params, process_group=group)
+    new = Parameter(torch.full((4,), float(rank)))
+    for bad in (
+        {"params": [Parameter(torch.ones(2, dtype=torch.float64))]},
+        {"params": [params[0]]},
+        {"params": [Parameter(torch.ones(3))]},
+    ):
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            optimizer.add_param_group(bad if rank else {"params": [new]})
+        assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [new]})
+    assert torch.equal(new.detach(), torch.zeros(4))
+    for step in range(H):
+        set_gradients([*params, new], rank, step)
+        optimizer.step()
+    assert same_on_all_ranks(group, [*params, new])
+
+
+def test_an_error_in_add_param_group_changes_nothing(pool):
+    pool.run(2, added_on_one)
+
+
+def failing(group, overlap, when):
+    """A round whose exchange is called off neither loses nor doubles what was moved."""
+    rank, params, twins = dist.get_rank(group), parameters(), parameters()
+    options = {"lr": 1.0, "momentum": 0.0, "density": 1.0}
+    optimizer, twin = (
+        gmc_cuda.LocalUpdates(
+            torch.optim.SGD(ps, lr=0.1), gmc(group, **options), H, overlap=overlap
+        )
+        for ps in (params, twins)
+    )
+    start = mean(group, flat(params))
+    moves = torch.zeros_like(start)
+    for step in range(4 * H):
+        for ps in (params, twins):
+            generator = torch.Generator().manual_seed(100 * step + rank)
+            for p in ps:
+                p.grad = torch.randn(p.shape, generator=generator)
+        moves -= 0.1 * mean(group, flat([p.grad for p in params]))
+        twin.step()
+        if step != 2 * H - 1:
+            optimizer.step()
+            continue
+        if when == "option":
+            optimizer.outer.param_groups[0]["lr"] = -1.0
+        else:
+            optimizer.outer.engine.round.finish, finish = (
+                _raise,
+                optimizer.outer.engine.round.finish,
+            )
+        with pytest.raises((ValueError, KeyError)):
+            optimizer.step()
+        if when == "option":
+            optimizer.outer.param_groups[0]["lr"] = 1.0
+        else:
+            optimizer.outer.engine.round.finish = finish
+    optimizer.synchronize()
+    optimizer.synchronize()
+    for _ in range(H):  # what is in memory goes with the next round
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    optimizer.synchronize()
+    assert same_on_all_ranks(group, params)
+    torch.testing.assert_close(flat(params), start + moves, rtol=1e-5, atol=1e-5)
+
+
+def _raise(*args):
+    raise KeyError("mine")
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("when", ["option", "finish"])
+def test_a_failed_exchange_loses_and_doubles_nothing(pool, overlap, when):
+    pool.run(2, failing, overlap, when)
+
+
+# ---------------------------------------------------------------------- state, saving and copying
+
+
+def through_torch_save(value, weights_only=False):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "torch.save": through_torch_save,
+}
+
+
+def as_before(state_dict, outer):
+    """The state_dict as earlier versions made it."""
+    state, keys = {}, [k for k in state_dict["state"][0] if k.startswith("outer.")]
+    for i, entry in state_dict["state"].items():
+        state[i] = {k: v for k, v in entry.items() if k not in keys}
+    (group,) = state_dict["param_groups"]
+    own = group["local_updates"]
+    return {
+        "state": state,
+        "param_groups": [{k: v for k, v in group.items() if k != "local_updates"}],
+        "local_updates": {
+            "outer": outer,
+            "start": [entry["outer.start"] for entry in state_dict["state"].values()],
+            "steps": own["steps"],
+        },
+    }
+
+
+def goes_on(group, way, stop, make):
+    rank = dist.get_rank(group)
+    outer = functools.partial(make, process_group=group, lr=0.7, density=0.05)
+
+    def train(params, optimizer, steps):
+        for step in steps:
+            set_gradients(params, rank, step)
+            optimizer.step()
+
+    params = parameters()
+    optimizer = gmc_cuda.LocalUpdates(torch.optim.AdamW(params, lr=0.01), outer, H)
+    train(params, optimizer, range(stop))
+    if way in COPIES:
+        again, others = COPIES[way]((optimizer, params))
+        if way != "deepcopy":
+            with pytest.raises(RuntimeError, match="set optimizer.process_group"):
+                again.synchronize() if stop % H else again.outer.step()
+            again.process_group = group
+    else:
+        others = parameters()
+        again = gmc_cuda.LocalUpdates(torch.optim.AdamW(others, lr=0.01), outer, H)
+        with torch.no_grad():
+            for p, weight in zip(others, params, strict=True):
+                p.copy_(weight)
+        if way == "torch's":
+            model, other = torch.nn.ParameterList(params), torch.nn.ParameterList(others)
+            saved = deepcopy(get_optimizer_state_dict(model, optimizer))
+            set_optimizer_state_dict(other, again, saved)
+        elif way == "as before":
+            saved = as_before(optimizer.state_dict(), optimizer.outer.state_dict())
+            again.load_state_dict(deepcopy(saved))
+        else:
+            again.load_state_dict(through_torch_save(optimizer.state_dict(), weights_only=True))
+    train(params, optimizer, range(stop, 14))
+    train(others, again, range(stop, 14))
+    assert torch.equal(flat(params), flat(others))
+    assert not any(p is q for p, q in zip(params, others))
+
+
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
+@pytest.mark.parametrize("stop", [2 * H, 2 * H + 1])
+@pytest.mark.parametrize("way", [*COPIES, "torch's", "as before", "state_dict"])
+def test_copies_go_on_bit_by_bit(pool, way, stop, make):
+    pool.run(2, goes_on, way, stop, make)
+
+
+def open_exchange(group):
+    params = parameters()
+    optimizer = gmc_cuda.LocalUpdates(
+        torch.optim.SGD(params, lr=0.1), gmc(group, lr=0.7), H, overlap=True
+    )
+    saved = optimizer.state_dict()
+    for step in range(H):
+        set_gradients(params, dist.get_rank(group), step)
+        optimizer.step()
+    for use in (
+        optimizer.state_dict, lambda: optimizer.load_state_dict(saved), optimizer.average_memory_,
+        lambda: copy.deepcopy(optimizer), lambda: pickle.dumps(optimizer),
+        lambda: torch.save(optimizer, io.BytesIO()), lambda: optimizer.add_param_group({}),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=r"call optimizer.synchronize\(\) on all workers"):
+            use()
+    optimizer.synchronize()
+    copy.deepcopy(optimizer)
+    assert same_on_all_ranks(group, params)
+
+
+def test_an_open_exchange_is_not_copied(pool):
+    pool.run(2, open_exchange)
+
+
+def fresh(group):
+    """torch makes a step of an optimizer whose state is empty."""
+    params = parameters()
+    optimizer = gmc_cuda.LocalUpdates(torch.optim.AdamW(params, lr=0.01), gmc(group, lr=0.7), H)
+    if dist.get_rank(group) == 0:
+        get_optimizer_state_dict(torch.nn.ParameterList(params), optimizer)
+    for step in range(H):
+        set_gradients(params, dist.get_rank(group), step)
+        optimizer.step()
+    assert same_on_all_ranks(group, params)
+
+
+def test_a_fresh_state_is_read_on_one_rank(pool):
+    pool.run(2, fresh)
+
+
+def test_state_is_the_inner_optimizers():
+    params = parameters()
+    inner = torch.optim.AdamW(params, lr=0.01)
+    optimizer = gmc_cuda.LocalUpdates(inner)
+    assert optimizer.state and len(optimizer.state) == 0
+    assert params[0] not in optimizer.state and optimizer.state.get(params[0]) is None
+    set_gradients(params, 0, 0)
+    optimizer.step()
+    assert optimizer.state[params[0]] is inner.state[params[0]]
+    optimizer.state.pop(params[0])
+    assert params[0] not in inner.state
+    optimizer.state.clear()
+    assert not inner.state
+    optimizer.state = {params[1]: {"mine": 1}}
+    assert inner.state == {params[1]: {"mine": 1}} == dict(optimizer.state)
+    optimizer.state = optimizer.state
+    assert type(inner.state) is dict
+    optimizer.param_groups = [{**inner.param_groups[0], "lr": 0.5}]
+    assert inner.param_groups[0]["lr"] == 0.5
+
+
+def test_methods_of_the_inner_optimizer():
+    class Switched(torch.optim.SGD):
+        def train(self):
+            return "training"
+
+    assert gmc_cuda.LocalUpdates(Switched(parameters(), lr=0.1)).train() == "training"
+
+
+def inside_ddp(group):
+    model = torch.nn.Linear(4, 4)
+    ddp = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+    optimizer = plain(model.parameters(), process_group=group)
+    for _ in range(H):
+        ddp(torch.ones(2, 4)).sum().backward()
+        if optimizer._steps < H - 1:
+            optimizer.step()
+    with pytest.raises(RuntimeError, match="gmc_cuda.local_gradients"):
+        optimizer.step()
+
+
+def test_ddp_around_the_model_is_refused(pool):
+    pool.run(2, inside_ddp)

@@ -125,7 +125,9 @@ def like_gmc(group, make, options):
         for group_of, twin_group in zip(optimizer.param_groups, twin.param_groups):
             assert {**group_of, "params": 0} == {**twin_group, "params": 0}
         for p, q in zip(params, twins):
-            assert torch.equal(flat([optimizer.state[p]["memory"]]), flat([twin.state[q]["memory"]]))
+            assert torch.equal(
+                flat([optimizer.state[p]["memory"]]), flat([twin.state[q]["memory"]])
+            )
 
 
 @pytest.mark.parametrize(
@@ -449,6 +451,33 @@ def test_a_refused_step_loses_nothing(pool):
     pool.run(4, refused_step)
 
 
+def raised_step(group, shape):
+    """A step that fails after it took the gradients in leaves them in memory, and only there."""
+    rank, mesh, params = dist.get_rank(), mesh_of(shape), parameters()
+    optimizer = gmc_cuda.NodeAverage(params, gmc(density=0.05, nonfinite="raise"), mesh)
+    for step in range(4):
+        set_gradients(params, rank, step)
+        if step == 2:
+            if rank == 3:
+                params[0].grad[0, 0] = torch.nan
+            gradient = mean(group, flat([p.grad for p in params])).nan_to_num(0.0)
+            expected = average(optimizer, "memory") + gradient
+            expected += 0.9 * whole(optimizer, "momentum_buffer")
+            w = flat(params)
+            with pytest.raises(FloatingPointError, match="non-finite gradient"):
+                optimizer.step()
+            assert torch.equal(flat(params), w) and all(p.grad is None for p in params)
+            left = average(optimizer, "memory")  # but for the element itself
+            torch.testing.assert_close(left[1:], expected[1:], rtol=1e-5, atol=1e-6)
+        else:
+            step_keeps_mass(group, optimizer, params, mean(group, flat([p.grad for p in params])))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_failed_step_keeps_the_gradients_once(pool, shape):
+    pool.run(4, raised_step, shape)
+
+
 # ------------------------------------------------------------------------ saving and copying
 
 
@@ -571,6 +600,18 @@ def test_a_foreign_state_is_refused(pool):
 # --------------------------------------------------------------------------------- loss scaling
 
 
+def owners(optimizer):
+    """Which worker of the node owns each element."""
+    parts = []
+    for p in optimizer._params:
+        own, begin = optimizer._parts[p]
+        parts.append(torch.zeros(p.numel()))
+        parts[-1][begin : begin + own.numel()] = float(optimizer._place[0])
+    total = torch.cat(parts)
+    dist.all_reduce(total, group=optimizer._inside.group)
+    return total
+
+
 def scaled(group, unscale, shape):
     rank, mesh, params, twins = dist.get_rank(), mesh_of(shape), parameters(), parameters()
     optimizer = gmc_cuda.NodeAverage(params, gmc(density=0.05), mesh)
@@ -592,13 +633,22 @@ def scaled(group, unscale, shape):
         twin.step()
         assert torch.equal(flat(params), flat(twins))
     w, scale = flat(params), scaler.get_scale()
+    expected = average(optimizer, "memory") + 0.9 * whole(optimizer, "momentum_buffer")
     set_gradients(params, rank, 9)
+    # The gradient of rank 1 counts as zero, and so does its node's of what it owns.
+    per_node = optimizer._workers
+    kept = torch.full_like(expected, float(rank != 1))
+    if rank // per_node == 1 // per_node:
+        kept[owners(optimizer) == 1 % per_node] = 0.0
+    expected += mean(group, kept * flat([p.grad for p in params]))
+    for p in params:
+        p.grad.mul_(scale)
     if rank == 1:
         params[0].grad[0, 0] = torch.inf
     scaler.step(optimizer)
     scaler.update()
     assert torch.equal(flat(params), w) and scaler.get_scale() == scale / 2
-    assert average(optimizer, "memory").isfinite().all()
+    torch.testing.assert_close(average(optimizer, "memory"), expected, rtol=1e-5, atol=1e-6)
     set_gradients(params, rank, 10)
     scaler.step(optimizer)
     assert same_on_all_ranks(group, params) and not torch.equal(flat(params), w)
