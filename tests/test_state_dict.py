@@ -20,6 +20,7 @@ from problems import (
     set_gradients,
 )
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -496,3 +497,145 @@ def save_and_load_distributed(group, folder):
 @pytest.mark.parametrize("size", [1, 2])
 def test_plain_distributed_checkpoint(pool, size, tmp_path):
     pool.run(size, save_and_load_distributed, str(tmp_path))
+
+
+def make_layers():
+    return torch.nn.Sequential(torch.nn.Linear(9, 7), torch.nn.Linear(7, 3))
+
+
+def two_groups(model):
+    return [{"params": list(layer.parameters())} for layer in model]
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@methods
+def test_torchs_optimizer_state_dict_goes_on_like_the_original(make, options, flatten):
+    how = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model = make_layers()
+    optimizer = make(two_groups(model), lr=0.1, **{"density": 0.1, **options})
+    go_on(optimizer, range(3))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=how))
+    twin = copy.deepcopy(model)
+    again = make(two_groups(twin), lr=9.0, **{**options, "density": 0.7})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_optimizer_state_dict(twin, again, saved, options=how)
+    assert again.param_groups[1]["lr"] == 0.1
+    assert_same_run(optimizer, again)
+
+
+def flattened_on_disk(group, folder, dtype):
+    """torch.distributed.checkpoint of a flattened state, under another default dtype."""
+    rank, how = dist.get_rank(group), StateDictOptions(flatten_optimizer_state_dict=True)
+    default = torch.get_default_dtype()
+    pairs = []
+    for lr in (0.1, 9.0):
+        torch.manual_seed(4)
+        model = make_layers().bfloat16()
+        pairs.append(
+            (model, gmc_cuda.GMC(model.parameters(), lr, density=0.1, process_group=group))
+        )
+    (model, optimizer), (twin, again) = pairs
+    go_on(optimizer, range(3), rank)
+    optimizer.average_memory_()
+    twin.load_state_dict(model.state_dict())
+    try:
+        torch.set_default_dtype(dtype)
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=how)}
+        dcp.save(state, checkpoint_id=folder, process_group=group)
+        state = {"optimizer": get_optimizer_state_dict(twin, again, options=how)}
+        dcp.load(state, checkpoint_id=folder, process_group=group)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            set_optimizer_state_dict(twin, again, state["optimizer"], options=how)
+    finally:
+        torch.set_default_dtype(default)
+    assert all(s["memory"].dtype == torch.float32 for s in again.state.values())
+    assert again.param_groups[0]["lr"] == 0.1
+    assert_same_run(optimizer, again, rank)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_flattened_state_on_disk(pool, size, dtype, tmp_path):
+    pool.run(size, flattened_on_disk, str(tmp_path), dtype)
+
+
+def flattened_of_another(group):
+    """Whose memory it is comes along in a flattened state too."""
+    rank, how = dist.get_rank(group), StateDictOptions(flatten_optimizer_state_dict=True)
+    model = make_layers()
+    optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1, density=0.1, process_group=group)
+    go_on(optimizer, range(3), rank)
+    states = [get_optimizer_state_dict(model, optimizer, options=how)]
+    dist.broadcast_object_list(states, 0, group=group)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        set_optimizer_state_dict(model, optimizer, states[0], options=how)
+    assert len(seen) == (rank != 0)
+    assert all("was saved by rank 0 of 2" in str(w.message) for w in seen)
+
+
+def test_a_flattened_state_of_another_rank(pool):
+    pool.run(2, flattened_of_another)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
+def test_what_torch_drops_of_a_frozen_parameter_is_told(make, flatten):
+    how = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model = make_layers()
+    optimizer = make(model.parameters(), lr=0.1, density=0.1)
+    go_on(optimizer, range(3))
+    model[1].bias.requires_grad_(False)
+    model[1].bias.grad = None
+    saved = get_optimizer_state_dict(model, optimizer, options=how)
+    memory = optimizer.state[model[1].bias]["memory"].clone()
+    assert memory.any()
+    twin = copy.deepcopy(model)
+    again = make(twin.parameters(), lr=0.1, density=0.1)
+    with pytest.warns(UserWarning, match="no state of parameter 3 of group 0, which was frozen"):
+        set_optimizer_state_dict(twin, again, copy.deepcopy(saved), options=how)
+    # As the warning says: torch takes it along while it is not frozen, and ours does always.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.load_state_dict(optimizer.state_dict())
+        assert torch.equal(again.state[twin[1].bias]["memory"], memory)
+        twin[1].bias.requires_grad_(True)
+        again = make(twin.parameters(), lr=0.1, density=0.1)
+        set_optimizer_state_dict(twin, again, saved, options=how)
+        assert torch.equal(again.state[twin[1].bias]["memory"], memory)
+
+
+def test_a_frozen_parameter_without_memory_is_no_matter():
+    model = make_layers()
+    model[0].requires_grad_(False)
+    optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1, density=0.1)
+    go_on(optimizer, range(2))
+    for flatten in (False, True):
+        how = StateDictOptions(flatten_optimizer_state_dict=flatten)
+        saved = get_optimizer_state_dict(model, optimizer, options=how)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            set_optimizer_state_dict(model, optimizer, saved, options=how)
+
+
+def test_a_group_that_is_frozen_as_a_whole_in_a_flattened_state():
+    how = StateDictOptions(flatten_optimizer_state_dict=True)
+    model = make_layers()
+    model[0].requires_grad_(False)
+    optimizer, again = (gmc_cuda.GMC(two_groups(model), lr=lr, density=0.1) for lr in (0.1, 0.2))
+    go_on(optimizer, range(2))
+    saved = get_optimizer_state_dict(model, optimizer, options=how)
+    set_optimizer_state_dict(model, again, saved, options=how)
+    assert [group["lr"] for group in again.param_groups] == [0.1, 0.1]
+    assert torch.equal(*(o.state[model[1].weight]["memory"] for o in (optimizer, again)))
+
+
+def test_an_lr_tensor_stays_on_its_device():
+    _, optimizer = trained()
+    state = optimizer.state_dict()
+    state["param_groups"][0]["lr"] = torch.tensor(0.25)
+    optimizer.param_groups[0]["lr"] = torch.empty((), device="meta")
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"].device.type == "meta"

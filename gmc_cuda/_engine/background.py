@@ -31,6 +31,9 @@ class Saving(Future[None]):
         super().exception(timeout)
         self._was_read = True
 
+    def wait(self) -> None:
+        super().exception()
+
     def report(self) -> None:
         """Waits, and warns about a failure that nobody has read."""
         error = super().exception()
@@ -43,7 +46,7 @@ class Saving(Future[None]):
                 "and, before the next save and at the end, saved.result(). It would have raised: "
                 f"{error}",
                 RuntimeWarning,
-                stacklevel=5,  # of save(), which no_grad wraps
+                stacklevel=8,  # of who calls save(); at the end of the interpreter nobody does
             )
 
 
@@ -63,6 +66,12 @@ def start(work: Callable[[], None]) -> Saving:
     threading.Thread(target=run, name="gmc_cuda.checkpoint", daemon=False).start()
     _started.append(saving)
     return saving
+
+
+def wait() -> None:
+    """Waits for the saves that were started."""
+    for saving in _started:
+        saving.wait()
 
 
 def finish() -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,7 +116,7 @@ class Notes:
     collectives in, and after the group was destroyed.
 
     Args:
-        folder: exists, and is empty at first.
+        folder: is there or is made, and is empty at first.
         rank, size: of this worker.
         seconds: how long to wait for the others each time.
     """
@@ -123,6 +124,7 @@ class Notes:
     def __init__(self, folder: Path, rank: int, size: int, seconds: float) -> None:
         self._folder, self._rank, self._size, self._seconds = folder, rank, size, seconds
         self._round = 0
+        folder.mkdir(exist_ok=True)
         self._sign(rank, "here").touch()
 
     def settle(self, said: Said, decide: Callable[[list[Said]], Said]) -> Said:
@@ -147,10 +149,9 @@ class Notes:
             os.replace(new, self._folder / name)
         except OSError:
             # The disk is full, perhaps. Another name for a file that is there needs no room.
-            try:
+            # If it fails too, the others wait for the time-out.
+            with suppress(OSError):
                 os.replace(self._sign(self._rank, "here"), self._sign(self._rank, "failed"))
-            except OSError:
-                pass  # then the others wait for the time-out
 
     def _read(self, name: str, rank: int, deadline: float) -> Said:
         pause = 0.002

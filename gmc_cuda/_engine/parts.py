@@ -16,8 +16,9 @@ import os
 import re
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -61,7 +62,6 @@ def begin(folder: Path) -> Path:
     number = 1 + max((_number(part) for part in folder.iterdir()), default=0)
     part = folder / f"{number:06d}-{secrets.token_hex(4)}"
     part.mkdir()
-    (part / NOTES).mkdir()
     (part / _TOKEN).write_text(part.name)
     return part
 
@@ -78,7 +78,7 @@ def write(path: Path, value: Any) -> tuple[int, str]:
     """torch.save; returns the size and the checksum of what went to the disk."""
     with path.open("wb") as file:
         counting = _Counting(file)
-        torch.save(value, counting)
+        torch.save(value, cast(IO[bytes], counting))
         file.flush()
         os.fsync(file.fileno())
     return counting.size, counting.checksum.hexdigest()
@@ -145,6 +145,12 @@ def remove(part: Path) -> None:
     for name in (_LIST, ".metadata"):
         (part / name).unlink(missing_ok=True)
     shutil.rmtree(part, ignore_errors=True)
+
+
+def empty(part: Path) -> None:
+    """Gives the room of a part back that did not become complete; what workers said stays."""
+    for file in part.glob("*.pt"):
+        file.unlink(missing_ok=True)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -236,13 +242,9 @@ def _replace(path: Path, text: str) -> None:
 
 def _flush(folder: Path) -> None:
     """Brings the entries of a folder to the disk; some file systems cannot."""
-    try:
+    with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

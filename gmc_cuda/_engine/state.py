@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -45,6 +45,8 @@ class Stamp:
         rank, world_size: of the worker that saved it.
         averaged: whether memory is the mean over all workers, which then had the same.
         format: of the state; raised when what a key means changes.
+        frozen: which frozen parameters have something in memory or momentum, as "group.place" of
+            each, with blanks between. torch's set_optimizer_state_dict leaves their state out.
     """
 
     optimizer: str
@@ -52,6 +54,7 @@ class Stamp:
     world_size: int
     averaged: bool
     format: int = FORMAT
+    frozen: str = ""
 
 
 # ------------------------------------------------------------------------- buckets and parameters
@@ -121,6 +124,9 @@ def show(buckets: Iterable[Bucket], rule: Rule, state: dict[Any, Any], changed: 
         if not rule.local_momentum:
             views: list[Tensor] = [MomentumView(bucket, i) for i in range(len(bucket.params))]
             shown[rule.momentum_name(bucket.group)] = views
+        # The stamp has its place in each group from the start: a flattened state_dict of torch's is
+        # read by the keys of the groups that it is loaded into.
+        bucket.group.setdefault(_STAMP, None)
         for i, param in enumerate(bucket.params):
             kept = {k: v for k, v in (state.get(param) or {}).items() if k not in SHOWN}
             state[param] = Entry(kept | {name: views[i] for name, views in shown.items()}, changed)
@@ -152,6 +158,14 @@ def add(state_dict: dict[str, Any], params: list[Tensor], held: Held, stamp: Sta
     for i, param in enumerate(params):
         if param in held:
             state_dict["state"][i] = {**state_dict["state"].get(i, {}), **held[param]}
+    places = {id_: (g, i) for g, group in enumerate(state_dict["param_groups"])
+              for i, id_ in enumerate(group["params"])}  # fmt: skip
+    frozen = [
+        "{}.{}".format(*places[i])
+        for i, param in enumerate(params)
+        if not param.requires_grad and any(bool(t.any()) for t in held.get(param, {}).values())
+    ]
+    stamp = replace(stamp, frozen=" ".join(frozen))
     for group in state_dict["param_groups"]:
         group.update({key: _plain(value) for key, value in group.items()})
         group[_STAMP] = asdict(stamp)
@@ -219,7 +233,26 @@ def read(state_dict: dict[str, Any], groups: list[Group], rule: Rule, name: str)
                 continue  # frozen, or torch.optim.SGD before its first step
             required = wanted | {"memory"} if stamp is not None else set()
             held[ids[i]] = _checked(tensors, required, wanted | {"memory"}, ids[i], i)
+    if stamp is not None:
+        _warn_of_dropped(stamp, saved_groups, state_dict["state"])
     return Loaded(loaded_groups, held, stamp)
+
+
+def _warn_of_dropped(stamp: Stamp, groups: list[Group], state: dict[Any, Any]) -> None:
+    """Warns where a frozen parameter's memory was saved and did not come along."""
+    dropped = []
+    for place in stamp.frozen.split():
+        g, i = map(int, place.split("."))
+        if groups[g]["params"][i] not in state:
+            dropped.append(f"{parameter_name(groups[g], i)} of group {g}")
+    if dropped:
+        warnings.warn(
+            f"state_dict: it has no state of {', '.join(dropped)}, which was frozen with gradients "
+            "in memory that were not sent yet; these are lost if it is trained again. torch's "
+            "set_optimizer_state_dict leaves frozen parameters out: set requires_grad to True "
+            "while it is called, or use optimizer.load_state_dict or gmc_cuda.checkpoint",
+            stacklevel=4,
+        )
 
 
 def warn_of_another_ranks(loaded: Loaded, rank: int, size: int) -> None:
@@ -280,10 +313,12 @@ def _read_stamp(groups: list[Group], state: dict[Any, Any], name: str) -> Stamp 
                 f"parameter; must come from {name} or torch.optim.SGD"
             )
         return None
-    if not all(stamps) or len({stamp["optimizer"] for stamp in stamps if stamp}) > 1:
+    # A group whose parameters are all frozen has no place for a stamp in a flattened state_dict.
+    of_sgd = any("dampening" in group for group in groups if not group.get(_STAMP))
+    found = [stamp for stamp in stamps if stamp]
+    if of_sgd or len({stamp["optimizer"] for stamp in found}) > 1:
         raise ValueError("state_dict: its param groups were saved by different optimizers")
-    (stamp, *_) = stamps
-    assert stamp is not None
+    (stamp, *_) = found
     if stamp["optimizer"] != name:
         raise ValueError(f"state_dict: got the state of {stamp['optimizer']}, must be of {name}")
     if stamp["format"] != FORMAT:
@@ -306,6 +341,9 @@ def _from_sgd(saved: Group, own: Group) -> Group:
 def _merged(own: Group, saved: Group) -> Group:
     """The saved options; an option that the state is too old to have keeps its present value."""
     saved = {key: deepcopy(value) for key, value in saved.items() if key not in ("params", _STAMP)}
+    for key, value in saved.items():
+        if isinstance(value, Tensor) and isinstance(own.get(key), Tensor):
+            saved[key] = value.to(own[key].device)  # a checkpoint's are on the CPU
     return {**own, **one_budget(saved)}
 
 
@@ -314,8 +352,12 @@ def _checked(
 ) -> ParamState:
     missing = required - set(tensors)
     if missing:
+        hint = "" if tensors else (
+            ". torch reads a flattened state by what optimizer.state holds: construct the "
+            "optimizer after requires_grad was set to True"
+        )  # fmt: skip
         raise ValueError(
-            f"state_dict: parameter {i} has no '{min(missing)}', but {sorted(tensors)}"
+            f"state_dict: parameter {i} has no '{min(missing)}', but {sorted(tensors)}{hint}"
         )
     state = {key: value for key, value in tensors.items() if key in known and value is not None}
     for key, value in state.items():
