@@ -3,6 +3,7 @@
 GMC, DGC        optimizers: torch.optim.Optimizer over torch.distributed
 DensityWarmup   a scheduler over their density
 GradScaler      loss scaling for float16, agreed by all workers
+broadcast_buffers  all workers get rank 0's buffers
 local_gradients DistributedDataParallel leaves the gradients to the optimizer
 gmc_hook        GMC as DistributedDataParallel's communication hook, with a GMCHookState
 LocalUpdates    an exchange every H steps of another optimizer
@@ -15,6 +16,7 @@ reference       the same functions in plain PyTorch, to read beside the papers
 
 from gmc_cuda import checkpoint, ops, reference
 from gmc_cuda.amp import GradScaler
+from gmc_cuda.buffers import broadcast_buffers
 from gmc_cuda.ddp import GMCHookState, gmc_hook, local_gradients
 from gmc_cuda.local_updates import LocalUpdates
 from gmc_cuda.node_average import NodeAverage
@@ -30,6 +32,7 @@ __all__ = [
     "GradScaler",
     "LocalUpdates",
     "NodeAverage",
+    "broadcast_buffers",
     "checkpoint",
     "gmc_hook",
     "local_gradients",

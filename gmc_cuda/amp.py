@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gmc_cuda._engine.optimizer import CompressedSGD
+from gmc_cuda.node_average import NodeAverage
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -18,11 +19,12 @@ class GradScaler(torch.amp.GradScaler):
     worker waits for one that skipped. Unscaling is part of the pass over memory, which never holds
     scaled values.
 
-    Args: those of :class:`torch.amp.GradScaler`. With other optimizers than GMC and DGC it is that.
+    Args: those of :class:`torch.amp.GradScaler`. For other optimizers than GMC,
+    DGC and NodeAverage it behaves exactly like torch's.
     """
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        if not isinstance(optimizer, CompressedSGD) or not self.is_enabled():
+        if not isinstance(optimizer, (CompressedSGD, NodeAverage)) or not self.is_enabled():
             return super().step(optimizer, *args, **kwargs)
         optimizer.engine.scaled_together = True
         try:
@@ -31,7 +33,7 @@ class GradScaler(torch.amp.GradScaler):
             optimizer.engine.scaled_together = False
             self._find_what_all_found(optimizer)
 
-    def _find_what_all_found(self, optimizer: CompressedSGD) -> None:
+    def _find_what_all_found(self, optimizer: CompressedSGD | NodeAverage) -> None:
         """Makes update() follow the common verdict instead of this worker's own finding."""
         skipped = optimizer.last_step_skipped()
         if skipped is not None:

@@ -16,11 +16,13 @@ from torch.futures import Future
 
 from gmc_cuda._engine import agreement, checks, steps
 from gmc_cuda._engine import state as states
-from gmc_cuda._engine.bucket import MAX_NUMEL, Bucket, figures, make_buckets
+from gmc_cuda._engine.bucket import Bucket, figures
+from gmc_cuda._engine.ddp_buckets import DDPBuckets
 from gmc_cuda._engine.ddp_guard import is_local, mark_local
 from gmc_cuda._engine.exchange import Exchange
-from gmc_cuda._engine.round import Round
+from gmc_cuda._engine.round import Round, numbers
 from gmc_cuda._engine.rules import GlobalMomentum, Plan
+from gmc_cuda._engine.scaling import only_grad_scaler, scale_of
 from gmc_cuda._engine.watch import DamageWatch
 
 if TYPE_CHECKING:
@@ -37,32 +39,36 @@ def local_gradients(ddp_model: torch.nn.Module) -> torch.nn.Module:
     broadcast any more either: average BatchNorm's before you evaluate.
 
     Args:
-        ddp_model: a DistributedDataParallel, also inside torch.compile.
+        ddp_model: a DistributedDataParallel, also inside other modules, such as torch.compile's
+            and Lightning Fabric's. Of several in it, all.
 
     Returns:
         ``ddp_model``.
 
     Raises:
-        TypeError: it is no DistributedDataParallel.
+        TypeError: there is no DistributedDataParallel in it.
         RuntimeError: it has a communication hook already.
     """
-    from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
     from torch.nn.parallel import DistributedDataParallel
 
-    ddp = getattr(ddp_model, "_orig_mod", ddp_model)
-    if not isinstance(ddp, DistributedDataParallel):
+    modules = ddp_model.modules() if isinstance(ddp_model, torch.nn.Module) else ()
+    found = [module for module in modules if isinstance(module, DistributedDataParallel)]
+    if not found:
         raise TypeError(
-            f"ddp_model: got {type(ddp).__name__}, must be a DistributedDataParallel (without one "
-            "gradients are local already)"
+            f"ddp_model: got {type(ddp_model).__name__}, must be a DistributedDataParallel, or "
+            "have one in it (without one gradients are local already)"
         )
-    if is_local(ddp):
-        return ddp_model
-    ddp.register_comm_hook(None, noop_hook)
-    mark_local(ddp)
-    # As inside no_sync() for ever: DDP leaves gradients alone, which it would also copy into its
-    # buckets and back. The hook is for who switches this on again, as Lightning does.
-    ddp.require_backward_grad_sync = False
-    ddp.static_graph = False  # whose first backward reduces all the same
+    from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+
+    for ddp in found:
+        if is_local(ddp):
+            continue
+        ddp.register_comm_hook(None, noop_hook)
+        mark_local(ddp)
+        # As inside no_sync() for ever: DDP leaves gradients alone, which it would also copy into
+        # its buckets and back. The hook is for who switches this on again, as Lightning does.
+        ddp.require_backward_grad_sync = False
+        ddp.static_graph = False  # whose first backward reduces all the same
     return ddp_model
 
 
@@ -83,6 +89,9 @@ class GMCHookState:
             Inf; what is finite comes with the next step. "raise" raises FloatingPointError out of
             ``backward()`` on every worker, after which DDP cannot go on.
         named_parameters: ``model.named_parameters()``, for state_dict() alone.
+        grad_scaler: the ``torch.amp.GradScaler`` of the loss, if there is one. Default: the only
+            one that there is when the first gradients arrive. Memory never holds scaled values,
+            and a skipped step reaches the scaler as an overflow.
     """
 
     def __init__(
@@ -95,6 +104,7 @@ class GMCHookState:
         wire_dtype: torch.dtype = torch.bfloat16,
         nonfinite: str = "skip",
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.momentum = momentum
         budget = checks.one_budget({"density": density, "bytes_ratio": bytes_ratio})
@@ -107,8 +117,9 @@ class GMCHookState:
         }
         self._group, self._rule = process_group, GlobalMomentum()
         self._known_round: Round | None = None
-        self._bucket_of: dict[Tensor, Bucket] = {}
-        self._held: states.Held = {}  # of parameters that are in no bucket now
+        self._buckets = DDPBuckets(self._rule)
+        self._scaler = grad_scaler
+        self._scale: Tensor | None = None  # of this backward pass's loss
         self._plans: list[Plan] = []  # of this backward pass
         self._plans_before: list[Plan] = []  # of the last one that was whole
         self._waiting: list[tuple[Future[Tensor], Tensor]] = []
@@ -171,24 +182,26 @@ class GMCHookState:
         round.device = buffer.device
         if round.steps == 0:
             facts = self._facts() | {"elements of the first bucket": buffer.numel()}
-            agreement.check(round.exchange, facts, buffer.device)
+            round.number = agreement.check(round.exchange, facts, buffer.device, next(numbers))
+            self._scaler = self._scaler or only_grad_scaler()
+        self._scale = scale_of(self._scaler, buffer.device)
         self._plans = []
 
     def _send(self, ddp_bucket: GradBucket) -> None:
-        params = ddp_bucket.parameters()
+        params, buffer = ddp_bucket.parameters(), ddp_bucket.buffer()
         grads = dict(zip(params, ddp_bucket.gradients(), strict=True))
-        bucket = self._bucket(params)
+        index, options = len(self._plans), self._options()
+        bucket = self._buckets.find(params, buffer, options)
         if bucket is None:
             return
-        index, options = len(self._plans), self._options()
-        plan = self._round.plan(self._rule, bucket, index, options, {})
+        plan = self._round.plan(self._rule, bucket, index, options, {"grad_scale": self._scale})
         if index == 0:
             self._round.open([], known=False)
             self._compare_options(bucket, options, plan)
         self._plans.append(plan)
         self._round.add(bucket, plan)
         self._round.send(list(bucket.flat_values(grads)))
-        self._buffers[bucket] = ddp_bucket.buffer()
+        self._buffers[bucket] = buffer
         self._grads |= grads
 
     def _compare_options(self, bucket: Bucket, options: dict[str, Any], plan: Plan) -> None:
@@ -207,6 +220,10 @@ class GMCHookState:
         late: list[BaseException] = []
         if self._plans:
             late = self._round.finish(self._target)
+            if self._scale is not None and self._round.verdict is not None:
+                # What is skipped must look to the scaler like the overflow that it is.
+                for buffer in self._buffers.values():
+                    buffer.masked_fill_(self._round.verdict != 0, float("inf"))
             self._write_grads()
         waiting, self._plans_before = self._waiting, self._plans
         self._waiting, self._buffers, self._grads = [], {}, {}
@@ -214,9 +231,10 @@ class GMCHookState:
             future.set_result(buffer)
         steps.raise_first(late)
 
-    def _target(self, bucket: Bucket) -> tuple[list[Tensor], float]:
+    def _target(self, bucket: Bucket) -> tuple[list[Tensor], float | Tensor]:
         self._buffers[bucket].zero_()
-        return bucket.flat_values(self._grads), -1.0  # 0 - (-1) a_t is a_t, bit for bit
+        # 0 - (-1) a_t is a_t, bit for bit. A scaler will divide it by its scale.
+        return bucket.flat_values(self._grads), -1.0 if self._scale is None else -self._scale
 
     def _write_grads(self) -> None:
         """What DDP does next, but also where no worker used a parameter, which DDP leaves out.
@@ -232,33 +250,11 @@ class GMCHookState:
 
     def _cancel(self) -> None:
         """Ends a backward pass half-way. The workers that wait for the rest of it learn so."""
-        bucket = next(iter(self._bucket_of.values()), None)
-        if bucket is not None:
+        for bucket in self._buckets.all()[:1]:
             for plan in self._plans_before[len(self._plans) :]:
                 self._round.add(bucket, plan)
         self._waiting, self._buffers, self._grads, self._plans = [], {}, {}, []
         self._round.cancel()
-
-    def _bucket(self, params: list[Tensor]) -> Bucket | None:
-        """The bucket of these parameters, which DDP may group in another way from step to step."""
-        found = self._bucket_of.get(next((p for p in params if p.numel()), params[0]))
-        if found is not None and set(found.params) == {p for p in params if p.numel()}:
-            return found
-        for old in {self._bucket_of[p] for p in params if p in self._bucket_of}:
-            held = states.export([old], self._rule)
-            self._held |= {p: {k: v.clone() for k, v in s.items()} for p, s in held.items()}
-            for param in old.params:
-                del self._bucket_of[param]
-        for i, param in enumerate(params):
-            checks.check_param(param, f"parameter {i} of a bucket")
-        local_momentum, options = self._rule.local_momentum, self._options()
-        for bucket in make_buckets(params, options, MAX_NUMEL, local_momentum):  # one or none
-            states.install([bucket], self._rule, self._held)
-            for param in bucket.params:
-                self._bucket_of[param] = bucket
-                self._held.pop(param, None)
-            return bucket
-        return None
 
     # ------------------------------------------------------------------------- saving and figures
 
@@ -270,7 +266,7 @@ class GMCHookState:
             ValueError: constructed without named_parameters.
         """
         self._check_names()
-        held = self._held | states.export(self._buckets(), self._rule)
+        held = self._buckets.held()
         exchange = self._round.exchange
         stamp = states.Stamp(type(self).__name__, exchange.rank, exchange.size, False)
         return {
@@ -304,17 +300,12 @@ class GMCHookState:
         loaded = states.Loaded([], held, stamp)
         exchange = self._round.exchange
         states.warn_of_another_ranks(loaded, exchange.rank, exchange.size)
-        states.install(self._buckets(), self._rule, held)
+        self._buckets.load(held)
         self._round.damage = DamageWatch()
-        self._held = {
-            p: {k: v.to(p.device, copy=True) for k, v in tensors.items()}
-            for p, tensors in held.items()
-            if p not in self._bucket_of
-        }
 
     def stats(self) -> dict[str, Any]:
         """As :meth:`gmc_cuda.GMC.stats`."""
-        return figures(self._buckets(), self._round.steps, self._round.skipped)
+        return figures(self._buckets.all(), self._round.steps, self._round.skipped)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -322,9 +313,6 @@ class GMCHookState:
             "this process. Save state.state_dict() on each worker (construct it with "
             "named_parameters=model.named_parameters()), and load it into a new GMCHookState"
         )
-
-    def _buckets(self) -> list[Bucket]:
-        return list(dict.fromkeys(self._bucket_of.values()))
 
     def _check_names(self) -> None:
         if not self._names:

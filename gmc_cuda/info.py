@@ -75,10 +75,10 @@ def check_step(device: str) -> str:
     With nothing in memory yet, v = g: the largest quarter of the gradient is sent and applied, and
     the rest stays in memory. All numbers are exact in bfloat16, so the comparison is bit for bit.
     """
-    model = torch.nn.Linear(8, 2, bias=False).to(device)
+    model = torch.nn.Linear(8, 2, bias=False, dtype=torch.float32, device=device)
     before = model.weight.detach().clone()
-    x = 2.0 ** torch.arange(-4, 4, device=device)
-    y = torch.tensor([1.0, -3.0], device=device)
+    x = 2.0 ** torch.arange(-4, 4, dtype=torch.float32, device=device)
+    y = torch.tensor([1.0, -3.0], dtype=torch.float32, device=device)
     optimizer = gmc_cuda.GMC(model.parameters(), lr=0.5, momentum=0.9, density=0.25)
     (model(x) * y).sum().backward()
     gradient = torch.outer(y, x)

@@ -105,7 +105,8 @@ class LocalUpdates(Wrapper):
             _tell(error, outer)
         # With everything frozen there is nothing to exchange yet.
         copies: list[Tensor] = list(self._copies.values())
-        copies = copies or [nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)]
+        nothing = torch.empty(0, dtype=torch.float32, device="cpu")
+        copies = copies or [nn.Parameter(nothing, requires_grad=False)]
         self.outer = _make_outer(functools.partial(GMC, **self.DEFAULTS), outer, copies)
         exchange = self.outer.engine.exchange
         facts = {"every": every, "overlap": overlap, "inner optimizer": type(self.inner).__name__}
@@ -357,6 +358,7 @@ class LocalUpdates(Wrapper):
         copies = {param: self._copies[param] for param in moved}
         for param, copy in copies.items():
             copy.grad = moved[param]
+        outer.compares_bits = not self._new  # which get rank 0's values below
         try:
             outer.begin()
         except BaseException:

@@ -539,7 +539,7 @@ def _number(value: float | Tensor, name: str) -> Tensor:
         return value
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name}: got {type(value).__name__}, must be a number or a tensor")
-    return torch.tensor(float(value), dtype=torch.float64)
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
 def _float(value: float, name: str) -> float:

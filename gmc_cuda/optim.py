@@ -11,7 +11,7 @@ from gmc_cuda._engine import state as states
 from gmc_cuda._engine.checks import DENSITY
 from gmc_cuda._engine.engine import Settings
 from gmc_cuda._engine.optimizer import CompressedSGD
-from gmc_cuda._engine.rules import GlobalMomentum, LocalMomentum
+from gmc_cuda._engine.rules import GlobalMomentum, LocalMomentum, Rule
 
 
 class GMC(CompressedSGD):
@@ -96,10 +96,9 @@ class GMC(CompressedSGD):
         broadcast_parameters: bool = True,
         check_replicas_every: int = 0,
     ) -> None:
-        defaults = _common(lr, momentum, density, bytes_ratio, weight_decay, memory_decay, maximize)
         super().__init__(
             params,
-            defaults | {"nesterov": nesterov, "momentum_form": momentum_form},
+            _in_group(locals(), GlobalMomentum),
             rule=GlobalMomentum(),
             settings=Settings(wire_dtype, overlap, bucket_cap_mb, nonfinite, check_replicas_every),
             process_group=process_group,
@@ -163,10 +162,9 @@ class DGC(CompressedSGD):
         broadcast_parameters: bool = True,
         check_replicas_every: int = 0,
     ) -> None:
-        defaults = _common(lr, momentum, density, bytes_ratio, weight_decay, memory_decay, maximize)
         super().__init__(
             params,
-            defaults | {"nesterov": nesterov, "momentum_masking": momentum_masking},
+            _in_group(locals(), LocalMomentum),
             rule=LocalMomentum(clip_norm),
             settings=Settings(wire_dtype, overlap, bucket_cap_mb, nonfinite, check_replicas_every),
             process_group=process_group,
@@ -174,21 +172,6 @@ class DGC(CompressedSGD):
         )
 
 
-def _common(
-    lr: float | Tensor,
-    momentum: float,
-    density: float,
-    bytes_ratio: float | None,
-    weight_decay: float,
-    memory_decay: float,
-    maximize: bool,
-) -> dict[str, Any]:
-    return {
-        "lr": lr,
-        "momentum": momentum,
-        "density": density,
-        "bytes_ratio": bytes_ratio,
-        "weight_decay": weight_decay,
-        "memory_decay": memory_decay,
-        "maximize": maximize,
-    }
+def _in_group(arguments: dict[str, Any], rule: type[Rule]) -> dict[str, Any]:
+    """Those of a constructor's arguments that are options of a param group."""
+    return {name: arguments[name] for name in rule.agreed}

@@ -55,12 +55,14 @@ def accumulate(
     if not 0 <= memory_decay <= 1:
         raise ValueError(f"memory_decay: got {memory_decay}, must be between 0 and 1")
     beta = torch.as_tensor(momentum, dtype=torch.float32)
-    kept = torch.tensor(memory_decay, dtype=torch.float32) * memory
+    kept = torch.tensor(memory_decay, dtype=torch.float32, device="cpu") * memory
     # Without params no gradient is None: nothing would say how large it is.
     sizes = [0] * len(grads) if params is None else [p.numel() for p in params]
     grad = torch.cat(
         [
-            torch.zeros(n, device=memory.device) if g is None else g.reshape(-1).float()
+            torch.zeros(n, dtype=torch.float32, device=memory.device)
+            if g is None
+            else g.reshape(-1).float()
             for g, n in zip(grads, sizes, strict=True)
         ]
     )
@@ -79,7 +81,7 @@ def accumulate(
     decay = None
     if weight_decay != 0:
         flat = torch.cat([p.detach().reshape(-1).float() for p in params or ()])
-        decay = torch.tensor(weight_decay, dtype=torch.float32) * flat
+        decay = torch.tensor(weight_decay, dtype=torch.float32, device="cpu") * flat
 
     if momentum_buffer is None:
         value = kept + grad
@@ -145,7 +147,7 @@ def encode(values: Tensor, wire_dtype: torch.dtype, scale: int = 0) -> Tensor:
     if wire_dtype == FLOAT8:
         limit = torch.finfo(FLOAT8).max
         return scaled.clamp(-limit, limit).to(FLOAT8)
-    levels = torch.tensor(FLOAT4_LEVELS, device=values.device)
+    levels = torch.tensor(FLOAT4_LEVELS, dtype=torch.float32, device=values.device)
     between = (levels[1:] + levels[:-1]) / 2
     # Half-way between an odd code and the next one, the next one is even and wins.
     low = torch.bucketize(scaled.abs(), between)
@@ -157,7 +159,8 @@ def encode(values: Tensor, wire_dtype: torch.dtype, scale: int = 0) -> Tensor:
 def decode(codes: Tensor, wire_dtype: torch.dtype, scale: int = 0) -> Tensor:
     """What codes of :func:`encode` mean, float32."""
     if wire_dtype == FLOAT4:
-        magnitude = torch.tensor(FLOAT4_LEVELS, device=codes.device)[codes.long() & 7]
+        levels = torch.tensor(FLOAT4_LEVELS, dtype=torch.float32, device=codes.device)
+        magnitude = levels[codes.long() & 7]
         return _scaled(torch.where(codes >= 8, -magnitude, magnitude), scale)
     return _scaled(codes.float(), scale)
 
@@ -233,7 +236,7 @@ def accumulate_(
     memory.copy_(value)
     if new_buffer is not None and momentum_buffer is not None:
         momentum_buffer.copy_(new_buffer)
-    counts = torch.zeros(ranks, device=memory.device)
+    counts = torch.zeros(ranks, dtype=torch.float32, device=memory.device)
     counts[rank] = nonfinite.clamp(max=LARGEST_COUNT)
     return torch.cat([value, counts])
 
@@ -253,7 +256,7 @@ def apply_dense_(
     if _skips(skip, skipped_steps, flags):
         mean.zero_()
         return
-    mean.mul_(torch.tensor(1 / (total.numel() - memory.numel()), dtype=torch.float32))
+    mean.mul_(torch.tensor(1 / (total.numel() - memory.numel()), dtype=torch.float32, device="cpu"))
     moves = torch.as_tensor(lr, dtype=torch.float32, device=total.device) * mean
     for param, move in zip(params, moves.split([p.numel() for p in params]), strict=True):
         moved = param.detach().float() - move.view(param.shape)
@@ -276,11 +279,12 @@ def pack(
     magic = PAYLOAD_MAGIC | WIRE_DTYPES.index(wire_dtype) << 24
     count = int(nonfinite.clamp(max=2**32 - 1))
     header = _uint32([magic, count, k, numel, scale % 2**32, tag], indices.device)
-    tile_begins = torch.arange(0, numel, TILE, device=indices.device)
+    tile_begins = torch.arange(0, numel, TILE, dtype=torch.int64, device=indices.device)
     starts = torch.searchsorted(indices, tile_begins)
     # A 1 for each entry, and behind each block of 256 elements a 0 (Elias-Fano, 8 low bits).
     bitmap = torch.zeros(k + -(-numel // BLOCK), dtype=torch.uint8, device=indices.device)
-    bitmap[torch.arange(k, device=indices.device) + indices // BLOCK] = 1
+    entries = torch.arange(k, dtype=torch.int64, device=indices.device)
+    bitmap[entries + indices // BLOCK] = 1
     sections = [
         header.view(torch.uint8),
         starts.to(torch.int32).view(torch.uint8),
@@ -304,7 +308,7 @@ def unpack(
         raise RuntimeError("the payload's header is damaged")
     _, _, low, bitmap, codes = _sections(payload, numel, k, wire_dtype)
     ones = _unpacked(bitmap, 1).nonzero().reshape(-1)
-    block = ones - torch.arange(k, device=payload.device)
+    block = ones - torch.arange(k, dtype=torch.int64, device=payload.device)
     indices = BLOCK * block + low.long()
     codes = _unpacked(codes, 4)[:k] if wire_dtype == FLOAT4 else codes.view(wire_dtype)
     values = decode(codes, wire_dtype, _signed(_header(payload)[4]))
@@ -330,7 +334,9 @@ def verdict(payloads: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Tensor
         nonfinite, tags = numbers.chunk(2)
         flags |= NONFINITE * bool(nonfinite.any())
         bits = tags.contiguous().view(torch.int32)  # a sum that went wrong is perhaps no number
-        called_off = torch.tensor(float(CALLED_OFF)).view(torch.int32)
+        called_off = torch.tensor(float(CALLED_OFF), dtype=torch.float32, device="cpu").view(
+            torch.int32
+        )
         flags |= _tag_flags(bits.tolist(), int(called_off))
     return torch.tensor([flags], dtype=torch.int32, device=[*payloads, *counts][0].device)
 
@@ -378,12 +384,12 @@ def merge(
     out: Tensor | None = None,
 ) -> Tensor:
     """a_t = (1/p) sum_k c_k, summed in rank order; zero for a skipped step. out is not used."""
-    total = torch.zeros(numel, device=payloads.device)
+    total = torch.zeros(numel, dtype=torch.float32, device=payloads.device)
     if skip is None or not skip.item():
         for payload in payloads:
             indices, values, _ = unpack(payload, numel, k, wire_dtype)
             total[indices] += values
-        total *= torch.tensor(1 / len(payloads), dtype=torch.float32)
+        total *= torch.tensor(1 / len(payloads), dtype=torch.float32, device="cpu")
     return sparsify(total)
 
 
@@ -460,7 +466,10 @@ def _mix(values: Tensor) -> Tensor:
     """The finaliser of SplitMix64, in int64 arithmetic that wraps."""
     wide = values.element_size() == 4
     bits = values.view(torch.int32 if wide else torch.int16).long()
-    x = bits & (0xFFFFFFFF if wide else 0xFFFF) | torch.arange(len(values)) << 32
+    x = (
+        bits & (0xFFFFFFFF if wide else 0xFFFF)
+        | torch.arange(len(values), dtype=torch.int64, device=values.device) << 32
+    )
     x = x + (0x9E3779B97F4A7C15 - 2**64)
     x = (x ^ _shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
     x = (x ^ _shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
@@ -498,11 +507,12 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
     """Codes of 1 or 4 bits in uint8, as bytes, the first in the lowest bits."""
     each = 8 // bits
     filled = torch.nn.functional.pad(codes, (0, -codes.numel() % each)).view(-1, each)
-    return (filled << bits * torch.arange(each, device=codes.device)).sum(1).to(torch.uint8)
+    shifts = bits * torch.arange(each, dtype=torch.int64, device=codes.device)
+    return (filled << shifts).sum(1).to(torch.uint8)
 
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
-    shifts = bits * torch.arange(8 // bits, device=packed.device)
+    shifts = bits * torch.arange(8 // bits, dtype=torch.int64, device=packed.device)
     return (packed[:, None].long() >> shifts & (1 << bits) - 1).reshape(-1)
 
 
@@ -512,7 +522,7 @@ def _exponent_fields(values: Tensor) -> Tensor:
 
 
 def _scaled(values: Tensor, exponent: int) -> Tensor:
-    return values * torch.tensor(2.0**exponent, dtype=torch.float32)
+    return values * torch.tensor(2.0**exponent, dtype=torch.float32, device="cpu")
 
 
 def _signed(word: int | Tensor) -> int:

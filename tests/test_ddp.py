@@ -132,7 +132,7 @@ def hook_beside_optimizer(group, options, accumulate, budget):
             o.zero_grad()
             backward(m, rank, step, accumulate=accumulate and step > 0)  # DDP: not when static
             o.step()
-        assert len(state._buckets()) == 1
+        assert len(state._buckets.all()) == 1
         assert torch.equal(flat(list(plain.parameters())), flat(list(wrapped.parameters())))
     assert state.stats() == optimizer.stats()
     saved, held = state.state_dict()["parameters"], optimizer.state

@@ -6,29 +6,40 @@ each rank tells the others what it has, and what went wrong on it, so that every
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gmc_cuda._engine.exchange import Exchange
 
 _SHOWN = 5
+_COMPARABLE = (int, float, complex, str, tuple, Tensor, type(None))
 
 
-def describe(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What must be equal on all ranks, by the name under which a difference is reported."""
+def describe(
+    optimizer: torch.optim.Optimizer, options: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """What must be equal on all ranks, by the name under which a difference is reported.
+
+    Args:
+        options: which of a param group's are compared; what else is in it is the user's own. None
+            for an optimizer that is not of gmc_cuda: all that can be compared.
+    """
     facts: dict[str, Any] = {
         "optimizer": type(optimizer).__name__,
         "number of param groups": len(optimizer.param_groups),
     }
     for g, group in enumerate(optimizer.param_groups):
         facts[f"number of parameters in group {g}"] = len(group["params"])
-        for key, value in sorted(group.items()):
-            if key in ("params", "param_names"):
+        for name in (
+            sorted(group.keys() - {"params", "param_names"}) if options is None else options
+        ):
+            value = group[name]
+            if options is None and not isinstance(value, _COMPARABLE):
                 continue
-            if isinstance(value, torch.Tensor):
-                value = value.tolist()
-            facts[f"{key} of group {g}"] = value
+            facts[f"{name} of group {g}"] = value.tolist() if isinstance(value, Tensor) else value
         for i, param in enumerate(group["params"]):
             name = parameter_name(group, i)
             facts[f"shape of {name}, group {g}"] = tuple(param.shape)

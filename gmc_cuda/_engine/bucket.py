@@ -48,7 +48,7 @@ class Bucket:
         self.device = local(self.params[0]).device
         self._plain = all(local(p) is p and p.is_contiguous() for p in self.params)
         self._places = _Places(self.params) if self._plain else None
-        self.memory = torch.zeros(self.numel, device=self.device)
+        self.memory = torch.zeros(self.numel, dtype=torch.float32, device=self.device)
         self.momentum_buffer = torch.zeros_like(self.memory) if local_momentum else None
         self.aggregate: Tensor | None = None
         self._spare: Tensor | None = None  # the one before it

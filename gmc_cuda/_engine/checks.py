@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,34 @@ from gmc_cuda._engine.bucket import DTYPES, MAX_NUMEL, is_dense_layout
 
 DENSITY = 0.01  # where neither density nor bytes_ratio is given
 _DTYPE_NAMES = "torch.float32, torch.bfloat16 or torch.float16"
+
+
+class Option(NamedTuple):
+    """A number in a param group.
+
+    Attributes:
+        within: whether a value is in range.
+        range_name: the range in words.
+        tensor: whether it may also be a tensor that holds one number.
+        of_the_rule: whether ops.compress_ takes it, by the same name.
+    """
+
+    within: Callable[[float], bool]
+    range_name: str
+    tensor: bool = False
+    of_the_rule: bool = False
+
+
+OPTIONS = {
+    "lr": Option(lambda x: 0 <= x < math.inf, "at least 0", tensor=True),
+    "momentum": Option(
+        lambda x: 0 <= x < 1, "at least 0 and below 1", tensor=True, of_the_rule=True
+    ),
+    "weight_decay": Option(lambda x: 0 <= x < math.inf, "at least 0", of_the_rule=True),
+    "memory_decay": Option(lambda x: 0 <= x <= 1, "at least 0 and at most 1", of_the_rule=True),
+    "density": Option(lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "bytes_ratio": Option(lambda x: 1 <= x < math.inf, "at least 1"),
+}
 
 
 def check_options(
@@ -58,17 +86,11 @@ def check_group(group: dict[str, Any], where: str) -> None:
 
     Args: where says which group, for the message.
     """
-    _check_range(group, "lr", where, lambda x: 0 <= x < math.inf, "at least 0")
-    _check_range(group, "momentum", where, lambda x: 0 <= x < 1, "at least 0 and below 1")
-    _check_range(group, "weight_decay", where, lambda x: 0 <= x < math.inf, "at least 0", False)
-    _check_range(
-        group, "memory_decay", where, lambda x: 0 <= x <= 1, "at least 0 and at most 1", False
-    )
-    if group.get("bytes_ratio") is None:
-        _check_range(group, "density", where, lambda x: 0 < x <= 1, "above 0 and at most 1", False)
-        return
-    _check_range(group, "bytes_ratio", where, lambda x: 1 <= x < math.inf, "at least 1", False)
-    if group["density"] is not None:
+    unused = "density" if group.get("bytes_ratio") is not None else "bytes_ratio"
+    for name, option in OPTIONS.items():
+        if name != unused:
+            _check_range(group[name], option, name, where)
+    if group.get(unused) is not None:
         raise ValueError(
             f"density {where}: got {group['density']} beside bytes_ratio={group['bytes_ratio']}, "
             "must be None; to go by density set bytes_ratio to None"
@@ -124,26 +146,18 @@ def check_scaler(scaled: bool, together: bool, size: int, overlap: bool) -> None
         raise RuntimeError("GradScaler needs overlap=False: the scale is known only at step()")
 
 
-def _check_range(
-    group: dict[str, Any],
-    key: str,
-    where: str,
-    within: Callable[[float], bool],
-    range_name: str,
-    tensor_allowed: bool = True,
-) -> None:
-    value = group[key]
-    if isinstance(value, Tensor) and tensor_allowed:
+def _check_range(value: Any, option: Option, name: str, where: str) -> None:
+    if isinstance(value, Tensor) and option.tensor:
         if value.numel() != 1:
-            raise ValueError(f"{key} {where}: got shape {tuple(value.shape)}, must be one number")
+            raise ValueError(f"{name} {where}: got shape {tuple(value.shape)}, must be one number")
         if not value.is_cpu:
             return  # reading it could make the host wait for the device
         value = value.item()
     if not _is_number(value):
-        what = "a number or a tensor" if tensor_allowed else "a number"
-        raise TypeError(f"{key} {where}: got {type(value).__name__}, must be {what}")
-    if not within(value):
-        raise ValueError(f"{key} {where}: got {value}, must be {range_name}")
+        what = "a number or a tensor" if option.tensor else "a number"
+        raise TypeError(f"{name} {where}: got {type(value).__name__}, must be {what}")
+    if not option.within(value):
+        raise ValueError(f"{name} {where}: got {value}, must be {option.range_name}")
 
 
 def as_float(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmc_cuda import ops
 from gmc_cuda._engine import agreement, checks, ddp_guard, shards, steps
 from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import MAX_NUMEL, Bucket, in_storage_order
@@ -22,6 +23,7 @@ from gmc_cuda._engine.rules import Group, Rule
 from gmc_cuda._engine.shards import local
 from gmc_cuda._engine.watch import check_replicas
 
+FIRST_STEPS = 2  # in which the tags of payloads also say whether the parameters are equal
 OVERLAPPED_BUCKETS = 4  # unless bucket_cap_mb says otherwise
 
 
@@ -69,6 +71,7 @@ class Engine:
         round: the step that is being made, and what is known of those before.
         averaged: whether memory is the mean over all workers since the last step.
         scaled_together: whether a scaler that all workers agree with calls step().
+        compares_bits: whether parameters must be equal on all workers from the start.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Engine:
         self.rule, self.settings = rule, settings
         self.round = Round(exchange, settings.wire_dtype, settings.nonfinite, number, self._facts)
         self.averaged = self.scaled_together = False
+        self.compares_bits = True
         self._just_checked = False  # whether the step has begun with what it ends with
         self._overlap = Overlap(self._on_gradient) if settings.overlap else None
         self.pack()
@@ -98,7 +102,19 @@ class Engine:
         return self.round.exchange
 
     def _facts(self) -> dict[str, Any]:
-        return describe(self.optimizer, self.rule, self.settings)
+        return describe(self.optimizer, self.rule, self.settings) | self._bits()
+
+    def _bits(self) -> dict[str, int]:
+        """In the first steps, a fingerprint of each parameter. Reads the device.
+
+        Weights may have been loaded on one worker only, after the optimizer was constructed.
+        """
+        if self.exchange.size == 1 or self.round.steps >= FIRST_STEPS or not self.compares_bits:
+            return {}
+        params = [p for bucket in self._packing.buckets for p in bucket.flat_params()]
+        names = [self._name(p) for bucket in self._packing.buckets for p in bucket.params]
+        prints = ops.fingerprint(params).tolist() if params else []
+        return {f"bits of {name}": bits for name, bits in zip(names, prints, strict=True)}
 
     # ------------------------------------------------------------------ parameters and buckets
 
@@ -177,11 +193,17 @@ class Engine:
     def _open(self) -> None:
         self.averaged = False
         buckets, scaling = self._packing.buckets, self._scaling()
-        grads = (p.grad for bucket in buckets for p in bucket.params if p.grad is not None)
-        self.rule.prepare(grads, self.exchange.size, scaling["grad_scale"])
+        bits = tuple(self._bits().values())
+        grads = (
+            shards.local_gradient(p, p.grad)
+            for bucket in buckets
+            for p in bucket.params
+            if p.grad is not None
+        )
+        self.rule.prepare(grads, self.exchange, scaling["grad_scale"])
         self.round.open(
             [
-                (bucket, self.round.plan(self.rule, bucket, i, bucket.group, scaling))
+                (bucket, self.round.plan(self.rule, bucket, i, bucket.group, scaling, bits))
                 for i, bucket in enumerate(buckets)
             ]
         )
@@ -373,7 +395,7 @@ def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
 
 def describe(optimizer: torch.optim.Optimizer, rule: Rule, settings: Settings) -> dict[str, Any]:
     """What must be equal on all workers."""
-    return agreement.describe(optimizer) | settings.facts() | rule.facts()
+    return agreement.describe(optimizer, rule.agreed) | settings.facts() | rule.facts()
 
 
 def check_group(group: Group, g: int, rule: Rule) -> None:

@@ -142,6 +142,12 @@ class Exchange:
             _Pending(dist.all_reduce, verdict, dist.ReduceOp.MAX, group=self.agree_group).wait()
         return verdict
 
+    def sum_over_shards(self, number: Tensor) -> Tensor:
+        """The sum over the workers that hold a part of this step, of a scalar tensor."""
+        if self.agree_group is not None:
+            _Pending(dist.all_reduce, number, group=self.agree_group).wait()
+        return number
+
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Overwrites contiguous tensors with rank 0's."""
         if self.size == 1 or self.group is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -17,10 +16,9 @@ from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import figures
 from gmc_cuda._engine.engine import Engine, Settings
 from gmc_cuda._engine.exchange import Exchange
+from gmc_cuda._engine.round import numbers
 from gmc_cuda._engine.rules import Rule
 from gmc_cuda._engine.watch import DamageWatch
-
-_numbers = itertools.count(1)  # of the optimizers of this process
 
 
 class CompressedSGD(torch.optim.Optimizer):
@@ -52,7 +50,7 @@ class CompressedSGD(torch.optim.Optimizer):
         except Exception as error:
             facts = error
         device = engine.device_of(self)
-        number = agreement.check(exchange, facts, device, next(_numbers))
+        number = agreement.check(exchange, facts, device, next(numbers))
         if broadcast_parameters:
             engine.broadcast(exchange, self.param_groups, device)
         self._start(Engine(self, rule, settings, exchange, number))
@@ -96,7 +94,7 @@ class CompressedSGD(torch.optim.Optimizer):
             try:
                 super().add_param_group(param_group)
                 engine.check_params(self, own.rule, own.settings, own.exchange)
-                facts: dict[str, Any] | Exception = agreement.describe(self)
+                facts: dict[str, Any] | Exception = agreement.describe(self, own.rule.agreed)
             except Exception as error:
                 facts = error
             agreement.check(own.exchange, facts, engine.device_of(self))

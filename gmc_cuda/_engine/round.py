@@ -8,6 +8,7 @@ worker does too, and raises when the step is complete.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,9 @@ from gmc_cuda._engine import agreement, steps
 from gmc_cuda._engine.bucket import Bucket
 from gmc_cuda._engine.exchange import Exchange, GroupLost
 from gmc_cuda._engine.rules import Group, Plan, Rule, tag_of
-from gmc_cuda._engine.watch import DamageWatch, DuplicateWatch
+from gmc_cuda._engine.watch import DamageWatch, DuplicateWatch, SkipWatch
 
+numbers = itertools.count(1)  # of the optimizers and hooks of this process
 _rounds: weakref.WeakSet[Round] = weakref.WeakSet()  # of this process
 
 
@@ -60,7 +62,7 @@ class Round:
         self.skipped: Tensor | None = None
         self.verdict: Tensor | None = None
         self.device = torch.device("cpu")
-        self.damage, self.duplicates = DamageWatch(), DuplicateWatch()
+        self.damage, self.duplicates, self.skips = DamageWatch(), DuplicateWatch(), SkipWatch()
         self._facts = weakref.WeakMethod(facts)
         self._waiting: deque[tuple[Bucket, Plan]] = deque()
         self._sent: list[tuple[Bucket, steps.Step, steps.Sent]] = []
@@ -85,19 +87,21 @@ class Round:
         index: int,
         group: Group,
         scaling: Mapping[str, Tensor | None],
+        also: Sequence[int] = (),
     ) -> Plan:
         """The next step of the bucket of that index.
 
         Args:
             group: the bucket's options.
             scaling: grad_scale and found_inf, what a GradScaler has found.
+            also: what else must be equal on all workers.
         """
         plan = rule.plan(group, bucket, self.wire_dtype, self.exchange.size)
         plan = plan._replace(arguments={**scaling, **plan.arguments})
         if self.exchange.size == 1:
             return plan
         options = [group[name] for name in rule.agreed]
-        tag = tag_of(self.number, self.steps, index, *plan.size(), self.wire_dtype, *options)
+        tag = tag_of(self.number, self.steps, index, *plan.size(), self.wire_dtype, *options, *also)
         return plan._replace(tag=tag)
 
     # -------------------------------------------------------------------------------- sending
@@ -232,20 +236,24 @@ class Round:
         if self.skipped is None:
             self.skipped = torch.zeros(1, dtype=torch.int64, device=skip.device)
         flags = steps.insist(lambda: self.damage.flags(skip, self.exchange.size), late)
-        count: Tensor | None = self.skipped
+        count, first = self.skipped, True
         sent, self._sent = self._sent, []
         for bucket, step, _ in sent:
             try:
                 params, lr = steps.insist(partial(target_of, bucket), late)
-                step.send(steps.Target(params, lr, count, flags))
+                # Counted once for all buckets.
+                step.send(steps.Target(params, lr, count if first else None, flags))
             except StopIteration:
                 pass
             except BaseException as error:
                 step.close()
                 late.append(error)
             bucket.tell_autograd()
-            count = None  # once for all buckets
+            first = False
         steps.insist(self.damage.report, late)
+        if self.nonfinite == "skip":
+            sents = [sent for _, _, sent in sent]
+            steps.attempt(partial(self.skips.look, count, lambda: _nonfinite(sents)), late)
         self.steps += 1
 
     def _raise_on(self, skip: Tensor) -> None:
@@ -267,7 +275,7 @@ class Round:
                 "replicas may differ: restart from a checkpoint"
             )
         if verdict and self.nonfinite == "raise":
-            counts = torch.stack([sent.nonfinite() for _, _, sent in self._sent]).sum(0).tolist()
+            counts = _nonfinite([sent for _, _, sent in self._sent]).tolist()
             met = [f"{count} on rank {rank}" for rank, count in enumerate(counts) if count]
             raise FloatingPointError(
                 f"non-finite gradient values: {', '.join(met)}; the step was not made, and the "
@@ -289,6 +297,10 @@ class Round:
             advice = (
                 "The collectives of two optimizers crossed: give each a process_group of its own "
                 "(torch.distributed.new_group()), or use overlap=False"
+            )
+        elif "bits of " in found:
+            advice = (
+                "Load weights before the optimizer is constructed, which gives all workers rank 0's"
             )
         elif not found:
             found = "\n  nothing that is named here: a tensor on a GPU, or what changed back since"
@@ -318,14 +330,13 @@ class Round:
             for (bucket, _, sent), aggregate in zip(self._sent, aggregates, strict=True)
             if sent.payloads is not None
         ]
-        try:
-            self.duplicates.look(
-                [payloads for payloads, _, _ in sparse],
-                [(aggregate, numel) for _, aggregate, numel in sparse],
-                self.exchange.size,
-            )
-        except BaseException as error:  # a warning that was made one
-            late.append(error)
+        look = partial(
+            self.duplicates.look,
+            [payloads for payloads, _, _ in sparse],
+            [(aggregate, numel) for _, aggregate, numel in sparse],
+            self.exchange.size,
+        )
+        steps.attempt(look, late)
 
     # --------------------------------------------------------------------------- calling off
 
@@ -384,3 +395,8 @@ def _verdict(sents: Sequence[steps.Sent]) -> Tensor:
         [sent.payloads for sent in sents if sent.payloads is not None],
         [sent.counts for sent in sents if sent.counts is not None],
     )
+
+
+def _nonfinite(sents: Sequence[steps.Sent]) -> Tensor:
+    """Every rank's count of non-finite values in all buckets, int64 [p]."""
+    return torch.stack([sent.nonfinite() for sent in sents]).sum(0)

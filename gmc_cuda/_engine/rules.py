@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gmc_cuda._engine import budget
 from gmc_cuda._engine.bucket import Bucket
-from gmc_cuda._engine.checks import as_float, check_positive
+from gmc_cuda._engine.checks import OPTIONS, as_float, check_positive
+from gmc_cuda._engine.exchange import Exchange
 
 Group = dict[str, Any]
 
@@ -70,7 +71,7 @@ def _as_number(fact: Any) -> float:
     return zlib.crc32(repr(fact).encode())
 
 
-_HOW_V_IS_MADE = ("memory_decay", "momentum", "weight_decay", "maximize")
+_HOW_V_IS_MADE = (*(name for name, option in OPTIONS.items() if option.of_the_rule), "maximize")
 
 
 class Rule:
@@ -84,9 +85,7 @@ class Rule:
     """
 
     options: ClassVar[dict[str, Any]] = {}
-    agreed: ClassVar[tuple[str, ...]] = (
-        "lr", "momentum", "density", "bytes_ratio", "weight_decay", "memory_decay", "maximize",
-    )  # fmt: skip
+    agreed: ClassVar[tuple[str, ...]] = (*OPTIONS, "maximize")
     local_momentum = False
 
     def plan(self, group: Group, bucket: Bucket, wire_dtype: torch.dtype, size: int) -> Plan:
@@ -110,8 +109,15 @@ class Rule:
     def check(self, group: Group, where: str) -> None:
         """Raises ValueError or TypeError for options out of range; called at every step."""
 
-    def prepare(self, grads: Iterable[Tensor], size: int, grad_scale: Tensor | None) -> None:
-        """Sees the worker's whole gradient before any of it is sent; without overlap only."""
+    def prepare(
+        self, grads: Iterable[Tensor], exchange: Exchange, grad_scale: Tensor | None
+    ) -> None:
+        """Sees this worker's gradients before any of them is sent; without overlap only.
+
+        Args:
+            grads: of a sharded parameter the local part.
+            grad_scale: what a GradScaler has multiplied them by.
+        """
 
     def arguments(self, group: Group) -> dict[str, Any]:
         """How v is made: keyword arguments of ops.compress_."""
@@ -210,12 +216,14 @@ class LocalMomentum(Rule):
                 "known only after the backward pass: use overlap=False"
             )
 
-    def prepare(self, grads: Iterable[Tensor], size: int, grad_scale: Tensor | None) -> None:
+    def prepare(
+        self, grads: Iterable[Tensor], exchange: Exchange, grad_scale: Tensor | None
+    ) -> None:
         if self.clip_norm is None:
             return
-        norm = _finite_norm(grads)
+        norm = exchange.sum_over_shards(_finite_norm(grads).square()).sqrt()
         scale = torch.ones_like(norm) if grad_scale is None else grad_scale.to(norm)
-        limit = self.clip_norm / math.sqrt(size)
+        limit = self.clip_norm / math.sqrt(exchange.size)
         # Dividing by norm / limit is the scaling; a smaller gradient is only unscaled.
         self._clip_scale = torch.maximum(scale, norm / limit).float()
 
@@ -242,4 +250,6 @@ def _finite_norm(grads: Iterable[Tensor]) -> Tensor:
         torch.linalg.vector_norm(grad.nan_to_num(0.0, 0.0, 0.0), dtype=torch.float64)
         for grad in grads
     ]
-    return torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64)
+    return (
+        torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64, device="cpu")
+    )

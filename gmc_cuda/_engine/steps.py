@@ -220,10 +220,13 @@ def notice(exchange: Exchange, plan: Plan, tag: int, device: torch.device) -> Se
         counts = total[plan.numel : plan.numel + 2 * exchange.size]
         counts[exchange.size + exchange.rank] = float(tag)
         return Sent(exchange.all_reduce(total), None, counts)
-    nothing = reference.encode(torch.zeros(plan.k, device=device), plan.wire_dtype)
+    nothing = reference.encode(
+        torch.zeros(plan.k, dtype=torch.float32, device=device), plan.wire_dtype
+    )
     payload = reference.pack(
-        torch.arange(plan.k, device=device), nothing, plan.numel, plan.wire_dtype,
-        scale=0, nonfinite=torch.zeros((), dtype=torch.int64, device=device), tag=tag,
+        torch.arange(plan.k, dtype=torch.int64, device=device), nothing, plan.numel,
+        plan.wire_dtype, scale=0, tag=tag,
+        nonfinite=torch.zeros((), dtype=torch.int64, device=device),
     )  # fmt: skip
     payloads, work = exchange.all_gather(payload)
     return Sent(work, payloads, None)
@@ -258,6 +261,14 @@ def insist_once(action: Callable[[], None], errors: list[BaseException]) -> None
         action()
     except Exception as error:
         errors.append(error)
+        action()
+    except BaseException as error:
+        errors.append(error)
+
+
+def attempt(action: Callable[[], None], errors: list[BaseException]) -> None:
+    """Does what a step can do without, such as a warning, which may have been made an error."""
+    try:
         action()
     except BaseException as error:
         errors.append(error)

@@ -30,7 +30,7 @@ class DamageWatch:
         """Where kernels report: int32 [1], made at the first step; None where nothing arrives."""
         if self._flags is None and skip.is_cuda and size > 1:
             self._flags = torch.zeros(1, dtype=torch.int32, device=skip.device)
-            self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+            self._seen = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
         return self._flags
 
     def report(self) -> None:
@@ -92,6 +92,51 @@ class DuplicateWatch:
             )
 
 
+class SkipWatch:
+    """Warns when many steps in a row are skipped, which a run does not recover from by itself.
+
+    A GPU's count of skipped steps is copied to the host after each step, and looked at one step
+    late; only when there is something to say does the host wait for the device.
+    """
+
+    IN_A_ROW = 10
+
+    def __init__(self) -> None:
+        self._steps = self._seen_before = 0
+        self._seen: Tensor | None = None  # what has arrived of the count in page-locked memory
+
+    def look(self, skipped: Tensor, nonfinite: Callable[[], Tensor]) -> None:
+        """Looks at the step that was just made.
+
+        Args:
+            skipped: how many steps were skipped so far, int64 [1].
+            nonfinite: gives every rank's count of non-finite values in this step, int64 [p].
+        """
+        if _capturing(skipped):
+            return
+        if skipped.is_cpu:
+            count = int(skipped)
+        elif not skipped.is_cuda:
+            return
+        else:
+            if self._seen is None:
+                self._seen = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=True)
+            count = int(self._seen)
+            self._seen.copy_(skipped, non_blocking=True)
+        self._steps = self._steps + 1 if count > self._seen_before else 0
+        self._seen_before = count
+        if self._steps == self.IN_A_ROW:
+            counts = nonfinite().tolist()
+            met = [f"{n} on rank {rank}" for rank, n in enumerate(counts) if n] or ["none here"]
+            warnings.warn(
+                f"{self.IN_A_ROW} steps in a row were skipped, because gradients hold values that "
+                f"are not finite ({', '.join(met)} in this step): nothing is learnt any more. "
+                "Look for what makes them so on these ranks: the loss, the data, the learning "
+                "rate; nonfinite='raise' raises at the first such step",
+                stacklevel=4,
+            )
+
+
 def check_replicas(
     exchange: Exchange, params: list[Tensor], name: Callable[[int], str], step: int
 ) -> None:
@@ -107,7 +152,7 @@ def check_replicas(
     if exchange.size == 1 or not params:
         return
     prints = ops.fingerprint(params)
-    weights = 2 * torch.arange(prints.numel(), device=prints.device) + 1
+    weights = torch.arange(prints.numel(), dtype=torch.int64, device=prints.device) * 2 + 1
     if _all_equal(exchange, (prints * weights).sum().view(1)) is None:
         return
     differing = _all_equal(exchange, prints)
@@ -117,8 +162,9 @@ def check_replicas(
     ranks = ", ".join(str(rank) for rank in differing[:, i].nonzero().view(-1).tolist())
     raise RuntimeError(
         f"replicas differ after step {step}: {name(i)} has other bits on rank {ranks} than "
-        "on rank 0. Something besides this optimizer changed it, or memory is faulty: restart from "
-        "a checkpoint"
+        "on rank 0. Something besides this optimizer changed it there (weights loaded after the "
+        "optimizer was constructed, for one), or memory is faulty: construct the optimizer after "
+        "that, or restart from a checkpoint"
     )
 
 
