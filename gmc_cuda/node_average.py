@@ -21,8 +21,17 @@ from gmc_cuda._engine.exchange import Exchange
 from gmc_cuda._engine.optimizer import CompressedSGD
 from gmc_cuda._engine.wrapper import Wrapper, told_by_constructor
 
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# None where torch is built without torch.distributed, which this module can be imported with. torch
+# 2.15 renamed both.
+_reduce_scatter: Any
+_all_gather: Any
+_reduce_scatter, _all_gather = (
+    getattr(dist, newer, None) or getattr(dist, older, None)
+    for newer, older in (
+        ("reduce_scatter_single", "reduce_scatter_tensor"),
+        ("all_gather_single", "all_gather_into_tensor"),
+    )
+)
 
 _KEY = "node_average"  # in each param group of a state_dict: which parts they are
 _NAMES = ("memory", *states.MOMENTUM_NAMES)

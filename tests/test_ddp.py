@@ -1,5 +1,6 @@
 """DistributedDataParallel: made local for the optimizer, or with GMC as its communication hook."""
 
+import pickle
 from contextlib import nullcontext
 from copy import deepcopy
 
@@ -359,3 +360,111 @@ def wrong_uses(group):
 
 def test_wrong_uses(pool):
     pool.run(2, wrong_uses)
+
+
+# ------------------------------------------------------------------------------- loss scaling
+
+
+SCALERS = {
+    "torch's": torch.amp.GradScaler,
+    "ours": gmc_cuda.GradScaler,
+    "told": torch.amp.GradScaler,
+}
+
+
+def scaled(group, which, hook):
+    """A float16-like overflow above a scale of 2**10, on one rank only; scales that are exact."""
+    rank = dist.get_rank(group)
+    torch.manual_seed(5)
+    model = torch.nn.Linear(30, 20, bias=False)
+    ddp = DDP(model, process_group=group)
+    scaler = SCALERS[which]("cpu", init_scale=2.0**13, growth_interval=50)
+    state = gmc_cuda.GMCHookState(
+        group, momentum=0.5, density=0.1, grad_scaler=scaler if which == "told" else None
+    )
+    if hook:
+        ddp.register_comm_hook(state, gmc_cuda.gmc_hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    overflows = [float("inf") if rank == 1 else 1.0]
+    model.weight.register_hook(lambda g: g * overflows[0] if scaler.get_scale() > 2**10 else g)
+    scales = []
+    for step in range(8):
+        optimizer.zero_grad()
+        x = torch.randn(4, 30, generator=torch.Generator().manual_seed(2 * step + rank))
+        scaler.scale(ddp(x).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    assert same_on_all_ranks(group, [model.weight])
+    (bucket,) = state._buckets.all() if hook else [None]
+    memory = bucket.memory.clone() if hook else None
+    return scales, model.weight.detach().clone(), memory, state.stats() if hook else None
+
+
+@pytest.mark.parametrize("which", SCALERS)
+def test_hook_with_a_grad_scaler(pool, which):
+    """Three steps overflow, and reach the scaler; memory never has the scale in it."""
+    for (scales, weight, memory, stats), (expected_scales, *_) in zip(
+        pool.run(2, scaled, which, True), pool.run(2, scaled, which, False), strict=True
+    ):
+        assert scales == expected_scales == [2.0**12, 2.0**11] + [2.0**10] * 6
+        assert stats["skipped_steps"] == 3 and weight.isfinite().all()
+        # Values with the scale in them would be a thousand times as large.
+        assert 0 < memory.abs().max() < 10
+
+
+def several_scalers(group):
+    model = torch.nn.Linear(4, 4)
+    ddp = DDP(model, process_group=group)
+    ddp.register_comm_hook(gmc_cuda.GMCHookState(group), gmc_cuda.gmc_hook)
+    scalers = [torch.amp.GradScaler("cpu") for _ in range(2)]
+    loss, _ = (scaler.scale(ddp(torch.randn(2, 4)).sum()) for scaler in scalers)
+    with pytest.raises(ValueError, match=r"grad_scaler: got None where 2 GradScalers scale losses"):
+        loss.backward()
+
+
+def test_several_scalers_must_be_told_apart(pool):
+    pool.run(1, several_scalers)
+
+
+# ---------------------------------------------------------------------- uses of the hook's state
+
+
+def wrapped_buffers(group, wrapper):
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    ddp = DDP(Net(), process_group=group)
+    hook = getattr(default_hooks, wrapper)(gmc_cuda.gmc_hook)
+    ddp.register_comm_hook(gmc_cuda.GMCHookState(group), hook)
+    with pytest.raises(TypeError, match=r"gmc_hook: got gradients in torch\.\w*float16 for param"):
+        backward(ddp, dist.get_rank(group), 0)
+
+
+@pytest.mark.parametrize("wrapper", ["fp16_compress_wrapper", "bf16_compress_wrapper"])
+def test_wrappers_that_convert_gradients_are_refused(pool, wrapper):
+    pool.run(1, wrapped_buffers, wrapper)
+
+
+def test_a_state_is_not_copied_without_a_word():
+    for copy in (deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"cannot be copied or pickled.*state\.state_dict\(\)"):
+            copy(gmc_cuda.GMCHookState())
+
+
+def change_of_options(group, name, value):
+    """On one worker alone, in mid-run: an error on both, out of the same backward pass."""
+    rank = dist.get_rank(group)
+    ddp = DDP(Net(), process_group=group, bucket_cap_mb=0.001)
+    state = gmc_cuda.GMCHookState(group, density=0.1)
+    ddp.register_comm_hook(state, gmc_cuda.gmc_hook)
+    for step in range(3):
+        backward(ddp, rank, step)
+    if rank == 1:
+        setattr(state, name, value)
+    with pytest.raises(ValueError, match=rf"step 4: .*\n  {name}: .* on rank 0, .* on rank 1"):
+        backward(ddp, rank, 3)
+
+
+@pytest.mark.parametrize("name,value", [("density", 0.3), ("momentum", 0.2)])
+def test_hook_options_that_one_worker_changes(pool, name, value):
+    pool.run(2, change_of_options, name, value)

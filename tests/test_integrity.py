@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from problems import parameters, set_gradients
+from problems import flat, parameters, set_gradients
 
 import gmc_cuda
 from gmc_cuda import ops
@@ -107,3 +107,70 @@ def drift(group, every):
 @pytest.mark.parametrize("every", [0, 3])
 def test_replicas_that_differ_raise_on_every_rank(pool, every):
     pool.run(4, drift, every)
+
+
+STARTS = {
+    "loaded on rank 0 only": lambda rank: rank == 0,
+    "loaded on another rank only": lambda rank: rank == 1,
+    "drawn anew on each rank": lambda rank: True,
+}
+
+
+def start_apart(group, case, overlap, after):
+    """Weights that are not the same on all workers any more, after so many steps."""
+    rank = dist.get_rank(group)
+    params = parameters()
+    optimizer = gmc_cuda.GMC(params, lr=0.1, process_group=group, overlap=overlap)
+    torch.manual_seed(rank)
+    said = None
+    for step in range(after + 1):
+        optimizer.zero_grad()
+        if step == after and STARTS[case](rank):
+            params[2].data.normal_()
+        before = flat(params)
+        try:
+            sum((p * torch.randn(p.shape)).sum() for p in params).backward()
+            optimizer.step()
+        except ValueError as error:
+            said = str(error)
+            assert torch.equal(flat(params), before), "nothing was applied"
+    return said
+
+
+@pytest.mark.parametrize("case", STARTS)
+@pytest.mark.parametrize("overlap,after", [(False, 0), (True, 0), (False, 1)])
+def test_weights_that_differ_from_the_start_are_named_on_every_rank(pool, case, overlap, after):
+    for said in pool.run(2, start_apart, case, overlap, after):
+        assert "bits of parameter 2 of group 0: " in said and "parameter 1 " not in said
+        assert "Load weights before the optimizer is constructed" in said
+
+
+def skip_often(group, make, ranks, pause, density):
+    rank = dist.get_rank(group)
+    params = parameters()
+    optimizer = make(params, lr=0.1, density=density, process_group=group)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(25):
+            set_gradients(params, rank, step)
+            if rank in ranks and step >= 3 and step != pause:
+                params[1].grad[:2] = float("nan")
+            optimizer.step()
+    return [str(w.message) for w in caught if "in a row" in str(w.message)]
+
+
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
+@pytest.mark.parametrize("density", [0.1, 1.0])
+@pytest.mark.parametrize("ranks", [[1], [0, 1]])
+def test_many_skipped_steps_in_a_row_are_said(pool, make, ranks, density):
+    for texts in pool.run(2, skip_often, make, ranks, None, density):
+        (text,) = texts
+        assert text.startswith("10 steps in a row were skipped")
+        assert ", ".join(f"2 on rank {rank}" for rank in ranks) in text
+
+
+def test_skipped_steps_with_others_between_start_anew(pool):
+    """Of the 22 steps from the fourth on, one after nine is made: ten in a row come after it."""
+    assert [len(texts) for texts in pool.run(2, skip_often, gmc_cuda.GMC, [1], 12, 0.1)] == [1, 1]
+    assert pool.run(2, skip_often, gmc_cuda.GMC, [1], 14, 0.1) != [[], []]
+    assert pool.run(2, skip_often, gmc_cuda.GMC, [], None, 0.1) == [[], []]

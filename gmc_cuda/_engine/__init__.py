@@ -1,19 +1,42 @@
-"""What GMC, DGC and gmc_hook are made of. Private: import gmc_cuda instead.
+"""What gmc_cuda is made of. Private: import gmc_cuda instead.
 
-round      one step of all buckets: send, receive, apply, cancel
-steps      a bucket's step as a generator, one for each way of exchanging: sparse, dense
-missing    parameters without a gradient, which a step leaves alone
-rules      what distinguishes GMC from DGC, and the plan of a bucket's step
-packing    the buckets of an optimizer, kept in line with its param_groups and state
-overlap    buckets sent during the backward pass: hooks, order, no_sync
-bucket     parameters that share one flat index space, with their memory and momentum
-budget     how many entries a step sends, and whether a dense all-reduce is cheaper
-exchange   the collectives of a process group
-shards     parameters that are sharded inside a node
-state      an optimizer's state by parameter: saved, loaded, copied
-checks     what users hand over: options, param groups, parameters, gradients
-agreement  whether all workers have the same model and options
-watch      damaged payloads, workers that all send the same, replicas that differ
-wrapper    an optimizer around another one
-library    the compiled operators
+A step
+  optimizer      the torch.optim face of the engine: what GMC and DGC share
+  engine         makes an optimizer's steps, with buckets that are in line with what users see
+  round          one step of all buckets: send, receive, apply, cancel
+  steps          one bucket's step as a generator, for each way of exchanging: sparse, dense
+  rules          what distinguishes GMC from DGC, and the plan of a bucket's step
+  missing        parameters without a gradient, which a step leaves alone
+  overlap        buckets sent during the backward pass: hooks, order, no_sync
+  exchange       the collectives of a process group
+  budget         how many entries a step sends, and whether a dense all-reduce is cheaper
+
+State
+  packing        the buckets of an optimizer, a cache of its param_groups and state
+  bucket         parameters that share one flat index space, with their memory and momentum
+  momentum_view  a_{t-1} as a tensor in optimizer.state
+  entry          an entry of optimizer.state, which notices that it is written to
+  state          memory and momentum by parameter: held, saved, loaded
+  shards         parameters that are sharded inside a node
+
+What can go wrong
+  checks         what users hand over: options, param groups, parameters, gradients
+  agreement      whether all workers have the same model and options
+  watch          damaged payloads, workers that all send the same, skipped steps, replicas that differ
+  ddp_guard      a DistributedDataParallel that averages the same gradients
+
+Beside other optimizers
+  wrapper        an optimizer around another one: LocalUpdates, NodeAverage
+  ddp_buckets    buckets as DistributedDataParallel cuts them, for gmc_hook
+  scaling        the GradScaler behind a communication hook
+
+Checkpoints
+  snapshot       what a checkpoint holds of a model and an optimizer
+  parts          the files of a checkpoint, and whether they are whole
+  meeting        how the workers of a save find each other without a process group
+  background     saves that go on beside the training
+  format2        checkpoints of an older format
+  names          parameter names without the prefixes of wrappers
+
+  library        the compiled operators
 """

@@ -140,7 +140,7 @@ def check_scaler(scaled: bool, together: bool, size: int, overlap: bool) -> None
         raise RuntimeError(
             "torch.amp.GradScaler with more than one worker would let the workers' loss scales "
             "drift apart: use gmc_cuda.GradScaler in its place, or bfloat16 autocast, which needs "
-            "no scaler"
+            "no scaler. In Trainer, Accelerate, Lightning and Fabric gmc_cuda.integrations does it."
         )
     if scaled and overlap:
         raise RuntimeError("GradScaler needs overlap=False: the scale is known only at step()")

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from gmc_cuda._engine import engine, names
 from gmc_cuda._engine.optimizer import CompressedSGD
@@ -23,6 +21,8 @@ def readers(
     part: Path, facts: dict[str, Any], model: torch.nn.Module, optimizer: CompressedSGD, shard: str
 ) -> tuple[dict[str, Any], Callable[[int], dict[str, Tensor]]]:
     """What all workers have in common, and what reads one worker's own. No collective."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
     params = [local(param) for param in engine.params_of(optimizer)]
 
     def wanted(shared: bool) -> dict[str, Tensor]:
@@ -49,6 +49,8 @@ def readers(
 
 
 def _read(part: Path, key: str, template: dict[str, Any]) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
     if template:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
