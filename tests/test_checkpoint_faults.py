@@ -48,7 +48,7 @@ def complete(folder):
 
 # ----------------------------------------------------------------------------------------- kill -9
 
-# make a run of many by hand: GMC_CUDA_KILLS=100 pytest tests/test_checkpoint_faults.py -k killed
+# Many by hand: GMC_CUDA_KILLS=100 pytest tests/test_checkpoint_faults.py -k killed
 KILLS = int(os.environ.get("GMC_CUDA_KILLS", "4"))
 
 
@@ -172,14 +172,14 @@ def test_a_child_of_a_fork_does_not_wait_for_its_parents_saves():
 # ---------------------------------------------------------------------------------- failing writes
 
 
-def full_disk():
-    """A context in which no file may grow beyond 500 bytes."""
+def full_disk(room):
+    """A context in which no file may grow beyond this many bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     class Full:
         def __enter__(self):
             self.before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
 
         def __exit__(self, *_):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -188,19 +188,20 @@ def full_disk():
     return Full()
 
 
-def fail_beside_the_training(say, folder, failing, read):
+def fail_beside_the_training(say, folder, failing, room, read):
     rank = dist.get_rank()
     model, optimizer = build()
     checkpoint.save(folder, model, optimizer, train(model, optimizer, 1)).result()
     extra = train(model, optimizer, 2)
     if rank == failing:
-        with full_disk():
+        with full_disk(room):
             saved = checkpoint.save(folder, model, optimizer, extra, wait=False)
             saved.wait()
     else:
         saved = checkpoint.save(folder, model, optimizer, extra, wait=False)
     if read:
-        words = f"the checkpoint was not saved; .*worker {failing}: OSError"
+        what = "OSError" if room else "worker 1 cannot write into"
+        words = f"the checkpoint was not saved; .*worker {failing}: {what}"
         with pytest.raises(RuntimeError, match=words):
             saved.result()
         assert checkpoint.load(folder, model, optimizer)["step"] == 1
@@ -219,9 +220,12 @@ def fail_beside_the_training(say, folder, failing, read):
     return complete(folder)
 
 
-@pytest.mark.parametrize("failing,read", [(0, True), (1, True), (1, False)])
-def test_a_disk_that_is_full_beside_the_training(tmp_path, failing, read):
-    args = str(tmp_path / "run"), failing, read
+@pytest.mark.parametrize(
+    "failing,room,read", [(0, 500, True), (1, 500, True), (1, 500, False), (1, 0, True)]
+)
+def test_a_disk_that_is_full_beside_the_training(tmp_path, failing, room, read):
+    """With room 0 the worker cannot even say so in a file."""
+    args = str(tmp_path / "run"), failing, room, read
     start = time.monotonic()
     with Processes(2, tmp_path, fail_beside_the_training, *args, seconds=300) as workers:
         kept, _ = workers.results()
