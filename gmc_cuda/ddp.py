@@ -137,14 +137,12 @@ class GMCHookState:
     def _options(self) -> dict[str, Any]:
         """The options as a param group."""
         group = {
-            "lr": 1.0,
+            **{name: option.neutral for name, option in checks.OPTIONS.items()},
+            "maximize": False,
+            **GlobalMomentum.options,
             "momentum": self.momentum,
             "density": self.density,
             "bytes_ratio": self.bytes_ratio,
-            "weight_decay": 0.0,
-            "memory_decay": 1.0,
-            "maximize": False,
-            **GlobalMomentum.options,
         }
         checks.check_group(group, "of GMCHookState")
         return group

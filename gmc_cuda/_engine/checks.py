@@ -23,25 +23,29 @@ class Option(NamedTuple):
     Attributes:
         within: whether a value is in range.
         range_name: the range in words.
+        neutral: the value that changes nothing, for who does not offer the option.
         tensor: whether it may also be a tensor that holds one number.
         of_the_rule: whether ops.compress_ takes it, by the same name.
     """
 
     within: Callable[[float], bool]
     range_name: str
+    neutral: float | None
     tensor: bool = False
     of_the_rule: bool = False
 
 
 OPTIONS = {
-    "lr": Option(lambda x: 0 <= x < math.inf, "at least 0", tensor=True),
+    "lr": Option(lambda x: 0 <= x < math.inf, "at least 0", 1.0, tensor=True),
     "momentum": Option(
-        lambda x: 0 <= x < 1, "at least 0 and below 1", tensor=True, of_the_rule=True
+        lambda x: 0 <= x < 1, "at least 0 and below 1", 0.0, tensor=True, of_the_rule=True
     ),
-    "weight_decay": Option(lambda x: 0 <= x < math.inf, "at least 0", of_the_rule=True),
-    "memory_decay": Option(lambda x: 0 <= x <= 1, "at least 0 and at most 1", of_the_rule=True),
-    "density": Option(lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    "bytes_ratio": Option(lambda x: 1 <= x < math.inf, "at least 1"),
+    "weight_decay": Option(lambda x: 0 <= x < math.inf, "at least 0", 0.0, of_the_rule=True),
+    "memory_decay": Option(
+        lambda x: 0 <= x <= 1, "at least 0 and at most 1", 1.0, of_the_rule=True
+    ),
+    "density": Option(lambda x: 0 < x <= 1, "above 0 and at most 1", DENSITY),
+    "bytes_ratio": Option(lambda x: 1 <= x < math.inf, "at least 1", None),
 }
 
 
