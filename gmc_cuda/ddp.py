@@ -20,6 +20,7 @@ from gmc_cuda._engine.bucket import Bucket, figures
 from gmc_cuda._engine.ddp_buckets import DDPBuckets
 from gmc_cuda._engine.ddp_guard import is_local, mark_local
 from gmc_cuda._engine.exchange import Exchange
+from gmc_cuda._engine.names import plain_names
 from gmc_cuda._engine.round import Round, numbers
 from gmc_cuda._engine.rules import GlobalMomentum, Plan
 from gmc_cuda._engine.scaling import only_grad_scaler, scale_of
@@ -112,9 +113,9 @@ class GMCHookState:
         self.wire_dtype, self.nonfinite = wire_dtype, nonfinite
         checks.check_options(wire_dtype, 1.0, nonfinite, 0)
         self._options()
-        self._names = {
-            name.removeprefix("module."): param for name, param in named_parameters or ()
-        }
+        named = dict(named_parameters or ())
+        plain = plain_names(named)
+        self._names = {plain[name]: param for name, param in named.items()}
         self._group, self._rule = process_group, GlobalMomentum()
         self._known_round: Round | None = None
         self._buckets = DDPBuckets(self._rule)

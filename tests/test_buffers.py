@@ -20,7 +20,7 @@ def broadcast(group):
         "none": torch.empty(0),
         "scalar": torch.tensor(float(rank)),
     }.items():
-        model.register_buffer(name, value)
+        model.register_buffer(f"{name}_", value)
     weight = model[1].weight.detach().clone()
     model(torch.randn(8, 3))
     gmc_cuda.broadcast_buffers(model, group)
@@ -34,4 +34,4 @@ def test_all_workers_have_rank_0s_buffers(pool, size):
     for other in others:
         for name, value in first.items():
             assert torch.equal(other[name], value), name
-    assert first["scalar"] == 0 and first["0.num_batches_tracked"] == 1
+    assert first["scalar_"] == 0 and first["0.num_batches_tracked"] == 1

@@ -9,7 +9,7 @@ import io
 import pytest
 import torch
 import torch.distributed as dist
-from problems import flat, same_on_all_ranks
+from problems import flat, memory_of, parameters, same_on_all_ranks, set_gradients
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import gmc_cuda
@@ -115,3 +115,24 @@ def test_export():
     for one, other in zip((*eager, *expected), (*loaded, *got), strict=True):
         assert torch.equal(one, other)
     assert not torch.equal(eager[0], inputs()[0]) and not torch.equal(eager[2], inputs()[2])
+
+
+def compiled_step(group, make):
+    """torch.compile around the step of several workers: the same bits."""
+    rank = dist.get_rank(group)
+    runs = []
+    for compiles in (False, True):
+        params = parameters()
+        optimizer = make(params, lr=0.1, density=0.1, process_group=group)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiles else optimizer.step
+        for number in range(4):
+            set_gradients(params, rank, number)
+            step()
+        runs.append((flat(params), memory_of(optimizer, params)))
+    for plain, compiled in zip(*runs, strict=True):
+        assert torch.equal(plain, compiled)
+
+
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
+def test_a_compiled_step_of_several_workers_has_the_same_bits(pool, make):
+    pool.run(2, compiled_step, make)

@@ -1,5 +1,7 @@
 """Parameters sharded inside a node, sparse across nodes, on two nodes of two gloo workers."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -461,3 +463,34 @@ def one_dimensional(group):
 
 def test_mesh_of_one_dimension_as_process_group(pool):
     pool.run(4, one_dimensional)
+
+
+def clipped(group, stack, clip_norm):
+    """One dense step without momentum: w moves by the mean of the nodes' clipped gradients."""
+    rank, mesh = dist.get_rank(), mesh_of_nodes()
+    make = functools.partial(
+        gmc_cuda.DGC, lr=1.0, momentum=0.0, density=1.0, momentum_masking=False, clip_norm=clip_norm
+    )
+    model, twin = network(), network()
+    if stack == "FSDP2":
+        fully_shard(model, mesh=mesh["shard"])
+        optimizer = make(model.parameters(), process_group=mesh)
+    else:
+        optimizer = gmc_cuda.NodeAverage(model.parameters(), make, mesh)
+    began = whole(model.parameters())
+    twin(batch(rank, 0)).square().mean().backward()
+    of_node = mean(mesh.get_group("shard"), flat([p.grad for p in twin.parameters()]))
+    limit = clip_norm / 2**0.5
+    expected = began - mean(
+        mesh.get_group("replicate"), of_node * min(1.0, limit / of_node.norm().item())
+    )
+    model(batch(rank, 0)).square().mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(whole(model.parameters()), expected, rtol=1e-5, atol=1e-6)
+    return of_node.norm().item() > limit
+
+
+@pytest.mark.parametrize("stack", ["FSDP2", "NodeAverage"])
+@pytest.mark.parametrize("clip_norm", [1e-3, 1e-1, 1e3])
+def test_clip_norm_is_of_the_whole_gradient(pool, stack, clip_norm):
+    assert set(pool.run(4, clipped, stack, clip_norm)) == {clip_norm < 1}
