@@ -22,7 +22,8 @@ class DensityWarmup:
         initial_density: 0 < initial_density <= 1.
 
     It may be stepped at every iteration: the selection keeps its buffers and what it has learnt.
-    With several workers all of them must step alike.
+    With several workers all of them must step alike: a step with another density begins with a
+    message of the size before, by which the workers compare it, and the host waits for that.
 
     Source: Lin et al., "Deep Gradient Compression", section 3.3.
     """

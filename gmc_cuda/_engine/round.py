@@ -146,6 +146,7 @@ class Round:
                 self._verdict_of(self._notices(before[1:], ops.CALLED_OFF))
                 self._raise_mismatch()
         except GroupLost as error:
+            self._count_as_skipped()
             raise self.told(error, "nothing was applied") from error
 
     def agreed_anew(self) -> None:
