@@ -406,11 +406,12 @@ def cross(group, first, second):
         for layer, density in zip(layers, (first, second), strict=True)
     ]
     words = []
-    for step in range(3):
+    for step in range(5):
         for layer in layers:
             for param in layer.parameters():
                 param.grad = torch.ones_like(param)
-        reverse = step == 1 and dist.get_rank(group) == 1
+        # Not in the first steps, where what differs in the weights would tell too.
+        reverse = step == 3 and dist.get_rank(group) == 1
         for optimizer in optimizers[::-1] if reverse else optimizers:
             try:
                 optimizer.step()
