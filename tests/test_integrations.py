@@ -186,7 +186,7 @@ TWICE = (
     "optimizer sees them: everything would be sent twice, and compressed after the averaging. "
     "Leave DDP out, or write, once, right after the model is wrapped:\n"
     "    gmc_cuda.local_gradients(ddp_model)\n"
-    "In Trainer, Accelerate and Lightning gmc_cuda.integrations does it."
+    "In Trainer, Accelerate, Lightning and Fabric gmc_cuda.integrations does it."
 )
 ALONE = (
     "the checkpoint of step 2 has rank 0's memory only: what the other workers had not sent is not "
