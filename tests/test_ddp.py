@@ -312,7 +312,7 @@ def communicating(group, make, overlap):
         "optimizer sees them: everything would be sent twice, and compressed after the averaging. "
         "Leave DDP out, or write, once, right after the model is wrapped:\n"
         "    gmc_cuda.local_gradients(ddp_model)\n"
-        "In Trainer, Accelerate and Lightning gmc_cuda.integrations does it."
+        "In Trainer, Accelerate, Lightning and Fabric gmc_cuda.integrations does it."
     )
     assert torch.equal(before, flat(list(net.parameters())))
 
