@@ -16,7 +16,6 @@ from gmc_cuda._engine import agreement, ddp_guard, engine
 from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import DTYPES, in_storage_order
 from gmc_cuda._engine.exchange import Exchange
-from gmc_cuda._engine.meeting import meet
 from gmc_cuda._engine.optimizer import CompressedSGD
 from gmc_cuda._engine.wrapper import Failed, Wrapper, told_by_constructor
 from gmc_cuda.optim import GMC
@@ -377,7 +376,6 @@ class LocalUpdates(Wrapper):
     @torch.no_grad()
     def synchronize(self) -> None:
         """Ends the round now: afterwards all workers have the same parameters. All must call it."""
-        meet(self.outer.engine.exchange, "synchronize()")
         self._follow()
         if self._steps % self.every != 0:
             self._end_round()

@@ -16,7 +16,6 @@ from gmc_cuda._engine import agreement, checks, ddp_guard, shards, steps
 from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import MAX_NUMEL, Bucket, in_storage_order
 from gmc_cuda._engine.exchange import Exchange, GroupLost
-from gmc_cuda._engine.meeting import meet
 from gmc_cuda._engine.overlap import Overlap
 from gmc_cuda._engine.packing import Packing
 from gmc_cuda._engine.round import Round
@@ -371,7 +370,6 @@ class Engine:
         flats += [state[name] for state in frozen for name in own if name in state]
         sums = [flat.clone() for flat in flats]
         try:
-            meet(self.exchange, "average_memory_()")
             works = [self.exchange.all_reduce(total) for total in sums]
             for work in works:
                 work.wait()
