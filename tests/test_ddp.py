@@ -468,3 +468,16 @@ def change_of_options(group, name, value):
 @pytest.mark.parametrize("name,value", [("density", 0.3), ("momentum", 0.2)])
 def test_hook_options_that_one_worker_changes(pool, name, value):
     pool.run(2, change_of_options, name, value)
+
+
+def versions(group):
+    ddp = DDP(Net(), process_group=group)
+    ddp.register_comm_hook(gmc_cuda.GMCHookState(group, density=0.1), gmc_cuda.gmc_hook)
+    before = [p._version for p in ddp.parameters()]
+    backward(ddp, dist.get_rank(group), 0)
+    assert [p._version for p in ddp.parameters()] == before
+
+
+def test_hook_does_not_say_that_parameters_were_changed(pool):
+    """Only gradients were: autograd would refuse another backward pass through the same graph."""
+    pool.run(2, versions)

@@ -215,6 +215,8 @@ class Engine:
             errors that must not keep the step from being made, to be raised now.
         """
         late = self.round.finish(self._target)
+        for bucket in self._packing.buckets:
+            bucket.tell_autograd()
         for group in self.optimizer.param_groups:
             steps.insist(partial(self.rule.finish, group), late)
         if self._overlap is not None:

@@ -249,7 +249,6 @@ class Round:
             except BaseException as error:
                 step.close()
                 late.append(error)
-            bucket.tell_autograd()
             first = False
         steps.insist(self.damage.report, late)
         if self.nonfinite == "skip":
