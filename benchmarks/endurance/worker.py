@@ -207,15 +207,17 @@ class _Worker:
         if self.life.moment == "after applying":
             self.optimizer.register_step_post_hook(lambda *_: _die())
         elif self.life.moment == "between two collectives":
-            start, calls = self.optimizer._start, []
+            of_step = self.optimizer.engine.round
+            send, calls = of_step.send, []
 
-            def start_two(*arguments: Any) -> None:
-                start(*arguments)
-                calls.append(arguments)
+            def send_two(grads: Any) -> Any:
+                bucket = send(grads)
+                calls.append(bucket)
                 if len(calls) == 2:
                     _die()
+                return bucket
 
-            self.optimizer._start = start_two
+            of_step.send = send_two
 
 
 def _die() -> None:
