@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gmc_cuda._engine.exchange import Exchange
-from gmc_cuda._engine.shards import local
+from gmc_cuda._engine.shards import shard_of
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def broadcast_buffers(model: torch.nn.Module, process_group: Any = None) -> None
         model: whose buffers, of any dtype, on one device, are overwritten in place.
         process_group: the optimizer's; a process group or a device mesh.
     """
-    buffers = [local(buffer).detach() for buffer in model.buffers() if buffer.numel()]
+    buffers = [shard_of(buffer).detach() for buffer in model.buffers() if buffer.numel()]
     flat = [buffer.contiguous() for buffer in buffers]
     # gloo and NCCL carry bytes, whatever a buffer's dtype.
     Exchange(process_group).broadcast([buffer.view(-1).view(torch.uint8) for buffer in flat])

@@ -70,10 +70,10 @@ def save(
         meeting.meet(everyone, "checkpoint.save")
         writing = _Save(folder, model, optimizer, extra, everyone, wait, keep)
         if not wait:
-            return background.start(writing.write)
+            return background.run(writing.write)
         writing.write()
     except GroupLost as error:
-        raise error.told("checkpoint.save", everyone.rank, _INTACT) from error
+        raise error.with_context("checkpoint.save", everyone.rank, _INTACT) from error
     saved.set_result(None)
     return saved
 
@@ -111,7 +111,7 @@ def load(
         meeting.meet(everyone, "checkpoint.load")
         found = _read(folder, name, model, optimizer, everyone)
     except GroupLost as error:
-        raise error.told("checkpoint.load", everyone.rank, "nothing was loaded") from error
+        raise error.with_context("checkpoint.load", everyone.rank, "nothing was loaded") from error
     optimizer.load_state_dict(found.optimizer)
     model.load_state_dict(found.model)
     return found.extra
@@ -164,21 +164,21 @@ class _Save:
 
     def write(self) -> None:
         """Writes, and publishes what all have written."""
-        said: meeting.Said = {"files": {}}
+        said: meeting.Report = {"files": {}}
         try:
             for name, value in self._files.items():
                 said["files"][name] = parts.write(self._part / name, value)
         except Exception as error:
             said = {"error": f"{type(error).__name__}: {error}"}
         self._files = {}
-        answer = self._council.settle(said, _gather_files)
+        answer = self._council.decide(said, _gather_files)
         if "error" not in answer:
-            answer = self._council.settle(self._verify(answer["files"]), self._publish)
+            answer = self._council.decide(self._verify(answer["files"]), self._publish)
         if "error" in answer:
             self._clear()
             raise RuntimeError(f"{_NOT_SAVED}; {answer['error']}; {_INTACT}")
 
-    def _verify(self, files: list[parts.Listing]) -> meeting.Said:
+    def _verify(self, files: list[parts.Listing]) -> meeting.Report:
         """Reads what the next worker has written; rank 0 keeps the list."""
         self._listing = {name: entry for listed in files for name, entry in listed.items()}
         try:
@@ -188,7 +188,7 @@ class _Save:
             return {"error": f"{type(error).__name__}: {error}"}
         return {}
 
-    def _publish(self, everyone: list[meeting.Said]) -> meeting.Said:
+    def _publish(self, everyone: list[meeting.Report]) -> meeting.Report:
         failed = _failures(everyone)
         if failed:
             return {"error": failed}
@@ -205,12 +205,12 @@ class _Save:
             parts.empty(self._part)
 
 
-def _gather_files(everyone: list[meeting.Said]) -> meeting.Said:
+def _gather_files(everyone: list[meeting.Report]) -> meeting.Report:
     failed = _failures(everyone)
     return {"error": failed} if failed else {"files": [said["files"] for said in everyone]}
 
 
-def _failures(everyone: list[meeting.Said]) -> str:
+def _failures(everyone: list[meeting.Report]) -> str:
     failed = [f"worker {r}: {said['error']}" for r, said in enumerate(everyone) if "error" in said]
     return "; ".join(failed)
 
@@ -288,7 +288,7 @@ def _wait_until_seen(part: Path, rank: int, there: Any) -> None:
 def _everyone(optimizer: CompressedSGD) -> Exchange:
     """The workers that save together: those of all shards."""
     exchange = optimizer.engine.exchange
-    if exchange.agree_group is None:
+    if exchange.shard_group is None:
         return exchange
     everyone = Exchange(None)
     wanted = exchange.size * snapshot.shards(optimizer)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
-from gmc_cuda._engine import agreement, checks, steps
+from gmc_cuda._engine import checks, comparison, steps
 from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import Bucket, figures
 from gmc_cuda._engine.ddp_buckets import DDPBuckets
-from gmc_cuda._engine.ddp_guard import is_local, mark_local
+from gmc_cuda._engine.ddp_guard import is_silenced, silence
 from gmc_cuda._engine.exchange import Exchange
 from gmc_cuda._engine.names import plain_names
 from gmc_cuda._engine.round import Round, numbers
@@ -62,10 +62,10 @@ def local_gradients(ddp_model: torch.nn.Module) -> torch.nn.Module:
     from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
     for ddp in found:
-        if is_local(ddp):
+        if is_silenced(ddp):
             continue
         ddp.register_comm_hook(None, noop_hook)
-        mark_local(ddp)
+        silence(ddp)
         # As inside no_sync() for ever: DDP leaves gradients alone, which it would also copy into
         # its buckets and back. The hook is for who switches this on again, as Lightning does.
         ddp.require_backward_grad_sync = False
@@ -181,7 +181,9 @@ class GMCHookState:
         round.device = buffer.device
         if round.steps == 0:
             facts = self._facts() | {"elements of the first bucket": buffer.numel()}
-            round.number = agreement.check(round.exchange, facts, buffer.device, next(numbers))
+            round.number = comparison.require_equal(
+                round.exchange, facts, buffer.device, next(numbers)
+            )
             self._scaler = self._scaler or only_grad_scaler()
         self._scale = scale_of(self._scaler, buffer.device)
         self._plans = []

@@ -12,12 +12,12 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from gmc_cuda._engine import agreement, ddp_guard, engine
+from gmc_cuda._engine import comparison, ddp_guard, engine
 from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import DTYPES, in_storage_order
 from gmc_cuda._engine.exchange import Exchange
 from gmc_cuda._engine.optimizer import CompressedSGD
-from gmc_cuda._engine.wrapper import Failed, Wrapper, told_by_constructor
+from gmc_cuda._engine.wrapper import Failed, Wrapper, raised_by_constructor
 from gmc_cuda.optim import GMC
 
 _KEY = "local_updates"  # in each param group of a state_dict: what is not of one parameter
@@ -110,7 +110,7 @@ class LocalUpdates(Wrapper):
         self.outer = _make_outer(functools.partial(GMC, **self.DEFAULTS), outer, copies)
         exchange = self.outer.engine.exchange
         facts = {"every": every, "overlap": overlap, "inner optimizer": type(self.inner).__name__}
-        agreement.check(exchange, facts | self._model(), engine.device_of(self.inner))
+        comparison.require_equal(exchange, facts | self._model(), engine.device_of(self.inner))
         frozen = [p for p in self._params() if not p.requires_grad]
         engine.broadcast(exchange, [{"params": frozen}], engine.device_of(self.inner))
         self._follow()
@@ -169,7 +169,7 @@ class LocalUpdates(Wrapper):
     def _model(self) -> dict[str, Any]:
         """What of the inner optimizer must be equal on all workers: not its options."""
         model = ("number of ", "shape of ", "dtype of ", "requires_grad of ")
-        facts = agreement.describe(self.inner)
+        facts = comparison.describe(self.inner)
         return {name: fact for name, fact in facts.items() if name.startswith(model)}
 
     def _check_kinds(self) -> None:
@@ -178,7 +178,7 @@ class LocalUpdates(Wrapper):
                 dense = param.layout == torch.strided
                 if param.requires_grad and not (dense and param.dtype in DTYPES):
                     raise TypeError(
-                        f"params: {agreement.parameter_name(group, i)} of group {g}: got "
+                        f"params: {comparison.parameter_name(group, i)} of group {g}: got "
                         f"{param.dtype if dense else param.layout}, must be dense torch.float32, "
                         "torch.bfloat16 or torch.float16 to be trained, since what it moved is "
                         "exchanged in float32: convert it (model.float(), where it is float64), or "
@@ -270,7 +270,7 @@ class LocalUpdates(Wrapper):
                 facts: dict[str, Any] | Exception = self._model()
             except Exception as error:
                 facts = error
-            agreement.check(exchange, facts, engine.device_of(self.inner))
+            comparison.require_equal(exchange, facts, engine.device_of(self.inner))
         except Exception:
             del self.inner.param_groups[known:]
             raise
@@ -600,7 +600,7 @@ def _make_outer(default: Any, outer: Any, copies: list[Tensor]) -> CompressedSGD
                 f"outer: it made a {type(made).__name__}, must make a gmc_cuda.GMC or DGC"
             )
     except Exception as error:
-        if told_by_constructor(error):
+        if raised_by_constructor(error):
             raise
         _tell(error, outer)
     return made
@@ -616,7 +616,7 @@ def _tell(error: Exception, outer: Any) -> NoReturn:
     group = outer.process_group if isinstance(outer, CompressedSGD) else None
     if isinstance(outer, functools.partial):
         group = outer.keywords.get("process_group")
-    agreement.check(Exchange(group), error, torch.device("cpu"))
+    comparison.require_equal(Exchange(group), error, torch.device("cpu"))
     raise error
 
 

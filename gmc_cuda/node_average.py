@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gmc_cuda._engine import agreement, checks, ddp_guard, engine
+from gmc_cuda._engine import checks, comparison, ddp_guard, engine
 from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import DTYPES
 from gmc_cuda._engine.engine import Engine
 from gmc_cuda._engine.exchange import Exchange
 from gmc_cuda._engine.optimizer import CompressedSGD
-from gmc_cuda._engine.wrapper import Wrapper, told_by_constructor
+from gmc_cuda._engine.wrapper import Wrapper, raised_by_constructor
 
 # None where torch is built without torch.distributed, which this module can be imported with. torch
 # 2.15 renamed both.
@@ -112,10 +112,10 @@ class NodeAverage(Wrapper):
         try:
             super().__init__(params, {})
             self._check_params()
-            facts: dict[str, Any] | Exception = agreement.describe(self)
+            facts: dict[str, Any] | Exception = comparison.describe(self)
         except Exception as error:
             facts = error
-        self._agree(facts)
+        self._require_equal(facts)
         self._broadcast(self.param_groups)
         groups = self._cut(set())
         try:
@@ -128,10 +128,10 @@ class NodeAverage(Wrapper):
             facts = {}
         except Exception as error:
             facts = error
-            if not told_by_constructor(error):
+            if not raised_by_constructor(error):
                 with suppress(Exception):  # the other nodes' workers wait in their constructors
-                    agreement.check(self._across, error, torch.device("cpu"))
-        self._agree(facts)
+                    comparison.require_equal(self._across, error, torch.device("cpu"))
+        self._require_equal(facts)
         self.defaults = self.inner.defaults
         self._take_options()
         self._show()
@@ -142,8 +142,8 @@ class NodeAverage(Wrapper):
     def _workers(self) -> int:
         return self._place[1]
 
-    def _agree(self, facts: dict[str, Any] | Exception) -> None:
-        """As agreement.check, over all workers of all nodes, in the order of the mesh."""
+    def _require_equal(self, facts: dict[str, Any] | Exception) -> None:
+        """As comparison.require_equal, over all workers of all nodes, in the order of the mesh."""
         failed = repr(facts) if isinstance(facts, Exception) else None
         everyone: list[Any] = [failed or facts]
         for exchange in (self._inside, self._across):
@@ -154,7 +154,7 @@ class NodeAverage(Wrapper):
         for rank, other in enumerate(everyone):
             if isinstance(other, str):
                 raise RuntimeError(f"rank {rank} could not set its optimizer up: {other}")
-        found = agreement.differences(everyone)
+        found = comparison.differences(everyone)
         if found:
             raise ValueError(
                 "all ranks must train the same model with the same hyperparameters, but they "
@@ -165,7 +165,7 @@ class NodeAverage(Wrapper):
         seen: dict[Tensor, str] = {}
         for g, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
-                name = f"params: {agreement.parameter_name(group, i)} of group {g}"
+                name = f"params: {comparison.parameter_name(group, i)} of group {g}"
                 if param in seen:
                     raise ValueError(f"{name} is in them twice")
                 seen[param] = name
@@ -307,9 +307,9 @@ class NodeAverage(Wrapper):
         }
         names = [sorted(held.get(parts[p].own, {})) if p in parts else [] for p in params]
         answers = self._inside.gather_objects(
-            (agreement.describe(self), names), engine.device_of(self)
+            (comparison.describe(self), names), engine.device_of(self)
         )
-        found = agreement.differences([facts for facts, _ in answers])
+        found = comparison.differences([facts for facts, _ in answers])
         if found:
             raise ValueError(
                 "the workers of a node must change param groups and layers in the same step, but "
@@ -378,10 +378,10 @@ class NodeAverage(Wrapper):
                 self._check_params()
                 rule = self.inner.engine.rule
                 engine.check_group(self.param_groups[known], known, rule)
-                facts: dict[str, Any] | Exception = agreement.describe(self)
+                facts: dict[str, Any] | Exception = comparison.describe(self)
             except Exception as error:
                 facts = error
-            self._agree(facts)
+            self._require_equal(facts)
         except Exception:
             del self.param_groups[known:]
             raise
@@ -463,7 +463,7 @@ class NodeAverage(Wrapper):
             for i, p in enumerate(group["params"]):
                 grad = p.grad if p.requires_grad else None
                 if grad is not None and (grad.layout != torch.strided or grad.dtype not in DTYPES):
-                    name = f"{agreement.parameter_name(group, i)} of group {g}"
+                    name = f"{comparison.parameter_name(group, i)} of group {g}"
                     checks.refuse_gradient(grad, name)
         flats = []
         for share in self._shares:

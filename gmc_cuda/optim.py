@@ -174,4 +174,4 @@ class DGC(CompressedSGD):
 
 def _in_group(arguments: dict[str, Any], rule: type[Rule]) -> dict[str, Any]:
     """Those of a constructor's arguments that are options of a param group."""
-    return {name: arguments[name] for name in rule.agreed}
+    return {name: arguments[name] for name in rule.compared}

@@ -158,7 +158,7 @@ def test_a_script_that_ends_after_a_save_in_the_background(tmp_path, disk):
 
 
 def test_a_child_of_a_fork_does_not_wait_for_its_parents_saves():
-    background._started.append(background.Saving())
+    background._saves.append(background.Saving())
     try:
         child = os.fork()
         if child == 0:
@@ -166,7 +166,7 @@ def test_a_child_of_a_fork_does_not_wait_for_its_parents_saves():
             os._exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     finally:
-        background._started.clear()
+        background._saves.clear()
 
 
 # ---------------------------------------------------------------------------------- failing writes
@@ -292,7 +292,7 @@ def test_the_groups_time_out_holds_in_the_background(tmp_path):
     folder = str(tmp_path / "run")
     with Processes(3, tmp_path, save_with_one_stopped, folder, seconds=4) as workers:
         for words, seconds in workers.results([0, 2]):
-            assert "worker 1: worker 1 gave no word within 4 s, the time-out of the" in words
+            assert "worker 1: worker 1 did not answer within 4 s, the time-out of the" in words
             assert 3 < seconds < 10
     model, optimizer = build()
     assert checkpoint.load(folder, model, optimizer)["step"] == 1

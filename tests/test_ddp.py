@@ -348,7 +348,7 @@ def wrong_uses(group):
     model = DDP(Net(), process_group=group)
     state = gmc_cuda.GMCHookState(group)
     model.register_comm_hook(state, gmc_cuda.gmc_hook)
-    assert not ddp_module.is_local(model)
+    assert not ddp_module.is_silenced(model)
     with pytest.raises(RuntimeError, match="can only be called once"):
         gmc_cuda.local_gradients(model)
     with pytest.raises(ValueError, match=r"named_parameters=model.named_parameters\(\)"):

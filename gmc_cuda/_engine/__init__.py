@@ -21,7 +21,7 @@ State
 
 What can go wrong
   checks         what users hand over: options, param groups, parameters, gradients
-  agreement      whether all workers have the same model and options
+  comparison      whether all workers have the same model and options
   watch          damaged payloads, workers that send the same, skipped steps, replicas that differ
   ddp_guard      a DistributedDataParallel that averages the same gradients
 

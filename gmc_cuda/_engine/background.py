@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 
-_started: list[Saving] = []
+_saves: list[Saving] = []
 
 
 class Saving(Future[None]):
@@ -50,11 +50,11 @@ class Saving(Future[None]):
             )
 
 
-def start(work: Callable[[], None]) -> Saving:
+def run(work: Callable[[], None]) -> Saving:
     """Runs it in a thread that the end of the interpreter waits for."""
     saving = Saving()
 
-    def run() -> None:
+    def work_and_report() -> None:
         try:
             work()
         except BaseException as error:
@@ -63,24 +63,24 @@ def start(work: Callable[[], None]) -> Saving:
             saving.set_result(None)
 
     # Not a daemon: threads that are not are joined before anything of the interpreter ends.
-    threading.Thread(target=run, name="gmc_cuda.checkpoint", daemon=False).start()
-    _started.append(saving)
+    threading.Thread(target=work_and_report, name="gmc_cuda.checkpoint", daemon=False).start()
+    _saves.append(saving)
     return saving
 
 
 def wait() -> None:
     """Waits for the saves that were started."""
-    for saving in _started:
+    for saving in _saves:
         saving.wait()
 
 
 def finish() -> None:
     """Waits for the saves that were started, and reports those whose failure nobody has read."""
-    while _started:
-        _started[0].report()
-        del _started[0]
+    while _saves:
+        _saves[0].report()
+        del _saves[0]
 
 
 atexit.register(finish)
 # The threads stay with the parent, so a child would wait for ever.
-os.register_at_fork(after_in_child=_started.clear)
+os.register_at_fork(after_in_child=_saves.clear)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gmc_cuda import ops
-from gmc_cuda._engine.shards import local, local_gradient
+from gmc_cuda._engine.shards import shard_of, shard_of_gradient
 
 MAX_NUMEL = 2**31 - 1
 # Of parameters and gradients.
@@ -41,12 +41,12 @@ class Bucket:
     ) -> None:
         self.params = list(params)
         self.group = group
-        self.sizes = [local(p).numel() for p in self.params]
+        self.sizes = [shard_of(p).numel() for p in self.params]
         # As they are now: a parameter may be laid out anew while its state is still as before.
-        self._layouts = [(local(p).shape, local(p).stride()) for p in self.params]
+        self._layouts = [(shard_of(p).shape, shard_of(p).stride()) for p in self.params]
         self.numel = sum(self.sizes)
-        self.device = local(self.params[0]).device
-        self._plain = all(local(p) is p and p.is_contiguous() for p in self.params)
+        self.device = shard_of(self.params[0]).device
+        self._plain = all(shard_of(p) is p and p.is_contiguous() for p in self.params)
         self._places = _Places(self.params) if self._plain else None
         self.memory = torch.zeros(self.numel, dtype=torch.float32, device=self.device)
         self.momentum_buffer = torch.zeros_like(self.memory) if local_momentum else None
@@ -74,7 +74,7 @@ class Bucket:
         """The parameters as contiguous tensors that share their storage."""
         if self._plain:
             return list(self.params)
-        params = map(local, self.params)
+        params = map(shard_of, self.params)
         return [p if p.is_contiguous() else in_storage_order(p.detach()) for p in params]
 
     def param_places(self, look: bool = True) -> list[Tensor]:
@@ -116,7 +116,7 @@ class Bucket:
                 grads[i] = _flat_grad(param, grad)
         return grads
 
-    def tell_autograd(self) -> None:
+    def bump_versions(self) -> None:
         """That the parameters were changed in place, which an operator cannot."""
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(self.params)
@@ -206,10 +206,10 @@ def make_buckets(
     """
     by_dtype: dict[torch.dtype, list[list[Tensor]]] = {}
     for param in reversed(params):
-        if local(param).numel() == 0:
+        if shard_of(param).numel() == 0:
             continue
         packs = by_dtype.setdefault(param.dtype, [[]])
-        if packs[-1] and sum(local(p).numel() for p in (*packs[-1], param)) > cap_numel:
+        if packs[-1] and sum(shard_of(p).numel() for p in (*packs[-1], param)) > cap_numel:
             packs.append([])
         packs[-1].append(param)
     return [
@@ -221,7 +221,7 @@ def make_buckets(
 
 def _aligned_first(params: list[Tensor]) -> list[Tensor]:
     # A numel that is no multiple of 8 would push all tensors behind it off their 16-byte loads.
-    return sorted(params, key=lambda p: local(p).numel() % 8 != 0)
+    return sorted(params, key=lambda p: shard_of(p).numel() % 8 != 0)
 
 
 def is_dense_layout(tensor: Tensor) -> bool:
@@ -296,7 +296,7 @@ def _all_plain(grads: list[Any]) -> bool:
 
 
 def _flat_grad(param: Tensor, grad: Tensor) -> Tensor:
-    param, grad = local(param), local_gradient(param, grad)
+    param, grad = shard_of(param), shard_of_gradient(param, grad)
     if grad.is_contiguous() and param.is_contiguous():
         return grad
     if grad.stride() != param.stride():

@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_LOCAL = "_gmc_cuda_local"  # set on a DDP whose gradients stay local
+_SILENCED = "_gmc_cuda_silenced"  # set on a DDP that leaves the gradients alone
 
 
-def mark_local(ddp: torch.nn.Module) -> None:
-    setattr(ddp, _LOCAL, True)
+def silence(ddp: torch.nn.Module) -> None:
+    setattr(ddp, _SILENCED, True)
 
 
-def is_local(ddp: torch.nn.Module) -> bool:
+def is_silenced(ddp: torch.nn.Module) -> bool:
     """Whether gmc_cuda.local_gradients was called on it."""
-    return getattr(ddp, _LOCAL, False)
+    return getattr(ddp, _SILENCED, False)
 
 
 def refuse_communicating(params: Iterable[Tensor], group: Any) -> None:
@@ -49,7 +49,7 @@ def _communicating() -> Iterator[torch.nn.Module]:
     from torch.nn.parallel import DistributedDataParallel
 
     for ddp in gc.get_objects():  # nothing leads from a parameter to the DDP around it
-        if not issubclass(type(ddp), DistributedDataParallel) or is_local(ddp):
+        if not issubclass(type(ddp), DistributedDataParallel) or is_silenced(ddp):
             continue
         # One whose constructor raised has no modules, or no such attribute, and averages nothing.
         if "_modules" in vars(ddp) and vars(ddp).get("require_backward_grad_sync", False):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gmc_cuda import ops
-from gmc_cuda._engine import agreement, checks, ddp_guard, shards, steps
+from gmc_cuda._engine import checks, comparison, ddp_guard, shards, steps
 from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import MAX_NUMEL, Bucket, in_storage_order
 from gmc_cuda._engine.exchange import Exchange, GroupLost
@@ -20,7 +20,7 @@ from gmc_cuda._engine.overlap import Overlap
 from gmc_cuda._engine.packing import Packing
 from gmc_cuda._engine.round import Round
 from gmc_cuda._engine.rules import Group, Rule
-from gmc_cuda._engine.shards import local
+from gmc_cuda._engine.shards import shard_of
 from gmc_cuda._engine.watch import check_replicas
 
 FIRST_STEPS = 2  # in which the tags of payloads also say whether the parameters are equal
@@ -143,7 +143,7 @@ class Engine:
     def pack(self) -> None:
         """Makes the buckets from param_groups and state."""
         optimizer = self.optimizer
-        numel = sum(local(p).numel() for p in params_of(optimizer) if p.requires_grad)
+        numel = sum(shard_of(p).numel() for p in params_of(optimizer) if p.requires_grad)
         cap = self.settings.cap_numel(numel)
         self._packing = Packing(optimizer.param_groups, optimizer.state, self.rule, cap)
         self.round.device = device_of(optimizer)
@@ -195,7 +195,7 @@ class Engine:
         buckets, scaling = self._packing.buckets, self._scaling()
         bits = tuple(self._bits().values())
         grads = (
-            shards.local_gradient(p, p.grad)
+            shards.shard_of_gradient(p, p.grad)
             for bucket in buckets
             for p in bucket.params
             if p.grad is not None
@@ -216,7 +216,7 @@ class Engine:
         """
         late = self.round.finish(self._target)
         for bucket in self._packing.buckets:
-            bucket.tell_autograd()
+            bucket.bump_versions()
         for group in self.optimizer.param_groups:
             steps.insist(partial(self.rule.finish, group), late)
         if self._overlap is not None:
@@ -246,7 +246,7 @@ class Engine:
         try:
             check_replicas(self.exchange, flat, lambda i: self._name(params[i]), self.round.steps)
         except GroupLost as error:
-            raise self.round.told(error, "the step was applied here") from error
+            raise self.round.with_context(error, "the step was applied here") from error
 
     def _scaling(self) -> dict[str, Tensor | None]:
         """What a GradScaler leaves at an optimizer while it calls step()."""
@@ -273,7 +273,7 @@ class Engine:
         for g, group in enumerate(self.optimizer.param_groups):
             for i, candidate in enumerate(group["params"]):
                 if candidate is param:
-                    return f"{agreement.parameter_name(group, i)} of group {g}"
+                    return f"{comparison.parameter_name(group, i)} of group {g}"
         return "a parameter that is in no group any more"
 
     # ---------------------------------------------------------- overlap with the backward pass
@@ -336,7 +336,7 @@ class Engine:
             names = ("memory", self.rule.momentum_name(group))
             for param in group["params"]:
                 if param.requires_grad and len(held.get(param, ())) < len(names):
-                    zero = torch.zeros_like(local(param), dtype=torch.float32)
+                    zero = torch.zeros_like(shard_of(param), dtype=torch.float32)
                     held[param] = dict.fromkeys(names, zero) | held.get(param, {})
         return held
 
@@ -346,7 +346,7 @@ class Engine:
         states.install(buckets, self.rule, held)
         for param, tensors in held.items():
             if param not in self.bucket_of:  # frozen: it waits until that changes
-                copies = {k: v.to(local(param).device, copy=True) for k, v in tensors.items()}
+                copies = {k: v.to(shard_of(param).device, copy=True) for k, v in tensors.items()}
                 optimizer.state.setdefault(param, {}).update(copies)
 
     def progress(self) -> dict[str, Any]:
@@ -376,7 +376,7 @@ class Engine:
             for work in works:
                 work.wait()
         except GroupLost as error:
-            raise self.round.told(error, "memory was not averaged") from error
+            raise self.round.with_context(error, "memory was not averaged") from error
         for flat, total in zip(flats, sums, strict=True):
             torch.div(total, self.exchange.size, out=flat)
         self.averaged = True
@@ -392,12 +392,12 @@ def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
     """Where the parameters are that are trained."""
     params = params_of(optimizer)
     params = [p for p in params if p.requires_grad] or params
-    return local(params[0]).device if params else torch.device("cpu")
+    return shard_of(params[0]).device if params else torch.device("cpu")
 
 
 def describe(optimizer: torch.optim.Optimizer, rule: Rule, settings: Settings) -> dict[str, Any]:
     """What must be equal on all workers."""
-    return agreement.describe(optimizer, rule.agreed) | settings.facts() | rule.facts()
+    return comparison.describe(optimizer, rule.compared) | settings.facts() | rule.facts()
 
 
 def check_group(group: Group, g: int, rule: Rule) -> None:
@@ -411,30 +411,30 @@ def check_params(
 ) -> None:
     """Raises unless these parameters can be trained. Frozen ones are left alone.
 
-    Sets exchange.agree_group where the parameters are sharded.
+    Sets exchange.shard_group where the parameters are sharded.
     """
     names: dict[Tensor, str] = {}
     for g, group in enumerate(optimizer.param_groups):
         check_group(group, g, rule)
         for i, param in enumerate(group["params"]):
             if param.requires_grad:
-                name = f"params: {agreement.parameter_name(group, i)} of group {g}"
-                checks.check_param(local(param), name)
+                name = f"params: {comparison.parameter_name(group, i)} of group {g}"
+                checks.check_param(shard_of(param), name)
                 if param in names:
                     raise ValueError(f"{name} is in them twice")
                 names[param] = name
-    devices = {local(p).device for p in names}
+    devices = {shard_of(p).device for p in names}
     if len(devices) > 1:
         raise ValueError(
             f"params: got devices {', '.join(sorted(map(str, devices)))}, must be one device"
         )
     inside = shards.check(list(names), exchange.given, settings.overlap)
     if inside is not None:
-        exchange.agree_group = inside
+        exchange.shard_group = inside
 
 
 def broadcast(exchange: Exchange, groups: list[Group], device: torch.device) -> None:
     """Gives all workers rank 0's parameters; frozen ones of another kind or place stay."""
-    params = [local(p).detach() for group in groups for p in group["params"]]
+    params = [shard_of(p).detach() for group in groups for p in group["params"]]
     params = [p for p in params if p.numel() and p.device == device and checks.is_trainable(p)]
     exchange.broadcast([in_storage_order(p) for p in params])

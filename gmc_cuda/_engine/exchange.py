@@ -20,7 +20,7 @@ from gmc_cuda._engine.shards import groups_of
 class GroupLost(RuntimeError):
     """A collective failed: another rank ended, or the time-out of the group passed."""
 
-    def told(self, when: str, rank: int, outcome: str) -> GroupLost:
+    def with_context(self, when: str, rank: int, outcome: str) -> GroupLost:
         """The same for users: when it happened, to whom, and what that means for the state."""
         return GroupLost(
             f"{when}, rank {rank} lost the group: {outcome}, state_dict() is usable; start again "
@@ -80,14 +80,14 @@ class Exchange:
     Attributes:
         given: the process group that was asked for; None for the default.
         group: the one behind it; None for a single worker.
-        agree_group: workers that hold other shards of the same step; None if there are none.
+        shard_group: workers that hold other shards of the same step; None if there are none.
         size, rank: world size p, the number of payloads that a step merges, and which is this
             worker's.
     """
 
     def __init__(self, process_group: Any) -> None:
         """Args: process_group: a group, None, or a device mesh, see shards.groups_of."""
-        self.given, self.agree_group = groups_of(process_group)
+        self.given, self.shard_group = groups_of(process_group)
         self._missing = False  # a copy without the group that it was made with
         self._find()
 
@@ -136,16 +136,16 @@ class Exchange:
             return Work()
         return _Pending(dist.all_reduce, tensor, group=self.group)
 
-    def agree(self, verdict: Tensor) -> Tensor:
+    def strictest(self, verdict: Tensor) -> Tensor:
         """The strictest verdict, int32 [1], among the workers that hold a part of this step."""
-        if self.agree_group is not None:
-            _Pending(dist.all_reduce, verdict, dist.ReduceOp.MAX, group=self.agree_group).wait()
+        if self.shard_group is not None:
+            _Pending(dist.all_reduce, verdict, dist.ReduceOp.MAX, group=self.shard_group).wait()
         return verdict
 
     def sum_over_shards(self, number: Tensor) -> Tensor:
         """The sum over the workers that hold a part of this step, of a scalar tensor."""
-        if self.agree_group is not None:
-            _Pending(dist.all_reduce, number, group=self.agree_group).wait()
+        if self.shard_group is not None:
+            _Pending(dist.all_reduce, number, group=self.shard_group).wait()
         return number
 
     def broadcast(self, tensors: list[Tensor]) -> None:
@@ -173,12 +173,12 @@ class Exchange:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
         copy = Exchange(self.given)
-        copy.agree_group = self.agree_group
+        copy.shard_group = self.shard_group
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
         missing = self.given is not None or self._missing
-        return {"given": None, "agree_group": None, "_missing": missing}
+        return {"given": None, "shard_group": None, "_missing": missing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gmc_cuda._engine import engine, names
 from gmc_cuda._engine.optimizer import CompressedSGD
-from gmc_cuda._engine.shards import local
+from gmc_cuda._engine.shards import shard_of
 
 FORMAT = 2
 
@@ -23,7 +23,7 @@ def readers(
     """What all workers have in common, and what reads one worker's own. No collective."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    params = [local(param) for param in engine.params_of(optimizer)]
+    params = [shard_of(param) for param in engine.params_of(optimizer)]
 
     def wanted(shared: bool) -> dict[str, Tensor]:
         return {
@@ -43,7 +43,7 @@ def readers(
     found = _read(part, "model", template)
     plain = names.plain_names(found)
     momentum = _read(part, f"shared{shard}", wanted(shared=True))
-    tensors = {plain[k]: local(v) for k, v in found.items() if isinstance(v, Tensor)}
+    tensors = {plain[k]: shard_of(v) for k, v in found.items() if isinstance(v, Tensor)}
     rest = {plain[k]: v for k, v in found.items() if not isinstance(v, Tensor)}
     return {"model": tensors, "not tensors": rest, "momentum": momentum}, private
 

@@ -1,8 +1,8 @@
-"""Ways for workers to come together that are not a step: to meet, and to settle something.
+"""How workers wait for each other, and decide something together, outside a step.
 
 A collective that one worker alone calls pairs with whatever the others call next, and gloo ends a
-process where the sizes differ. So workers meet before they call any, in a way that pairs with
-nothing, and that ends in an error on a worker which is alone.
+process where the sizes differ. So the workers meet before they call any collective. The meeting
+pairs with nothing else, and a worker that is alone in it gets an error.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from gmc_cuda._engine.exchange import Exchange, GroupLost
 
-Said = dict[str, Any]  # what json can write; "error" says what went wrong
+Report = dict[str, Any]  # values that json can write; the key "error" says what went wrong
 
-_LATER = 2.0  # seconds that workers wait longer than the one that answers them
+_LATER = 2.0  # seconds by which workers wait longer than rank 0, whose answer they wait for
 
 
 def meet(exchange: Exchange, what: str) -> None:
@@ -33,7 +33,8 @@ def meet(exchange: Exchange, what: str) -> None:
         what: the call that all of them must make, for the error.
 
     Raises:
-        GroupLost: one did not come within the time-out of the group, or is gone.
+        GroupLost: a worker did not come within the time-out of the group, or has ended.
+        RuntimeError: the process group was destroyed.
     """
     group = exchange.group
     if exchange.size == 1 or group is None:
@@ -44,7 +45,7 @@ def meet(exchange: Exchange, what: str) -> None:
             dist.monitored_barrier(group, timeout=wait, wait_all_ranks=True)
         else:
             _meet_at_the_store(group, exchange, what)
-    except ValueError as error:  # torch knows the group no more
+    except ValueError as error:  # torch no longer knows the group
         raise RuntimeError(
             f"{what}: the process group of this optimizer was destroyed. Make a new one with "
             "torch.distributed.init_process_group(), and write\n"
@@ -55,9 +56,9 @@ def meet(exchange: Exchange, what: str) -> None:
 
 
 def _meet_at_the_store(group: Any, exchange: Exchange, what: str) -> None:
-    """The same for backends without a barrier that fails on one worker alone."""
+    """Meets by counters in the group's store, for backends without a monitored barrier."""
     find_store = getattr(group, "get_group_store", None)
-    if find_store is None:  # an older torch
+    if find_store is None:  # older versions of torch lack it
         return
     store, key = find_store(), f"gmc_cuda/{what}"
     number = store.add(f"{key}/{exchange.rank}", 1)
@@ -79,46 +80,51 @@ def _meet_at_the_store(group: Any, exchange: Exchange, what: str) -> None:
 
 
 def timeout_of(group: Any) -> float:
-    """How many seconds the collectives of a group may take."""
+    """The time-out of a group's collectives, in seconds."""
     for device in ("cpu", "cuda"):
         try:
             timeout: timedelta = group._get_backend(torch.device(device)).options._timeout
             return timeout.total_seconds()
-        except (AttributeError, RuntimeError):  # it has none for this device
+        except (AttributeError, RuntimeError):  # the group has no backend for this device
             pass
     return dist.default_pg_timeout.total_seconds()
 
 
 class Council(Protocol):
-    """Workers that settle something together."""
+    """Workers that decide something together."""
 
-    def settle(self, said: Said, decide: Callable[[list[Said]], Said]) -> Said:
-        """What rank 0 decides on what all said, on every worker. decide must not raise."""
+    def decide(self, report: Report, answer_of: Callable[[list[Report]], Report]) -> Report:
+        """Returns, on every worker, what rank 0 made of all workers' reports.
+
+        Args:
+            report: this worker's.
+            answer_of: makes the answer of the reports in rank order; must not raise.
+        """
 
 
 class Collective:
-    """They do by collectives, while nothing else uses the group."""
+    """A council by collectives, for while nothing else uses the group."""
 
     def __init__(self, exchange: Exchange, device: torch.device) -> None:
         self._exchange, self._device = exchange, device
 
-    def settle(self, said: Said, decide: Callable[[list[Said]], Said]) -> Said:
-        everyone = self._exchange.gather_objects(said, self._device)
-        answer = decide(everyone) if self._exchange.rank == 0 else None
-        settled: Said = self._exchange.gather_objects(answer, self._device)[0]
-        return settled
+    def decide(self, report: Report, answer_of: Callable[[list[Report]], Report]) -> Report:
+        everyone = self._exchange.gather_objects(report, self._device)
+        answer = answer_of(everyone) if self._exchange.rank == 0 else None
+        decided: Report = self._exchange.gather_objects(answer, self._device)[0]
+        return decided
 
 
 class Notes:
-    """They do by files in a folder that all see.
+    """A council by files in a folder that all workers see.
 
-    This needs no process group, so it goes on beside the training, whatever order that calls its
-    collectives in, and after the group was destroyed.
+    Files need no process group, so this council can meet in a thread beside the training, whose
+    collectives come in any order, and after the group was destroyed.
 
     Args:
-        folder: is there or is made, and is empty at first.
-        rank, size: of this worker.
-        seconds: how long to wait for the others each time.
+        folder: made if it does not exist; no other council may have used it.
+        rank, size: this worker's rank, and the world size.
+        seconds: how long each decision waits for the other workers.
     """
 
     def __init__(self, folder: Path, rank: int, size: int, seconds: float) -> None:
@@ -127,38 +133,38 @@ class Notes:
         folder.mkdir(exist_ok=True)
         self._sign(rank, "here").touch()
 
-    def settle(self, said: Said, decide: Callable[[list[Said]], Said]) -> Said:
+    def decide(self, report: Report, answer_of: Callable[[list[Report]], Report]) -> Report:
         self._round += 1
-        self._write(f"{self._round}.{self._rank}", said)
-        answer = f"{self._round}.answer"
+        self._write(f"{self._round}.{self._rank}", report)
+        file = f"{self._round}.answer"
         if self._rank == 0:
             deadline = time.monotonic() + self._seconds
             ranks = range(self._size)
             everyone = [self._read(f"{self._round}.{rank}", rank, deadline) for rank in ranks]
-            settled = decide(everyone)
-            self._write(answer, settled)
-            return settled
-        settled = self._read(answer, 0, time.monotonic() + self._seconds + _LATER)
+            answer = answer_of(everyone)
+            self._write(file, answer)
+            return answer
+        answer = self._read(file, 0, time.monotonic() + self._seconds + _LATER)
         (self._folder / f"{self._round}.{self._rank}").unlink(missing_ok=True)
-        return settled
+        return answer
 
-    def _write(self, name: str, said: Said) -> None:
+    def _write(self, name: str, report: Report) -> None:
         new = self._folder / f"{name}.new"
         try:
-            new.write_text(json.dumps(said))
+            new.write_text(json.dumps(report))
             os.replace(new, self._folder / name)
         except OSError:
-            # The disk is full, perhaps. Another name for a file that is there needs no room.
-            # If it fails too, the others wait for the time-out.
+            # The disk may be full. To rename a file that exists needs no room, so this still tells
+            # the other workers. If it fails too, they wait until the time-out.
             with suppress(OSError):
                 os.replace(self._sign(self._rank, "here"), self._sign(self._rank, "failed"))
 
-    def _read(self, name: str, rank: int, deadline: float) -> Said:
+    def _read(self, name: str, rank: int, deadline: float) -> Report:
         pause = 0.002
         while True:
             try:
-                said: Said = json.loads((self._folder / name).read_text())
-                return said
+                report: Report = json.loads((self._folder / name).read_text())
+                return report
             except FileNotFoundError:
                 pass
             except OSError as error:
@@ -166,10 +172,10 @@ class Notes:
             if self._sign(rank, "failed").exists():
                 return {"error": f"worker {rank} cannot write into {self._folder}"}
             if not self._folder.exists():
-                return {"error": f"{self._folder} was removed meanwhile"}
+                return {"error": f"{self._folder} was removed during the save"}
             if time.monotonic() > deadline:
-                told = f"worker {rank} gave no word within {self._seconds:g} s, the time-out"
-                return {"error": f"{told} of the process group"}
+                waited = f"{self._seconds:g} s, the time-out of the process group"
+                return {"error": f"worker {rank} did not answer within {waited}"}
             time.sleep(pause)
             pause = min(2 * pause, 0.2)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gmc_cuda._engine.bucket import Bucket
-from gmc_cuda._engine.shards import local
+from gmc_cuda._engine.shards import shard_of
 
 
 class MomentumView(Tensor):
@@ -25,7 +25,7 @@ class MomentumView(Tensor):
 
     @staticmethod
     def __new__(cls, bucket: Bucket, index: int) -> MomentumView:
-        param = local(bucket.params[index])
+        param = shard_of(bucket.params[index])
         view: MomentumView = torch.Tensor._make_wrapper_subclass(
             cls, param.shape, strides=param.stride(), dtype=torch.float32, device=param.device
         )

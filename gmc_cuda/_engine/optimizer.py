@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmc_cuda._engine import agreement, checks, engine, steps
+from gmc_cuda._engine import checks, comparison, engine, steps
 from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import figures
 from gmc_cuda._engine.engine import Engine, Settings
@@ -50,12 +50,12 @@ class CompressedSGD(torch.optim.Optimizer):
         except Exception as error:
             facts = error
         device = engine.device_of(self)
-        number = agreement.check(exchange, facts, device, next(numbers))
+        number = comparison.require_equal(exchange, facts, device, next(numbers))
         if broadcast_parameters:
             engine.broadcast(exchange, self.param_groups, device)
-        self._start(Engine(self, rule, settings, exchange, number))
+        self._attach(Engine(self, rule, settings, exchange, number))
 
-    def _start(self, engine: Engine) -> None:
+    def _attach(self, engine: Engine) -> None:
         self.engine = engine
         self.register_state_dict_post_hook(_complete)
 
@@ -94,15 +94,15 @@ class CompressedSGD(torch.optim.Optimizer):
             try:
                 super().add_param_group(param_group)
                 engine.check_params(self, own.rule, own.settings, own.exchange)
-                facts: dict[str, Any] | Exception = agreement.describe(self, own.rule.agreed)
+                facts: dict[str, Any] | Exception = comparison.describe(self, own.rule.compared)
             except Exception as error:
                 facts = error
-            agreement.check(own.exchange, facts, engine.device_of(self))
+            comparison.require_equal(own.exchange, facts, engine.device_of(self))
         except Exception:
             del self.param_groups[known:]
             raise
         engine.broadcast(own.exchange, self.param_groups[known:], engine.device_of(self))
-        own.round.agreed_anew()
+        own.round.forget_sizes()
         own.pack()
 
     # ------------------------------------------------------------------------------ the step
@@ -251,7 +251,7 @@ class CompressedSGD(torch.optim.Optimizer):
         state = dict(state)
         arguments, progress = state.pop("engine"), state.pop("progress")
         super().__setstate__({**state, "state": defaultdict(dict, state["state"])})
-        self._start(Engine(self, *arguments))
+        self._attach(Engine(self, *arguments))
         self.engine.set_progress(progress)
 
     # --------------------------------------------------------------------------------- figures

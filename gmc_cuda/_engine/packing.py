@@ -18,7 +18,7 @@ from torch import Tensor
 from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import Bucket, make_buckets
 from gmc_cuda._engine.rules import Group, Rule
-from gmc_cuda._engine.shards import is_sharded, local
+from gmc_cuda._engine.shards import is_sharded, shard_of
 
 State = dict[Any, Any]
 
@@ -114,13 +114,13 @@ class Packing:
 
     def _places(self) -> list[int] | None:
         """Where the packed parameters lie: elsewhere once they are moved or converted."""
-        return _storage(map(local, self._packed) if self._sharded else self._packed)
+        return _storage(map(shard_of, self._packed) if self._sharded else self._packed)
 
     def _all_contiguous(self) -> bool:
         return not self._sharded and all(map(Tensor.is_contiguous, self._packed))
 
     def _layouts_now(self) -> list[Any]:
-        params = list(map(local, self._packed)) if self._sharded else self._packed
+        params = list(map(shard_of, self._packed)) if self._sharded else self._packed
         return [(*_layout(p), p.stride() if p.layout is torch.strided else None) for p in params]
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gmc_cuda import ops
-from gmc_cuda._engine import agreement, steps
+from gmc_cuda._engine import comparison, steps
 from gmc_cuda._engine.bucket import Bucket
 from gmc_cuda._engine.exchange import Exchange, GroupLost
 from gmc_cuda._engine.rules import Group, Plan, Rule, tag_of
@@ -66,7 +66,7 @@ class Round:
         self._facts = weakref.WeakMethod(facts)
         self._waiting: deque[tuple[Bucket, Plan]] = deque()
         self._sent: list[tuple[Bucket, steps.Step, steps.Sent]] = []
-        self._agreed: list[Plan] | None = None  # with which the workers' collectives last met
+        self._last_plans: list[Plan] | None = None  # with which the workers' collectives last met
         self._tags: set[int] = set()  # of what was last sent
         _rounds.add(self)
 
@@ -100,7 +100,7 @@ class Round:
         plan = plan._replace(arguments={**scaling, **plan.arguments})
         if self.exchange.size == 1:
             return plan
-        options = [group[name] for name in rule.agreed]
+        options = [group[name] for name in rule.compared]
         tag = tag_of(self.number, self.steps, index, *plan.size(), self.wire_dtype, *options, *also)
         return plan._replace(tag=tag)
 
@@ -115,11 +115,11 @@ class Round:
         Raises:
             ValueError: on all workers, if they differ; nothing was sent of the step.
         """
-        before, plans = self._agreed, [plan for _, plan in work]
+        before, plans = self._last_plans, [plan for _, plan in work]
         sizes = [plan.size() for plan in plans]
         if known and before and [plan.size() for plan in before] != sizes:
             self.compare(before, *sizes)
-        self._agreed = plans
+        self._last_plans = plans
         self._tags = {plan.tag for plan in plans}
         self.verdict = None
         self._waiting = deque(work)
@@ -147,11 +147,11 @@ class Round:
                 self._raise_mismatch()
         except GroupLost as error:
             self._count_as_skipped()
-            raise self.told(error, "nothing was applied") from error
+            raise self.with_context(error, "nothing was applied") from error
 
-    def agreed_anew(self) -> None:
+    def forget_sizes(self) -> None:
         """Call it where the workers have just compared everything."""
-        self._agreed = None
+        self._last_plans = None
 
     def add(self, bucket: Bucket, plan: Plan) -> None:
         """Adds a bucket that was not known when the step was opened."""
@@ -166,7 +166,7 @@ class Round:
         """
         bucket, plan = self._waiting[0]
         try:
-            step, sent = steps.start(bucket, self.exchange, grads, plan)
+            step, sent = steps.send(bucket, self.exchange, grads, plan)
         except BaseException:
             self.cancel()
             raise
@@ -195,7 +195,7 @@ class Round:
                 group was lost. Nothing was applied, and what was sent is in memory.
         """
         if not self._sent:  # a worker whose shards are all empty
-            self.exchange.agree(torch.zeros(1, dtype=torch.int32, device=self.device))
+            self.exchange.strictest(torch.zeros(1, dtype=torch.int32, device=self.device))
             self.steps += 1
             return []
         late: list[BaseException] = []
@@ -204,7 +204,7 @@ class Round:
         except GroupLost as error:
             self._close()
             self._count_as_skipped()
-            raise self.told(error, "nothing was applied") from error
+            raise self.with_context(error, "nothing was applied") from error
         except BaseException:
             self._close()
             self._count_as_skipped(0 if self.verdict is None else int(self.verdict))
@@ -213,17 +213,17 @@ class Round:
         self._apply(skip, target_of, late)
         return late
 
-    def told(self, error: GroupLost, outcome: str) -> GroupLost:
+    def with_context(self, error: GroupLost, outcome: str) -> GroupLost:
         """The same error for users."""
-        return error.told(f"step {self.steps}", self.exchange.rank, outcome)
+        return error.with_context(f"step {self.steps}", self.exchange.rank, outcome)
 
     def _receive(self, late: list[BaseException]) -> tuple[Tensor, list[Tensor]]:
         sents = [sent for _, _, sent in self._sent]
         for sent in sents:
             steps.insist(sent.work.wait, late)
         verdict = steps.insist(lambda: _verdict(sents), late)
-        if self.exchange.agree_group is not None:
-            verdict = self.exchange.agree(verdict)
+        if self.exchange.shard_group is not None:
+            verdict = self.exchange.strictest(verdict)
         skip = self.verdict = verdict
         self._raise_on(skip)
         return skip, [step.send(skip) for _, step, _ in self._sent]
@@ -289,7 +289,7 @@ class Round:
         own = {"step": self.steps + 1, **describe()}
         senders = {tag: round.number for round in _rounds for tag in round._tags}
         answers = self.exchange.gather_objects((own, senders), self.device)
-        found = agreement.differences([facts for facts, _ in answers])
+        found = comparison.differences([facts for facts, _ in answers])
         advice = "All workers must change options and layers in the same step"
         crossed = self._crossed([senders for _, senders in answers])
         if crossed:
@@ -386,7 +386,7 @@ class Round:
         """Waits for these and tells what the workers think of them; reads the device."""
         for sent in sents:
             sent.work.wait()
-        return int(self.exchange.agree(_verdict(sents))) if sents else 0
+        return int(self.exchange.strictest(_verdict(sents))) if sents else 0
 
 
 def _verdict(sents: Sequence[steps.Sent]) -> Tensor:

@@ -85,7 +85,7 @@ class Rule:
     """
 
     options: ClassVar[dict[str, Any]] = {}
-    agreed: ClassVar[tuple[str, ...]] = (*OPTIONS, "maximize")
+    compared: ClassVar[tuple[str, ...]] = (*OPTIONS, "maximize")
     local_momentum = False
 
     def plan(self, group: Group, bucket: Bucket, wire_dtype: torch.dtype, size: int) -> Plan:
@@ -158,7 +158,7 @@ class GlobalMomentum(Rule):
         "momentum_form": "buffer",
         "previous_lr": None,
     }
-    agreed: ClassVar[tuple[str, ...]] = (*Rule.agreed, "nesterov", "momentum_form")
+    compared: ClassVar[tuple[str, ...]] = (*Rule.compared, "nesterov", "momentum_form")
 
     def check(self, group: Group, where: str) -> None:
         form = group["momentum_form"]
@@ -196,7 +196,7 @@ class LocalMomentum(Rule):
     """
 
     options: ClassVar[dict[str, Any]] = {"nesterov": False, "momentum_masking": True}
-    agreed: ClassVar[tuple[str, ...]] = (*Rule.agreed, *options)
+    compared: ClassVar[tuple[str, ...]] = (*Rule.compared, *options)
     local_momentum = True
 
     def __init__(self, clip_norm: float | None) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def shard_of(tensor: Tensor) -> Tensor:
     """A DTensor's local part, sharing its storage; any other tensor as it is."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local().detach()
@@ -145,8 +145,8 @@ def _group_of_fsdp1(params: Sequence[Tensor]) -> Any:
     return group
 
 
-def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
+def shard_of_gradient(param: Tensor, grad: Tensor) -> Tensor:
     """A gradient's part on this worker, where the parameter has its part."""
     if is_sharded(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
-    return local(grad)
+    return shard_of(grad)

@@ -21,7 +21,7 @@ from gmc_cuda._engine import engine, format2, names, parts
 from gmc_cuda._engine import state as states
 from gmc_cuda._engine.exchange import Exchange
 from gmc_cuda._engine.optimizer import CompressedSGD
-from gmc_cuda._engine.shards import is_sharded, local
+from gmc_cuda._engine.shards import is_sharded, shard_of
 
 FORMAT = 3
 _MODEL, _MOMENTUM, _NOT_TENSORS = "model", "momentum", "not tensors"
@@ -67,7 +67,7 @@ def _model_state(model: torch.nn.Module, optimizer: CompressedSGD) -> dict[str, 
     for name, value in state.items():
         if isinstance(value, Tensor):
             _check_shards(name, value, optimizer)
-            tensor = local(value).detach()
+            tensor = shard_of(value).detach()
             # torch.save writes the whole storage of a view.
             whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
             tensors[plain[name]] = tensor if whole else tensor.clone()
@@ -80,7 +80,7 @@ def _check_shards(name: str, value: Tensor, optimizer: CompressedSGD) -> None:
     """Each shard is written once only if it is the optimizer's exchange that has the copies."""
     if not is_sharded(value):
         return
-    inside = optimizer.engine.exchange.agree_group
+    inside = optimizer.engine.exchange.shard_group
     mesh = value.device_mesh  # type: ignore[attr-defined]
     ranks = [] if inside is None else sorted(dist.get_process_group_ranks(inside))
     if sorted(mesh.mesh.flatten().tolist()) != ranks:
@@ -198,7 +198,7 @@ def _for_model(model: torch.nn.Module, shared: dict[str, Any]) -> dict[str, Any]
 def _like(own: Any, saved: Any, name: str) -> Any:
     if not isinstance(own, Tensor):
         return saved
-    shape = tuple(local(own).shape)
+    shape = tuple(shard_of(own).shape)
     if tuple(saved.shape) != shape:
         raise ValueError(
             f"checkpoint: got {name!r} of the model with shape {tuple(saved.shape)}, must be "
@@ -209,7 +209,7 @@ def _like(own: Any, saved: Any, name: str) -> Any:
     from torch.distributed.tensor import DTensor
 
     assert isinstance(own, DTensor)
-    shard = saved.to(local(own).device)
+    shard = saved.to(shard_of(own).device)
     return DTensor.from_local(
         shard, own.device_mesh, own.placements, run_check=False, shape=own.shape,
         stride=own.stride(),
@@ -221,13 +221,13 @@ def _like(own: Any, saved: Any, name: str) -> Any:
 
 def shards(optimizer: CompressedSGD) -> int:
     """How many workers of a node have the parameters together."""
-    inside = optimizer.engine.exchange.agree_group
+    inside = optimizer.engine.exchange.shard_group
     return 1 if inside is None else dist.get_world_size(inside)
 
 
 def _shard(optimizer: CompressedSGD) -> str:
     """What the names of this worker's files contain."""
-    inside = optimizer.engine.exchange.agree_group
+    inside = optimizer.engine.exchange.shard_group
     return "" if inside is None else f".shard{dist.get_rank(inside)}"
 
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmc_cuda._engine.agreement import parameter_name
 from gmc_cuda._engine.bucket import Bucket
 from gmc_cuda._engine.checks import one_budget
+from gmc_cuda._engine.comparison import parameter_name
 from gmc_cuda._engine.entry import Entry
 from gmc_cuda._engine.momentum_view import MomentumView
 from gmc_cuda._engine.rules import Group, Rule
-from gmc_cuda._engine.shards import local
+from gmc_cuda._engine.shards import shard_of
 
 ParamState = dict[str, Tensor]
 Held = dict[Tensor, ParamState]
@@ -142,9 +142,9 @@ def _packed(bucket: Bucket, name: str, saved: Held) -> Tensor:
 
 
 def _check_fits(value: Tensor, what: str, param: Tensor) -> None:
-    if value.shape != local(param).shape:
+    if value.shape != shard_of(param).shape:
         raise ValueError(
-            f"{what} has shape {tuple(value.shape)}, must be {tuple(local(param).shape)}"
+            f"{what} has shape {tuple(value.shape)}, must be {tuple(shard_of(param).shape)}"
         )
     if not value.is_floating_point():
         raise TypeError(f"{what}: got {value.dtype}, must be a floating-point dtype")

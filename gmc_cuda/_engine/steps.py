@@ -74,7 +74,7 @@ class Target(NamedTuple):
 Step = Generator[Any, Any, None]
 
 
-def start(
+def send(
     bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], plan: Plan
 ) -> tuple[Step, Sent]:
     """Starts a bucket's step. If this raises, nothing was sent, and memory has all of v."""

@@ -122,7 +122,7 @@ class Failed:
         raise self._error
 
 
-def told_by_constructor(error: BaseException) -> bool:
+def raised_by_constructor(error: BaseException) -> bool:
     """Whether it came out of the constructor of GMC or DGC, which has told the other workers."""
     trace = error.__traceback__
     while trace is not None:

@@ -68,7 +68,7 @@ def settle(optimizer: Any) -> None:
         found.average_memory_()
 
 
-def make_local(model: torch.nn.Module) -> None:
+def silence_ddp(model: torch.nn.Module) -> None:
     """local_gradients() of a model that a framework has wrapped, if there is a DDP in it.
 
     With one worker, or a strategy of its own, a framework may have left it out.

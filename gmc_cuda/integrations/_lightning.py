@@ -13,11 +13,11 @@ from weakref import WeakSet
 
 from gmc_cuda._engine.optimizer import CompressedSGD
 from gmc_cuda.integrations import (
-    make_local,
     refuse_with_overlap,
     require_own,
     settle,
     share_scale,
+    silence_ddp,
     unwrap,
 )
 
@@ -30,7 +30,7 @@ class TrainersStrategy(Base):
 
     def configure_ddp(self) -> None:
         super().configure_ddp()
-        make_local(self.model)
+        silence_ddp(self.model)
 
     def setup_optimizers(self, trainer: Any) -> None:
         super().setup_optimizers(trainer)
@@ -72,7 +72,7 @@ class FabricsStrategy(Base):
 
     def setup_module(self, module: Any) -> Any:
         ddp = super().setup_module(module)
-        make_local(ddp)
+        silence_ddp(ddp)
         return ddp
 
     def setup_optimizer(self, optimizer: Any) -> Any:

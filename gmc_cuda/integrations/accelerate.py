@@ -9,11 +9,11 @@ from torch import nn
 
 from gmc_cuda._engine.optimizer import CompressedSGD
 from gmc_cuda.integrations import (
-    make_local,
     refuse_with_overlap,
     require_own,
     settle,
     share_scale,
+    silence_ddp,
     unwrap,
 )
 
@@ -54,7 +54,7 @@ def leave_gradients_to_optimizer(accelerator: Accelerator, *models: nn.Module) -
         refuse_with_overlap(optimizer, {"gradient_accumulation_steps": (steps, steps > 1)})
     share_accelerators_scale(accelerator, "accelerator")
     for model in models or accelerator._models:
-        make_local(model)
+        silence_ddp(model)
     for name in ("clip_grad_norm_", "clip_grad_value_"):
         setattr(accelerator, name, _refusing(accelerator, name))
 

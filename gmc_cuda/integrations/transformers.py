@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from gmc_cuda.integrations import make_local, refuse_with_overlap, require_own, settle, unwrap
+from gmc_cuda.integrations import refuse_with_overlap, require_own, settle, silence_ddp, unwrap
 from gmc_cuda.integrations.accelerate import share_accelerators_scale
 
 
@@ -52,7 +52,7 @@ class GMCCallback(TrainerCallback):
             },
         )
         share_accelerators_scale(self._trainer.accelerator, "trainer.accelerator")
-        make_local(self._trainer.model_wrapped)
+        silence_ddp(self._trainer.model_wrapped)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save:

@@ -54,7 +54,7 @@ def parameter_name(group: dict[str, Any], i: int) -> str:
     return f"parameter {i} ('{names[i]}')" if names else f"parameter {i}"
 
 
-def check(
+def require_equal(
     exchange: Exchange, facts: dict[str, Any] | Exception, device: torch.device, own: int = 0
 ) -> int:
     """Raises on every rank unless all ranks hand in equal facts. Collective.
