@@ -11,16 +11,16 @@ from gmc_cuda.node_average import NodeAverage
 
 
 class GradScaler(torch.amp.GradScaler):
-    """torch.amp.GradScaler whose workers skip, and change their scale, together.
+    """A torch.amp.GradScaler with which all workers skip a step, and change the scale, together.
 
     Use it as torch's: ``scaler.scale(loss).backward()``, ``scaler.step(optimizer)``,
     ``scaler.update()``, and ``scaler.unscale_(optimizer)`` before clipping. A worker whose
-    gradients overflowed counts them as zero and tells the others with its payload, so that no
-    worker waits for one that skipped. Unscaling is part of the pass over memory, which never holds
-    scaled values.
+    gradients overflowed counts them as zero and says so in its payload, so that all workers skip
+    the step and none waits for another. Unscaling is part of the pass over memory, so memory never
+    holds scaled values.
 
-    Args: those of :class:`torch.amp.GradScaler`. For other optimizers than GMC,
-    DGC and NodeAverage it behaves exactly like torch's.
+    The arguments are those of :class:`torch.amp.GradScaler`. For an optimizer that is not a GMC,
+    DGC or NodeAverage it behaves exactly like torch's.
     """
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
@@ -31,10 +31,10 @@ class GradScaler(torch.amp.GradScaler):
             return super().step(optimizer, *args, **kwargs)
         finally:
             optimizer.engine.scaled_together = False
-            self._find_what_all_found(optimizer)
+            self._take_verdict(optimizer)
 
-    def _find_what_all_found(self, optimizer: CompressedSGD | NodeAverage) -> None:
-        """Makes update() follow the common verdict instead of this worker's own finding."""
+    def _take_verdict(self, optimizer: CompressedSGD | NodeAverage) -> None:
+        """Makes update() follow the workers' verdict instead of this worker's own finding."""
         skipped = optimizer.last_step_skipped()
         if skipped is not None:
             found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]

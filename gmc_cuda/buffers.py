@@ -1,4 +1,4 @@
-"""A model's buffers, which no optimizer of parameters sees."""
+"""A model's buffers, which an optimizer does not see."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from gmc_cuda._engine.shards import shard_of
 
 @torch.no_grad()
 def broadcast_buffers(model: torch.nn.Module, process_group: Any = None) -> None:
-    """Gives all workers rank 0's buffers: running statistics, random features. All must call it.
+    """Gives all workers rank 0's buffers, such as running statistics. All workers must call it.
 
-    Where DistributedDataParallel is left out, or made local by :func:`gmc_cuda.local_gradients`,
-    each worker's BatchNorm goes by its own batches, and buffers that are drawn at random differ
-    from the start. Call it after the model is made, and before it is evaluated or saved.
+    DistributedDataParallel broadcasts buffers. Without it, and after
+    :func:`gmc_cuda.local_gradients`, each worker's BatchNorm follows its own batches, and buffers
+    that are drawn at random differ from the beginning. Call this after the model is constructed,
+    and before it is evaluated or saved.
 
     Args:
-        model: whose buffers, of any dtype, on one device, are overwritten in place.
-        process_group: the optimizer's; a process group or a device mesh.
+        model: the model, whose buffers (of any dtype, all on one device) are overwritten in place.
+        process_group: a process group or a device mesh, the same as the optimizer's.
     """
     buffers = [shard_of(buffer).detach() for buffer in model.buffers() if buffer.numel()]
     flat = [buffer.contiguous() for buffer in buffers]
-    # gloo and NCCL carry bytes, whatever a buffer's dtype.
+    # Every backend broadcasts bytes, but not every dtype.
     Exchange(process_group).broadcast([buffer.view(-1).view(torch.uint8) for buffer in flat])
     for buffer, values in zip(buffers, flat, strict=True):
         if values is not buffer:

@@ -15,7 +15,7 @@ from gmc_cuda._engine.library import build_config, extension
 
 
 def describe_build() -> list[str]:
-    """How the extension was built, as lines of text."""
+    """Lines of text that say how the extension was built."""
     target = f"CUDA {build_config['cuda']}" if build_config["with_cuda"] else "the CPU only"
     lines = [
         f"{build_config['version']} for {target}, torch {build_config['target_torch']} and later "
@@ -29,7 +29,7 @@ def describe_build() -> list[str]:
 
 
 def describe_torch() -> list[str]:
-    """The running torch and Python."""
+    """Lines of text about the torch and the Python that are running."""
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     return [
         f"{torch.__version__}, {cuda}; Python {platform.python_version()} on "
@@ -39,7 +39,7 @@ def describe_torch() -> list[str]:
 
 
 def describe_distributed() -> list[str]:
-    """The backends that torch.distributed can use here."""
+    """A line of text with the backends that torch.distributed can use here."""
     if not dist.is_available():
         return ["none: this torch is built without torch.distributed"]
     available = [
@@ -51,7 +51,7 @@ def describe_distributed() -> list[str]:
 
 
 def describe_devices() -> tuple[list[str], bool]:
-    """The CUDA devices as lines of text, and whether a kernel of this build runs on each."""
+    """Lines of text about the CUDA devices, and whether a kernel of this build runs on all."""
     if not build_config["with_cuda"]:
         seen = torch.cuda.device_count() or "no"
         return [f"{seen} devices visible; this build is for the CPU only and uses none"], True
@@ -70,10 +70,10 @@ def describe_devices() -> tuple[list[str], bool]:
 
 
 def check_step(device: str) -> str:
-    """One step of GMC at density 1/4 against its closed form; returns what is wrong, or "".
+    """Compares one step of GMC at density 1/4 with its closed form; returns what is wrong, or "".
 
-    With nothing in memory yet, v = g: the largest quarter of the gradient is sent and applied, and
-    the rest stays in memory. All numbers are exact in bfloat16, so the comparison is bit for bit.
+    Memory is empty, so v = g: the largest quarter of the gradient is sent and applied, and the
+    rest stays in memory. bfloat16 holds all the numbers exactly, so the results must be bit-equal.
     """
     model = torch.nn.Linear(8, 2, bias=False, dtype=torch.float32, device=device)
     before = model.weight.detach().clone()
@@ -95,13 +95,13 @@ def check_step(device: str) -> str:
 
 
 def check(device: str) -> tuple[str, bool]:
-    """Runs the self-check on a device; returns (line of text, passed)."""
+    """Runs the self-check on a device; returns a line of text, and whether it passed."""
     name = f"one GMC step on {device} against its closed form"
     try:
         wrong = check_step(device)
     except NotImplementedError as error:
         return f"{name}: not available: {str(error).splitlines()[0]}", True
-    except Exception as error:  # whatever it is, the report must go on
+    except Exception as error:  # the report must go on after any error
         wrong = f"{type(error).__name__}: {error}"
     return f"{name}: {'failed: ' + wrong if wrong else 'ok'}", not wrong
 

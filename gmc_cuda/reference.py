@@ -1,8 +1,8 @@
 """The operators of :mod:`gmc_cuda.ops` in plain PyTorch, written to be read beside the papers.
 
-Payload and memory come out byte for byte as from the kernels, on any device; speed is no aim.
-An aggregate is opaque in both layers and each layer reads its own: here it is the dense float32
-tensor a_t, seen as bytes.
+On any device these functions give the same payload and memory as the kernels, byte for byte. They
+are written for reading, not for speed. An aggregate is opaque, and each layer reads only its own:
+here it is the dense float32 tensor a_t, viewed as bytes.
 
 Sources: Zhao, Xie, Gao, Li, "Global Momentum Compression for Sparse Communication in Distributed
 SGD" (GMC, the transformation equation); Lin et al., "Deep Gradient Compression" (local momentum,
@@ -20,15 +20,16 @@ from torch import Tensor
 TILE, BLOCK = 65536, 256
 PAYLOAD_MAGIC = 0x20434D47
 MAX_NUMEL = 2**31 - 1
-LARGEST_COUNT = 2**24  # a float32 sum counts on exactly up to here
+LARGEST_COUNT = 2**24  # the largest integer to which float32 counts without a gap
 NONFINITE, DAMAGED, MISMATCH, OFF = 1, 2, 4, 8
 CALLED_OFF, TAGS = 1, 2**24
 FLOAT8, FLOAT4 = torch.float8_e4m3fn, torch.float4_e2m1fn_x2
-WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, FLOAT8, FLOAT4)  # in order of number
-# Exponents of the largest value and of the smallest step of small wire types.
+# A header holds the index of its wire dtype in this tuple.
+WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, FLOAT8, FLOAT4)
+# Wire types with a scale: the exponents of their largest value and of their smallest step.
 SMALL = {FLOAT8: (8, -9), FLOAT4: (2, -1)}
-FAR_ABOVE = 6
-FLOAT4_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what codes 0 to 7 mean; 8 is the sign
+FAR_ABOVE = 6  # octaves; see wire_scale
+FLOAT4_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0 to 7; bit 3 is the sign
 
 
 def accumulate(
@@ -48,15 +49,21 @@ def accumulate(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The vector to compress: v = d * u + g + beta * a for GMC, v = d * u + m for DGC.
 
-    d is ``memory_decay``. Every operation is rounded to float32 in the order written here.
-    ``aggregate`` is the dense a_{t-1}, float32 [numel]. Returns v (float32 [numel]), the new
-    momentum buffer (or None) and the number of non-finite values met (int64 scalar tensor).
+    d is ``memory_decay``. Every operation is rounded to float32, in the order written here.
+
+    Args:
+        aggregate: a_{t-1} as a dense tensor, float32 [numel]. All other arguments are those of
+            :func:`gmc_cuda.ops.compress_`.
+
+    Returns:
+        v (float32 [numel]), the new momentum buffer (or None), and the number of non-finite values
+        met (int64 scalar tensor).
     """
     if not 0 <= memory_decay <= 1:
         raise ValueError(f"memory_decay: got {memory_decay}, must be between 0 and 1")
     beta = torch.as_tensor(momentum, dtype=torch.float32)
     kept = torch.tensor(memory_decay, dtype=torch.float32, device="cpu") * memory
-    # Without params no gradient is None: nothing would say how large it is.
+    # A gradient may be None only beside params, which say how large it would be.
     sizes = [0] * len(grads) if params is None else [p.numel() for p in params]
     grad = torch.cat(
         [
@@ -97,7 +104,7 @@ def accumulate(
         value = (kept + grad) + beta * new_buffer if nesterov else kept + new_buffer
     value = value + 0.0  # -0 becomes +0
 
-    # An overflow of float32 leaves the element as it was, without a decay.
+    # An element that overflows float32 keeps its old value in memory, without decay.
     if not _all_finite(value):
         overflow = ~value.isfinite()
         nonfinite += overflow.sum()
@@ -117,9 +124,10 @@ def select(value: Tensor, k: int) -> Tensor:
 def wire_scale(selected: Tensor, wire_dtype: torch.dtype) -> int:
     """The exponent of the scale of a payload's values: a code of 1 means 2**scale.
 
-    The largest code lies in the octave of the largest value; of float4 in that of the largest but
-    k // 256, which saturate, unless the largest lies more than FAR_ABOVE octaves above that one.
-    Zero for wire dtypes that need no scale.
+    For float8 the largest code lies in the octave of the largest value. For float4 the k // 256
+    largest values saturate, and the largest code lies in the octave of the next one; if the largest
+    value is more than FAR_ABOVE octaves above that, none saturates. Wire dtypes without a scale
+    have the exponent 0.
 
     Args:
         selected: the values to send, float32 [k].
@@ -136,9 +144,9 @@ def wire_scale(selected: Tensor, wire_dtype: torch.dtype) -> int:
 
 
 def encode(values: Tensor, wire_dtype: torch.dtype, scale: int = 0) -> Tensor:
-    """Codes of float32 values: rounded to nearest even, saturated at the largest finite value.
+    """Codes of float32 values, rounded to nearest even and saturated at the largest finite value.
 
-    In the wire dtype, or for float4_e2m1fn_x2 a uint8 for each.
+    The codes have the wire dtype; a code of float4_e2m1fn_x2 is a uint8 of its own.
     """
     if wire_dtype not in SMALL:
         limit = torch.finfo(wire_dtype).max
@@ -149,7 +157,7 @@ def encode(values: Tensor, wire_dtype: torch.dtype, scale: int = 0) -> Tensor:
         return scaled.clamp(-limit, limit).to(FLOAT8)
     levels = torch.tensor(FLOAT4_LEVELS, dtype=torch.float32, device=values.device)
     between = (levels[1:] + levels[:-1]) / 2
-    # Half-way between an odd code and the next one, the next one is even and wins.
+    # A value half-way between two codes goes to the even one.
     low = torch.bucketize(scaled.abs(), between)
     high = torch.bucketize(scaled.abs(), between, right=True)
     code = torch.where(low % 2 == 0, low, high)
@@ -157,7 +165,7 @@ def encode(values: Tensor, wire_dtype: torch.dtype, scale: int = 0) -> Tensor:
 
 
 def decode(codes: Tensor, wire_dtype: torch.dtype, scale: int = 0) -> Tensor:
-    """What codes of :func:`encode` mean, float32."""
+    """The values of codes from :func:`encode`, float32."""
     if wire_dtype == FLOAT4:
         levels = torch.tensor(FLOAT4_LEVELS, dtype=torch.float32, device=codes.device)
         magnitude = levels[codes.long() & 7]
@@ -166,7 +174,7 @@ def decode(codes: Tensor, wire_dtype: torch.dtype, scale: int = 0) -> Tensor:
 
 
 def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype) -> int:
-    """Bytes of a payload: its sections, each padded to 16."""
+    """Bytes of a payload: the sum of its sections, each padded to a multiple of 16."""
     return sum(map(_pad16, _section_sizes(numel, k, wire_dtype)))
 
 
@@ -178,7 +186,7 @@ def _section_sizes(numel: int, k: int, wire_dtype: torch.dtype) -> list[int]:
 
 
 def select_state(numel: int, k: int, device: torch.device | str) -> Tensor:
-    """Nothing: the reference needs no guess."""
+    """An empty tensor, since the reference needs no guess."""
     return torch.zeros(0, dtype=torch.uint8, device=device)
 
 
@@ -194,9 +202,10 @@ def compress_(
     tag: int = 0,
     **rule: Any,
 ) -> Tensor:
-    """c = C(v) becomes the payload, u = v - c stays in ``memory``. See ``ops.compress_``.
+    """Makes c = C(v) the payload, and leaves u = v - c in ``memory``. See ``ops.compress_``.
 
-    ``rule``: the other arguments of :func:`accumulate`.
+    Args:
+        rule: the other arguments of :func:`accumulate`.
     """
     _check_tag(tag)
     numel = memory.numel()
@@ -226,9 +235,10 @@ def accumulate_(
     momentum_buffer: Tensor | None = None,
     **rule: Any,
 ) -> Tensor:
-    """v stays in ``memory``; v and the counts are to be summed. See ``ops.accumulate_``.
+    """Leaves v in ``memory``, and returns v and the counts, to be summed. See ``ops.accumulate_``.
 
-    ``rule``: the other arguments of :func:`accumulate`.
+    Args:
+        rule: the other arguments of :func:`accumulate`.
     """
     value, new_buffer, nonfinite = accumulate(
         memory, grads, momentum_buffer=momentum_buffer, **rule
@@ -281,7 +291,7 @@ def pack(
     header = _uint32([magic, count, k, numel, scale % 2**32, tag], indices.device)
     tile_begins = torch.arange(0, numel, TILE, dtype=torch.int64, device=indices.device)
     starts = torch.searchsorted(indices, tile_begins)
-    # A 1 for each entry, and behind each block of 256 elements a 0 (Elias-Fano, 8 low bits).
+    # Elias-Fano with 8 low bits: a 1 for each entry, and a 0 after each block of 256 elements.
     bitmap = torch.zeros(k + -(-numel // BLOCK), dtype=torch.uint8, device=indices.device)
     entries = torch.arange(k, dtype=torch.int64, device=indices.device)
     bitmap[entries + indices // BLOCK] = 1
@@ -303,7 +313,11 @@ def _check_tag(tag: int) -> None:
 def unpack(
     payload: Tensor, numel: int, k: int, wire_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """indices int64 [k], values float32 [k], non-finite count int64 scalar tensor."""
+    """The indices (int64 [k]), values (float32 [k]) and non-finite count (int64 scalar tensor).
+
+    Raises:
+        RuntimeError: the header does not describe such a payload.
+    """
     if _described(payload) != (numel, k, wire_dtype):
         raise RuntimeError("the payload's header is damaged")
     _, _, low, bitmap, codes = _sections(payload, numel, k, wire_dtype)
@@ -333,7 +347,7 @@ def verdict(payloads: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Tensor
     for numbers in counts:
         nonfinite, tags = numbers.chunk(2)
         flags |= NONFINITE * bool(nonfinite.any())
-        bits = tags.contiguous().view(torch.int32)  # a sum that went wrong is perhaps no number
+        bits = tags.contiguous().view(torch.int32)  # a damaged sum may be a NaN
         called_off = torch.tensor(float(CALLED_OFF), dtype=torch.float32, device="cpu").view(
             torch.int32
         )
@@ -342,7 +356,7 @@ def verdict(payloads: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Tensor
 
 
 def _tag_flags(tags: Sequence[int], called_off: int) -> int:
-    """Of one bucket: the ranks' tags against each other, but for steps that were called off."""
+    """The flags of one bucket, whose ranks' tags must be equal, unless a step was called off."""
     others = set(tags) - {called_off}
     return MISMATCH * (len(others) > 1) | OFF * (called_off in tags)
 
@@ -358,7 +372,7 @@ def _header(payload: Tensor) -> Tensor:
 
 
 def _described(payload: Tensor) -> tuple[int, int, torch.dtype] | None:
-    """numel, k and wire dtype as the header says, or None if it describes no payload like this."""
+    """numel, k and wire dtype from the header; None if they do not describe this payload."""
     magic, _, k, numel, scale, _ = _header(payload).tolist()
     code = magic >> 24 & 0xF
     if magic & 0xF0FFFFFF != PAYLOAD_MAGIC or code >= len(WIRE_DTYPES):
@@ -383,7 +397,7 @@ def merge(
     skip: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """a_t = (1/p) sum_k c_k, summed in rank order; zero for a skipped step. out is not used."""
+    """a_t = (1/p) sum_k c_k, summed in rank order; zero for a skipped step. Ignores ``out``."""
     total = torch.zeros(numel, dtype=torch.float32, device=payloads.device)
     if skip is None or not skip.item():
         for payload in payloads:
@@ -437,7 +451,7 @@ def restore_(
     *,
     skip: Tensor | None = None,
 ) -> None:
-    """u += c: what a skipped step would have sent goes back to memory."""
+    """u += c: returns the payload of a skipped step to memory."""
     if skip is None or skip.item():
         indices, values, _ = unpack(payload, memory.numel(), k, wire_dtype)
         memory[indices] += values
@@ -451,7 +465,7 @@ def mask_(
     *,
     skip: Tensor | None = None,
 ) -> None:
-    """Momentum factor masking (DGC, section 3.3): m = 0 where c is not."""
+    """Momentum factor masking (DGC, section 3.3): m = 0 wherever c is not 0."""
     if skip is None or not skip.item():
         indices, values, _ = unpack(payload, momentum_buffer.numel(), k, wire_dtype)
         momentum_buffer[indices[values != 0]] = 0.0
@@ -463,7 +477,7 @@ def fingerprint(params: Sequence[Tensor]) -> Tensor:
 
 
 def _mix(values: Tensor) -> Tensor:
-    """The finaliser of SplitMix64, in int64 arithmetic that wraps."""
+    """The finaliser of SplitMix64, in int64 arithmetic, which wraps."""
     wide = values.element_size() == 4
     bits = values.view(torch.int32 if wide else torch.int16).long()
     x = (
@@ -477,7 +491,7 @@ def _mix(values: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, n: int) -> Tensor:
-    return x >> n & (1 << 64 - n) - 1  # int64 shifts the sign in
+    return x >> n & (1 << 64 - n) - 1  # >> of an int64 copies the sign
 
 
 def sparsify(dense: Tensor) -> Tensor:
@@ -491,7 +505,7 @@ def densify(aggregate: Tensor, numel: int) -> Tensor:
 
 
 def _all_finite(values: Tensor) -> bool:
-    # Reading the answer from a CUDA device would make the host wait: there it is always "no".
+    # For a CUDA tensor the answer is always no: to read it would make the host wait.
     return values.is_cpu and bool(values.sum().isfinite())
 
 
@@ -504,7 +518,7 @@ def _padded(section: Tensor) -> Tensor:
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:
-    """Codes of 1 or 4 bits in uint8, as bytes, the first in the lowest bits."""
+    """Packs codes of 1 or 4 bits, one in each uint8, into bytes; the first in the lowest bits."""
     each = 8 // bits
     filled = torch.nn.functional.pad(codes, (0, -codes.numel() % each)).view(-1, each)
     shifts = bits * torch.arange(each, dtype=torch.int64, device=codes.device)

@@ -10,20 +10,24 @@ import torch
 class DensityWarmup:
     """Lowers the density exponentially from ``initial_density`` to each group's own.
 
-    After step s of ``warmup_steps``: density = initial ** (1 - s / warmup) * target ** (s / warmup)
-    so that DGC's 25 %, 6.25 %, 1.56 %, 0.4 %, 0.1 % is ``DensityWarmup(optimizer, 4)`` at a target
-    of 0.1 %, stepped once an epoch. Groups whose target is no lower than ``initial_density`` keep
-    it.
+    After step s the density is ``initial ** (1 - s / warmup) * target ** (s / warmup)``. DGC's
+    25 %, 6.25 %, 1.56 %, 0.4 %, 0.1 % is ``DensityWarmup(optimizer, 4)`` over a density of 0.1 %,
+    stepped once an epoch. A group whose target is ``initial_density`` or more keeps its density.
+
+    All workers must step it alike. It may be stepped at every iteration, but a change of density
+    costs the next optimizer step one extra message, in which the workers compare the new sizes and
+    for which the host waits.
 
     Args:
-        optimizer: a :class:`gmc_cuda.GMC` or :class:`gmc_cuda.DGC`; the densities it has now are
+        optimizer: a :class:`gmc_cuda.GMC` or :class:`gmc_cuda.DGC`, whose present densities are
             the targets.
         warmup_steps: calls of :meth:`step` until the targets are reached, at least 1.
-        initial_density: 0 < initial_density <= 1.
+        initial_density: the density before the first step, 0 < initial_density <= 1.
 
-    It may be stepped at every iteration: the selection keeps its buffers and what it has learnt.
-    With several workers all of them must step alike: a step with another density begins with a
-    message of the size before, by which the workers compare it, and the host waits for that.
+    Raises:
+        ValueError: an argument out of range, or a param group that has a bytes_ratio instead of a
+            density.
+        TypeError: an optimizer without a density.
 
     Source: Lin et al., "Deep Gradient Compression", section 3.3.
     """
@@ -60,12 +64,12 @@ class DensityWarmup:
         self._write()
 
     def step(self) -> None:
-        """Counts one step and writes the densities that belong to it."""
+        """Counts one step and sets each group's density for it."""
         self.steps += 1
         self._write()
 
     def get_last_density(self) -> list[float]:
-        """The density of each param group."""
+        """The density that each param group has now."""
         return [group["density"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
@@ -78,7 +82,7 @@ class DensityWarmup:
     def _write(self) -> None:
         done = min(self.steps / self.warmup_steps, 1.0)
         groups = self.optimizer.param_groups
-        for group, target in zip(groups, self.targets, strict=False):  # later groups are not ours
+        for group, target in zip(groups, self.targets, strict=False):  # added later: no target
             if target < self.initial_density:
                 reached = done == 1.0
                 density = target if reached else self.initial_density ** (1 - done) * target**done
