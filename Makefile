@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-frameworks lint build bench convergence network scaling gpu wheel test-wheel clean always
+.PHONY: help demo test test-frameworks soak lint build bench convergence network scaling gpu wheel test-wheel clean always
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
@@ -22,6 +22,9 @@ test: $(VENV)/demo.installed $(VENV)/test.installed build  ## run the tests
 
 test-frameworks: $(VENV)/frameworks.installed $(VENV)/test.installed build  ## run the examples in Trainer, Accelerate, Lightning and Fabric, and their wrong uses
 	@$(python) -m pytest tests/test_integrations.py $(ARGS)
+
+soak: $(VENV)/demo.installed $(VENV)/test.installed build  ## a long training run with faults, kills and resumes, checked at every step
+	@PYTHONPATH=tests $(python) -m soak $(ARGS)
 
 lint: $(VENV)/build.installed $(VENV)/lint.installed  ## check style and types: ruff, clang-format, mypy
 	@$(python) -m ruff check .

@@ -3,7 +3,8 @@ import os
 import hypothesis
 import pytest
 import torch
-from workers import WorkerPool
+
+from support.workers import WorkerPool
 
 hypothesis.settings.register_profile("gmc_cuda", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("gmc_cuda")

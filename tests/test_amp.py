@@ -8,9 +8,9 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
-from problems import flat, memory_of, parameters, same_on_all_ranks, set_gradients
 
 import gmc_cuda
+from support.problems import flat, memory_of, parameters, same_on_all_ranks, set_gradients
 
 STEPS = 50
 GROWTH = 3  # steps without an overflow after which the scale doubles

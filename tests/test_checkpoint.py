@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from problems import aggregate_of, flat, mean, memory_of, same_on_all_ranks, set_gradients
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -20,6 +19,7 @@ import gmc_cuda
 from gmc_cuda import checkpoint
 from gmc_cuda._engine import snapshot
 from gmc_cuda._engine.names import plain_name, plain_names
+from support.problems import aggregate_of, flat, mean, memory_of, same_on_all_ranks, set_gradients
 
 
 def network():

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from problems import flat, set_gradients
-from processes import Processes
 
 import gmc_cuda
 from gmc_cuda import checkpoint
 from gmc_cuda._engine import background, meeting, parts
 from gmc_cuda._engine.exchange import Exchange, GroupLost
+from support.problems import flat, set_gradients
+from support.workers import Workers
 
 
 def build():
@@ -93,7 +93,7 @@ def test_killed_saves_leave_a_whole_checkpoint(tmp_path, destroy):
         place = tmp_path / f"life{life}"
         place.mkdir()
         args = str(tmp_path / "run"), str(place / "again"), destroy
-        with Processes(2, place, save_for_ever, *args) as workers:
+        with Workers(2, place, save_for_ever, *args) as workers:
             loaded = workers.results()
             assert loaded[0] == loaded[1] and loaded[0] >= confirmed
             if life == KILLS:
@@ -227,7 +227,7 @@ def test_a_disk_that_is_full_beside_the_training(tmp_path, failing, room, read):
     """With room 0 the worker cannot even say so in a file."""
     args = str(tmp_path / "run"), failing, room, read
     start = time.monotonic()
-    with Processes(2, tmp_path, fail_beside_the_training, *args, seconds=300) as workers:
+    with Workers(2, tmp_path, fail_beside_the_training, *args, seconds=300) as workers:
         kept, _ = workers.results()
     assert len(kept) == 2, "the one before and the one after"
     assert time.monotonic() - start < 100, "the others hear of it before their time-out"
@@ -267,7 +267,7 @@ def flip(path):
 
 @pytest.mark.parametrize("how", ["cut", "flip", "lost"])
 def test_a_file_that_is_not_what_was_written_is_not_published(tmp_path, how):
-    with Processes(2, tmp_path, lose_what_was_written, str(tmp_path / "run"), how) as workers:
+    with Workers(2, tmp_path, lose_what_was_written, str(tmp_path / "run"), how) as workers:
         workers.results()
 
 
@@ -290,7 +290,7 @@ def save_with_one_stopped(say, folder):
 
 def test_the_groups_time_out_holds_in_the_background(tmp_path):
     folder = str(tmp_path / "run")
-    with Processes(3, tmp_path, save_with_one_stopped, folder, seconds=4) as workers:
+    with Workers(3, tmp_path, save_with_one_stopped, folder, seconds=4) as workers:
         for words, seconds in workers.results([0, 2]):
             assert "worker 1: worker 1 did not answer within 4 s, the time-out of the" in words
             assert 3 < seconds < 10
@@ -320,7 +320,7 @@ def save_around_a_new_group(say, folder, store):
 
 def test_saves_in_the_background_before_and_after_a_new_group(tmp_path):
     args = str(tmp_path / "run"), str(tmp_path / "again")
-    with Processes(2, tmp_path, save_around_a_new_group, *args) as workers:
+    with Workers(2, tmp_path, save_around_a_new_group, *args) as workers:
         workers.results()
 
 
@@ -358,7 +358,7 @@ def call_alone(say, folder, alone, call, other, at_the_store):
 )
 def test_a_call_on_one_rank_only_ends_in_an_error(tmp_path, alone, call, other, at_the_store):
     args = str(tmp_path / "run"), alone, call, other, at_the_store
-    with Processes(2, tmp_path, call_alone, *args, seconds=4) as workers:
+    with Workers(2, tmp_path, call_alone, *args, seconds=4) as workers:
         kind, words, waited = workers.results()[alone]
     assert kind == "GroupLost" and f"all workers must call checkpoint.{call}" in words
     assert 3 < waited < 10
@@ -380,7 +380,7 @@ def meet_often(say):
 
 
 def test_meeting_again_after_one_was_alone(tmp_path):
-    with Processes(3, tmp_path, meet_often, seconds=3) as workers:
+    with Workers(3, tmp_path, meet_often, seconds=3) as workers:
         workers.results()
 
 
@@ -407,7 +407,7 @@ def save_on_two_disks(say, folder, wait):
 
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_folder_on_two_disks_is_found_on_every_rank(tmp_path, wait):
-    with Processes(2, tmp_path, save_on_two_disks, str(tmp_path), wait) as workers:
+    with Workers(2, tmp_path, save_on_two_disks, str(tmp_path), wait) as workers:
         workers.results()
 
 
@@ -437,7 +437,7 @@ def load_where_one_cannot(say, folder, how):
 
 @pytest.mark.parametrize("how", ["cut", "flip", "lost"])
 def test_damage_is_found_on_every_rank(tmp_path, how):
-    with Processes(2, tmp_path, load_where_one_cannot, str(tmp_path / "run"), how) as workers:
+    with Workers(2, tmp_path, load_where_one_cannot, str(tmp_path / "run"), how) as workers:
         assert all("worker1.pt" in words for words in workers.results())
 
 

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from problems import parameters, set_gradients
-from workers import Failure
 
 import gmc_cuda
+from support.problems import parameters, set_gradients
+from support.workers import Failure
 
 
 def build(group, change):

@@ -9,11 +9,11 @@ import io
 import pytest
 import torch
 import torch.distributed as dist
-from problems import flat, memory_of, parameters, same_on_all_ranks, set_gradients
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import gmc_cuda
 from gmc_cuda import ops
+from support.problems import flat, memory_of, parameters, same_on_all_ranks, set_gradients
 
 STEPS = 4
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, NUMELS, VALUES, WIRES, Call, assert_same_bytes, ks, sample_call
-from sampling import misleading
 
 from gmc_cuda import ops
+from support.cases import DTYPES, NUMELS, VALUES, WIRES, Call, assert_same_bytes, ks, sample_call
+from support.sampling import misleading
 
 
 def missing():

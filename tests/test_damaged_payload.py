@@ -5,9 +5,9 @@ import struct
 
 import pytest
 import torch
-from payload_sections import section_begin, spare_bits
 
 from gmc_cuda import ops, reference
+from support.payload_sections import section_begin, spare_bits
 
 N, K, WIRE = 70_000, 41, torch.bfloat16
 WIRES = reference.WIRE_DTYPES

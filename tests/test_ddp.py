@@ -7,11 +7,11 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.distributed as dist
-from problems import flat, mean, memory_of, same_on_all_ranks
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import gmc_cuda
 from gmc_cuda import ddp as ddp_module
+from support.problems import flat, mean, memory_of, same_on_all_ranks
 
 LR = 0.125  # a power of two, so that SGD's fused multiply-add rounds as two operations do
 STEPS = 7

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import flat, memory_of, parameters
 
 import gmc_cuda
 from gmc_cuda import ops, reference
+from support.problems import flat, memory_of, parameters
 
 PACKAGE = Path(gmc_cuda.__file__).parent
 FACTORIES = {"arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros"}

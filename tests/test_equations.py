@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-from cases import WIRES
-from problems import aggregate_of, flat, mean, memory_of, parameters, set_gradients
-from workers import SIZES
 
 import gmc_cuda
+from support.cases import WIRES
+from support.problems import aggregate_of, flat, mean, memory_of, parameters, set_gradients
+from support.workers import SIZES
 
 
 def dense_equals_sgd(group, make, options, sgd_options):

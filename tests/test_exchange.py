@@ -6,9 +6,9 @@ import sys
 import warnings
 
 import pytest
-from problems import parameters
 
 import gmc_cuda
+from support.problems import parameters
 
 LATE = """
 import torch, torch.distributed as dist, gmc_cuda

@@ -9,15 +9,15 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import restarted_training
 import torch
 import torch.distributed as dist
-from problems import aggregate_of, flat, mean, memory_of, parameters, same_on_all_ranks
-from processes import Processes
 from torch.utils._pytree import tree_flatten
 
 import gmc_cuda
 from gmc_cuda._engine import exchange
+from support import restarted_training
+from support.problems import aggregate_of, flat, mean, memory_of, parameters, same_on_all_ranks
+from support.workers import Workers
 
 SIZE, VICTIM = 3, 1
 SURVIVORS = [rank for rank in range(SIZE) if rank != VICTIM]
@@ -205,7 +205,7 @@ def undisturbed(request, tmp_path_factory):
     """What each rank sees at each step of the run that nothing happens to."""
     make, overlap = (request.getfixturevalue(name) for name in ("make", "overlap"))
     if (make, overlap) not in _undisturbed:
-        with Processes(SIZE, tmp_path_factory.mktemp("run"), run, make, overlap) as workers:
+        with Workers(SIZE, tmp_path_factory.mktemp("run"), run, make, overlap) as workers:
             _undisturbed[make, overlap] = [seen for seen, _ in workers.results()]
     return _undisturbed[make, overlap]
 
@@ -219,7 +219,7 @@ def assert_same(seen, expected):
 @pytest.mark.parametrize("make,overlap", CASES)
 @pytest.mark.parametrize("moment", list(MOMENTS)[:-1])
 def test_a_killed_worker(tmp_path, undisturbed, make, overlap, moment):
-    with Processes(SIZE, tmp_path, run, make, overlap, moment) as workers:
+    with Workers(SIZE, tmp_path, run, make, overlap, moment) as workers:
         if moment == "while the others wait":
             workers.wait_until_stopped(VICTIM)
             with pytest.raises(AssertionError, match="says nothing"):
@@ -243,7 +243,7 @@ def test_a_killed_worker(tmp_path, undisturbed, make, overlap, moment):
 @pytest.mark.parametrize("make,overlap", CASES[:2])
 def test_a_paused_worker_only_delays(tmp_path, undisturbed, make, overlap):
     moment = "while the others wait"
-    with Processes(SIZE, tmp_path, run, make, overlap, moment) as workers:
+    with Workers(SIZE, tmp_path, run, make, overlap, moment) as workers:
         workers.wait_until_stopped(VICTIM)
         with pytest.raises(AssertionError, match="says nothing"):
             workers.hear(SURVIVORS[0], patience=0.5)
@@ -257,7 +257,7 @@ def test_a_paused_worker_only_delays(tmp_path, undisturbed, make, overlap):
 def test_a_worker_that_comes_too_late(tmp_path, undisturbed, make, overlap):
     """Past the group's time-out all ranks raise, the late one too."""
     moment = "while the others wait"
-    with Processes(SIZE, tmp_path, run, make, overlap, moment, seconds=1.0) as workers:
+    with Workers(SIZE, tmp_path, run, make, overlap, moment, seconds=1.0) as workers:
         workers.wait_until_stopped(VICTIM)
         results = dict(zip(SURVIVORS, workers.results(SURVIVORS), strict=True))
         workers.send_signal(VICTIM, signal.SIGCONT)
@@ -271,7 +271,7 @@ def test_a_worker_that_comes_too_late(tmp_path, undisturbed, make, overlap):
 def test_a_group_that_fails_when_a_collective_is_issued(tmp_path, undisturbed, make, overlap):
     """The buckets that come after it take in their gradients too."""
     arguments = (make, overlap, "issuing fails", range(SIZE))
-    with Processes(SIZE, tmp_path, run, *arguments) as workers:
+    with Workers(SIZE, tmp_path, run, *arguments) as workers:
         for rank, (seen, (step, went_on)) in enumerate(workers.results()):
             assert step == FATAL and (went_on or rank == VICTIM)
             assert_same(seen, undisturbed[rank])
@@ -297,7 +297,7 @@ def average_and_lose(say, make):
 
 @pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
 def test_a_worker_killed_while_memory_is_averaged(tmp_path, make):
-    with Processes(SIZE, tmp_path, average_and_lose, make) as workers:
+    with Workers(SIZE, tmp_path, average_and_lose, make) as workers:
         assert workers.results(SURVIVORS) == [True, True]
 
 
@@ -315,7 +315,7 @@ def check_and_lose(say):
 
 
 def test_a_worker_killed_while_replicas_are_compared(tmp_path):
-    with Processes(SIZE, tmp_path, check_and_lose) as workers:
+    with Workers(SIZE, tmp_path, check_and_lose) as workers:
         assert workers.results(SURVIVORS) == [True, True]
 
 
@@ -364,7 +364,7 @@ def save_and_lose(say, folder):
 
 def test_a_worker_killed_before_the_others_save(tmp_path):
     folder = tmp_path / "checkpoint"
-    with Processes(SIZE, tmp_path, save_and_lose, str(folder)) as workers:
+    with Workers(SIZE, tmp_path, save_and_lose, str(folder)) as workers:
         for rank, words in zip(SURVIVORS, workers.results(SURVIVORS)):
             start = f"checkpoint.save, rank {rank} lost the group: what the folder held is complete"
             assert words.startswith(start)
@@ -412,7 +412,7 @@ def test_torchrun_restarts_go_on_exactly(tmp_path):
     starts = re.findall(r"life (\d) starts at \((\d+), (\d+)\)", done.stdout)
     # Only rank 0 had written step 6 when life 1 began, and only rank 1 step 10 when life 2 did.
     assert starts == [("0", "0", "0"), ("1", "4", "4"), ("2", "8", "8")], done.stdout
-    with Processes(2, tmp_path, undisturbed_training, str(runs[1])) as workers:
+    with Workers(2, tmp_path, undisturbed_training, str(runs[1])) as workers:
         for rank, expected in enumerate(workers.results()):
             ends = torch.load(runs[0] / f"end-{rank}.pt", weights_only=True)
             assert_same_bits(ends, expected)

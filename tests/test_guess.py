@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from cases import assert_same_bytes
-from sampling import misleading
 
 import gmc_cuda
 from gmc_cuda import ops, reference
+from support.cases import assert_same_bytes
+from support.sampling import misleading
 
 
 def compress_both(memory, grads, k, state, **options):

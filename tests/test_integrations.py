@@ -94,7 +94,7 @@ def test_example_trains_saves_and_resumes(framework, script, tmp_path):
 def test_workers_agree_on_the_scale_that_a_framework_makes(package, framework, tmp_path):
     """Gradients are clipped as well, and rank 1 alone meets an overflow in the third step."""
     needs(package)
-    torchrun("../tests/scaled_training.py", 2, framework, tmp_path)
+    torchrun("../tests/support/scaled_training.py", 2, framework, tmp_path)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for met in ranks:
         assert all(run["scaler"] == "gmc_cuda.amp.GradScaler" for run in met.values())
@@ -233,7 +233,7 @@ EARLY = (
     + [("accelerate", "saves alone"), ("accelerate", "comes too early"), ("fabric", "saves alone")],
 )
 def test_wrong_use_is_refused_with_the_line_to_write(framework, how, tmp_path):
-    """tests/wrong_uses.py does it and prints what it met."""
+    """tests/support/wrong_uses.py does it and prints what it met."""
     needs("lightning" if framework == "fabric" else framework)
     names = {
         "transformers": ("max_grad_norm", "gradient_accumulation_steps"),
@@ -259,7 +259,7 @@ def test_wrong_use_is_refused_with_the_line_to_write(framework, how, tmp_path):
         "saves the best": "nothing",
     }[how]
     times = 1 if how == "saves alone" and framework != "transformers" else 2  # by rank 1 only
-    said = torchrun("../tests/wrong_uses.py", 2, framework, how, tmp_path)
+    said = torchrun("../tests/support/wrong_uses.py", 2, framework, how, tmp_path)
     assert re.findall(r"^met (.*?) end$", said, re.M | re.S) == [expected] * times, said
 
 

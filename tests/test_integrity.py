@@ -6,11 +6,11 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from problems import flat, parameters, set_gradients
 
 import gmc_cuda
 from gmc_cuda import ops
 from gmc_cuda._engine.watch import DamageWatch
+from support.problems import flat, parameters, set_gradients
 
 # ------------------------------------------------------------------------------ damaged payloads
 

@@ -10,7 +10,14 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.distributed as dist
-from problems import (
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn import Parameter
+
+import gmc_cuda
+from support.problems import (
     aggregate_of,
     flat,
     mean,
@@ -19,13 +26,6 @@ from problems import (
     same_on_all_ranks,
     set_gradients,
 )
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.nn import Parameter
-
-import gmc_cuda
 
 H = 3
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from problems import aggregate_of, flat, memory_of, parameters, set_gradients
 
 import gmc_cuda
 from gmc_cuda import reference
 from gmc_cuda._engine import budget
+from support.problems import aggregate_of, flat, memory_of, parameters, set_gradients
 
 
 def one_bucket(params):

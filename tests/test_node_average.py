@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from problems import flat, mean, parameters, same_on_all_ranks, set_gradients
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -19,6 +18,7 @@ from torch.nn import Parameter
 import gmc_cuda
 from gmc_cuda import ops
 from gmc_cuda._engine import budget
+from support.problems import flat, mean, parameters, same_on_all_ranks, set_gradients
 
 SHAPES = {"2x2": (2, 2), "4x1": (4, 1), "1x4": (1, 4)}
 

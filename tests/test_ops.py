@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from cases import DTYPES, NUMELS, VALUES, WIRES, Call, assert_same_bytes, ks, sample_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmc_cuda import ops, reference
+from support.cases import DTYPES, NUMELS, VALUES, WIRES, Call, assert_same_bytes, ks, sample_call
 
 
 def assert_backends_agree(call: Call, state=None):

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from problems import flat, parameters, set_gradients
 
 import gmc_cuda
+from support.problems import flat, parameters, set_gradients
 
 OPTIMIZERS = [gmc_cuda.GMC, gmc_cuda.DGC]
 

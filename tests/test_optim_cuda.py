@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from problems import parameters, same_on_all_ranks, set_gradients
 
 import gmc_cuda
+from support.problems import parameters, same_on_all_ranks, set_gradients
 
 pytestmark = pytest.mark.gpu
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from problems import flat, same_on_all_ranks
 
 import gmc_cuda
+from support.problems import flat, same_on_all_ranks
 
 CAP = 300 * 4 / 2**20  # MiB: several buckets
 

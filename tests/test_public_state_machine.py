@@ -4,7 +4,6 @@ At density 1 torch.optim.SGD is told the same and must end up at the same place.
 equation must hold between what the public state says before a step and what it says after it.
 """
 
-import test_public_state as by_hand
 import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -15,6 +14,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+
+import test_public_state as by_hand
 from test_public_state import KINDS, Run, assert_close, assert_refused, pair
 
 SETTINGS = settings(

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from problems import flat, memory_of, parameters, same_on_all_ranks, set_gradients
-from workers import SIZES
 
 import gmc_cuda
+from support.problems import flat, memory_of, parameters, same_on_all_ranks, set_gradients
+from support.workers import SIZES
 
 METHODS = {
     "gmc": (gmc_cuda.GMC, {}),

@@ -7,12 +7,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-from problems import flat, mean, memory_of, parameters, same_on_all_ranks
 
 import gmc_cuda
 from gmc_cuda import ops
 from gmc_cuda._engine import budget, exchange, missing, packing, rules, watch
 from gmc_cuda._engine.bucket import Bucket
+from support.problems import flat, mean, memory_of, parameters, same_on_all_ranks
 
 LR = 0.05
 STEPS, FAULTY = 6, 3  # steps to be made; in which of them the fault is

@@ -1,9 +1,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from problems import parameters, same_on_all_ranks, set_gradients
 
 import gmc_cuda
+from support.problems import parameters, same_on_all_ranks, set_gradients
 
 
 def optimizer_with(*densities):

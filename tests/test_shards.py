@@ -5,8 +5,6 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from problems import flat, mean, same_on_all_ranks
-from processes import Processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -17,6 +15,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 import gmc_cuda
+from support.problems import flat, mean, same_on_all_ranks
+from support.workers import Workers
 
 
 def network(width=21):
@@ -195,7 +195,7 @@ def test_checkpoint_of_shards(pool, tmp_path, make, wait):
     weights, unsent = pool.run(4, checkpointed, str(tmp_path / "checkpoint"), make, wait)[0]
     if make is gmc_cuda.DGC:
         return
-    with Processes(2, tmp_path, one_node, str(tmp_path / "checkpoint")) as workers:
+    with Workers(2, tmp_path, one_node, str(tmp_path / "checkpoint")) as workers:
         for loaded, memory in workers.results():
             assert torch.equal(loaded, weights)
             torch.testing.assert_close(memory, unsent)

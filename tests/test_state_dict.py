@@ -10,7 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from problems import (
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+import gmc_cuda
+from support.problems import (
     aggregate_of,
     flat,
     mean,
@@ -19,13 +26,6 @@ from problems import (
     same_on_all_ranks,
     set_gradients,
 )
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-
-import gmc_cuda
 
 
 def resume(group, make, dtype, options):

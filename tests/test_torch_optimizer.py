@@ -10,7 +10,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from problems import flat, memory_of, parameters, set_gradients
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -18,6 +17,7 @@ from torch.optim.optimizer import (
 )
 
 import gmc_cuda
+from support.problems import flat, memory_of, parameters, set_gradients
 
 OPTIMIZERS = [gmc_cuda.GMC, gmc_cuda.DGC]
 makers = pytest.mark.parametrize("make", OPTIMIZERS)

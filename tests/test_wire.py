@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from cases import WIRES
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -10,6 +9,7 @@ from torch import nn
 import gmc_cuda
 from gmc_cuda import ops
 from gmc_cuda._engine import budget
+from support.cases import WIRES
 
 
 @given(

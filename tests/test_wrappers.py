@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from problems import flat, parameters, same_on_all_ranks, set_gradients
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import gmc_cuda
+from support.problems import flat, parameters, same_on_all_ranks, set_gradients
 
 KINDS = ["LocalUpdates", "NodeAverage"]
 

@@ -1,0 +1,115 @@
+"""A long run in which everything goes wrong that can, checked at every step. Needs no GPU.
+
+    make soak                         2,000 steps, a few minutes
+    make soak ARGS='--steps 120'      a short form
+
+Four workers train with GMC while gradients hold NaN and Inf or are missing, learning rate and
+density change, loss scaling overflows, workers are killed and the run is resumed, also from an
+averaged memory and on three workers. At every step the mass equation must hold (equation.py says
+it, and what a missing gradient means), weights must be the same on all workers, and a step made
+again after a resume must give the same bits. Prints a table; status 1 if anything did not hold.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from soak.plan import Life, Plan
+from soak.worker import Report, live
+from support.workers import Workers
+
+PATIENCE = 600  # seconds for a life of the workers
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="soak", description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000, help="at least 60 (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.steps < 60:
+        parser.error("--steps: must be at least 60")
+    plan = Plan(options.steps, options.seed)
+    started, reports = time.monotonic(), []
+    weights: dict[int, int] = {}
+    with tempfile.TemporaryDirectory(prefix="gmc-soak-") as folder:
+        for number, life in enumerate(plan.lives()):
+            reports.append(run(plan, life, Path(folder), number))
+            print(describe(number, life, reports[-1]), flush=True)
+            again = weights.keys() & reports[-1].weights.keys()
+            differing = [step for step in again if weights[step] != reports[-1].weights[step]]
+            if differing:
+                raise SystemExit(f"step {min(differing)}, made again, gave other weights")
+            weights |= reports[-1].weights
+    if len(weights) != plan.steps:
+        raise SystemExit(f"{len(weights)} of {plan.steps} steps were made")
+    for what, figure in figures(plan, reports, time.monotonic() - started):
+        print(f"{what:<45} {figure}")
+    return 0
+
+
+def run(plan: Plan, life: Life, folder: Path, number: int) -> Report:
+    """Starts a life's workers and waits for their end; raises SystemExit if something broke."""
+    meeting = folder / f"life-{number}"
+    meeting.mkdir()
+    with Workers(life.size, meeting, live, plan, life, folder, seconds=60) as workers:
+        heard = {rank: hear(workers, rank) for rank in workers.ranks}
+    expected = "done" if life.killed is None else "lost"
+    for rank, report in heard.items():
+        if rank == life.killed:
+            if report is not None:
+                raise SystemExit(f"life {number}: rank {rank} was not killed: {report}")
+        elif not isinstance(report, Report) or report.ended != expected:
+            raise SystemExit(f"life {number}: rank {rank} ended with {report}")
+    reports = [report for report in heard.values() if report is not None]
+    for report in reports:
+        # One may have made a step more when a worker was killed.
+        for step in report.weights.keys() & reports[0].weights.keys():
+            if report.weights[step] != reports[0].weights[step]:
+                raise SystemExit(f"life {number}: weights differ between workers after step {step}")
+    return reports[0]
+
+
+def hear(workers: Workers, rank: int) -> Report | AssertionError | None:
+    """None from a worker that ended without a word."""
+    try:
+        return workers.hear(rank, PATIENCE)
+    except EOFError:
+        return None
+    except AssertionError as failure:
+        return failure
+
+
+def describe(number: int, life: Life, report: Report) -> str:
+    end = "stopped"
+    if life.killed is not None:
+        end = f"rank {life.killed} was killed {life.moment}"
+    start = {"fresh": "new", "checkpoint": "from a checkpoint", "average": "from averaged memory"}
+    last = max(report.weights, default=report.resumed)
+    return (
+        f"life {number}: {life.size} workers, {start[life.start]}, "
+        f"steps {report.resumed + 1} to {last}, {end}"
+    )
+
+
+def figures(plan: Plan, reports: list[Report], seconds: float) -> list[list[str]]:
+    faults = sum((report.faults for report in reports), Counter())
+    made = sum(len(report.weights) for report in reports)
+    scales = set().union(*(report.scales for report in reports))
+    rows = [
+        ["steps, and made again after a resume", f"{plan.steps}, {made - plan.steps}"],
+        *([kind, str(count)] for kind, count in sorted(faults.items())),
+        ["loss scale, smallest and largest", f"{min(scales):g}, {max(scales):g}"],
+        ["mass equation: largest relative error", f"{max(r.largest_error for r in reports):.1e}"],
+        ["steps with the same weights on all workers", f"all {made}"],
+        ["comparisons by check_replicas_every", str(sum(r.replica_checks for r in reports))],
+        ["norm of one worker's memory at the end", f"{reports[-1].unsent:.4g}"],
+        ["minutes", f"{seconds / 60:.1f}"],
+    ]
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

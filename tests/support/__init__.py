@@ -1,0 +1,1 @@
+"""What several tests share; tests/README.md says which helper does what."""
