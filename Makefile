@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-frameworks soak lint build bench convergence network scaling gpu wheel test-wheel clean always
+.PHONY: help demo test test-frameworks soak lint docs build bench convergence network scaling gpu wheel test-wheel clean always
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
@@ -32,6 +32,11 @@ lint: $(VENV)/build.installed $(VENV)/lint.installed  ## check style and types: 
 	@find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
 	    xargs $(VENV)/bin/clang-format --dry-run -Werror
 	@$(python) -m mypy
+
+# Of pages that did not change Sphinx repeats no warning: hence -E.
+docs: $(VENV)/docs.installed build  ## build the documentation as a site into build/docs; warnings are errors
+	@$(python) -m sphinx -q -E -W --keep-going -c docs . build/docs
+	@echo 'build/docs/index.html'
 
 build: $(VENV)/build.installed  ## compile in place what has changed
 	@$(python) setup.py -q build_ext --inplace

@@ -1,0 +1,320 @@
+"""What README and the pages of docs/ say is so: their programs run, their links lead somewhere."""
+
+import contextlib
+import datetime
+import functools
+import inspect
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import gmc_cuda
+from support.problems import same_on_all_ranks
+
+ROOT = Path(__file__).parent.parent
+OUTSIDE = {"build", "dist", "demo-output"}  # folders without pages; hidden ones too
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for pattern in ("*.md", "*/*.md", "tests/*/*.md")
+    for path in sorted(ROOT.glob(pattern))
+    if not (path.relative_to(ROOT).parts[0].startswith(".") or path.parts[-2] in OUTSIDE)
+}
+README = PAGES["README.md"]
+WHOLE_PROGRAM = "Train on several workers"  # test_minimal.py runs it
+EQUATIONS = "top_k(v)"  # test_the_three_lines_are_gmc runs them
+ON_A_GPU = 'device="cuda"'  # test_optim_cuda.py does what these blocks do
+
+
+def blocks():
+    """Name of a Python block, by its page, section and number there -> its code.
+
+    Of a diff it is what stands there afterwards.
+    """
+    found: dict[str, str] = {}
+    for page, text in PAGES.items():
+        heading, number = "", 0
+        parts = re.findall(r"^#+ ([^\n]*)$|^```(python|diff)\n(.*?)^```$", text, re.M | re.S)
+        for title, language, code in parts:
+            if title:
+                heading, number = title, 0
+                continue
+            number += 1
+            found[f"{page}#{anchor(heading)} {number}"] = (
+                side(code, "+") if language == "diff" else code
+            )
+    return found
+
+
+def side(diff, sign):
+    """The lines of a diff that are on this side of it."""
+    return "".join(line[1:] for line in diff.splitlines(True) if line[0] in (" ", sign))
+
+
+def anchor(heading):
+    """The part of a link after #, as hosts of Markdown make it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def example_of(code):
+    """The program in examples/ that a framework's block is taken from."""
+    module = re.match(r"from gmc_cuda\.integrations\.(\w+) import", code)
+    names = {"transformers": "trainer.py", "accelerate": "with_accelerate.py"}
+    return names.get(module[1], f"with_{module[1]}.py") if module else None
+
+
+BLOCKS = blocks()
+OF_FRAMEWORKS = [name for name, code in BLOCKS.items() if example_of(code)]
+TO_RUN = [
+    name
+    for name, code in BLOCKS.items()
+    if not (name in OF_FRAMEWORKS or WHOLE_PROGRAM in code or EQUATIONS in code or ON_A_GPU in code)
+]
+
+
+def run(group, code, folder):
+    """Returns whether the block trained the model; where it makes an optimizer, that must train."""
+    rank = dist.get_rank(group)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 20), torch.nn.BatchNorm1d(20), torch.nn.ReLU(), torch.nn.Linear(20, 3)
+    )
+    optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1, density=0.1)
+    torch.manual_seed(1 + rank)
+    names = {
+        "torch": torch,
+        "contextlib": contextlib,
+        "datetime": datetime,
+        "functools": functools,
+        "time": time,
+        "gmc_cuda": gmc_cuda,
+        "device": torch.device("cpu"),
+        "rank": rank,
+        "nodes": 2,
+        "per_node": 2,
+        "model": model,
+        "loader": [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(4)],
+        "loss_fn": torch.nn.functional.cross_entropy,
+        "optimizer": optimizer,
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 10),
+        "step": 7,
+    }
+    if "fully_shard" not in code:  # which takes a model without gradients
+        for x, y in names["loader"][:1]:
+            names["loss_fn"](model(x), y).backward()
+    before = weights(model)
+    at_home = os.getcwd()
+    os.chdir(folder)
+    try:
+        exec(code, names)
+    finally:
+        os.chdir(at_home)
+    trained = not torch.equal(before, weights(model))
+    if names["optimizer"] is not optimizer:
+        before = weights(model)
+        for x, y in names["loader"]:
+            names["optimizer"].zero_grad()
+            names["loss_fn"](names.get("ddp_model", model)(x), y).backward()
+            names["optimizer"].step()
+        after = weights(model)
+        assert after.isfinite().all()
+        assert not torch.equal(before, after)
+        if isinstance(names["optimizer"], gmc_cuda.LocalUpdates):
+            names["optimizer"].synchronize()
+        assert same_on_all_ranks(group, [weights(model)])
+    return trained
+
+
+def weights(model):
+    return torch.cat([getattr(p, "full_tensor", lambda p=p: p)().detach().reshape(-1).clone()
+                      for p in model.parameters()])  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TO_RUN)
+def test_block(pool, name, tmp_path):
+    # The workers of the tests have been through this already.
+    code = BLOCKS[name].replace("torch.distributed.init_process_group(", "dict(")
+    # What inductor would add takes minutes.
+    code = code.replace("torch.compile(model)", 'torch.compile(model, backend="aot_eager")')
+    trains = "optimizer.step()" in code or "scaler.step(" in code
+    assert pool.run(4, run, code, str(tmp_path)) == [trains] * 4
+
+
+def test_every_block_compiles():
+    for name, code in BLOCKS.items():
+        compile(code, name, "exec")
+
+
+@pytest.mark.parametrize("name", OF_FRAMEWORKS)
+def test_block_of_a_framework_is_taken_from_its_example(name):
+    """test_integrations.py runs the examples, where the frameworks are installed."""
+    rest = iter((ROOT / "examples" / example_of(BLOCKS[name])).read_text().splitlines())
+    rest = iter([line.strip() for line in rest])
+    for line in filter(None, map(str.strip, BLOCKS[name].splitlines())):
+        assert line in rest, f"{line!r} does not follow in examples/{example_of(BLOCKS[name])}"
+
+
+def three_lines(group, code):
+    """README's equations and GMC, side by side: the largest difference of the weights."""
+    workers, momentum, lr = 2, 0.9, 0.1
+
+    def top_k(v):
+        kept = torch.zeros_like(v)
+        places = v.abs().topk(40).indices
+        kept[places] = v[places]
+        return kept
+
+    def all_reduce(tensor):
+        dist.all_reduce(tensor, group=group)
+        return tensor
+
+    names = {"memory": torch.zeros(400), "a": torch.zeros(400), "momentum": momentum}
+    names |= {"workers": workers, "top_k": top_k, "all_reduce": all_reduce}
+    weight, param = torch.zeros(400), torch.nn.Parameter(torch.zeros(400))
+    optimizer = gmc_cuda.GMC(
+        [param], lr, momentum=momentum, density=0.1, wire_dtype=torch.float32, process_group=group
+    )
+    torch.manual_seed(dist.get_rank(group))
+    for _ in range(20):
+        param.grad = torch.randn(400)
+        names["grad"] = param.grad.clone()
+        exec(code, names)
+        weight -= lr * names["a"]
+        optimizer.step()
+    return (weight - param.detach()).abs().max().item()
+
+
+def test_the_three_lines_are_gmc(pool):
+    (code,) = [code for code in BLOCKS.values() if EQUATIONS in code]
+    assert len(code.strip().splitlines()) == 3
+    assert max(pool.run(2, three_lines, code)) < 1e-5
+
+
+def test_the_side_of_the_diff_that_goes_is_a_program():
+    for diff in re.findall(r"^```diff\n(.*?)^```$", README, re.M | re.S):
+        compile(side(diff, "-"), "README.md", "exec")
+
+
+def test_every_stack_has_a_block():
+    """The links of the table of stacks lead to sections with code."""
+    (table,) = re.findall(r"^\| your stack .*?\n\n", README, re.M | re.S)
+    rows = table.strip().splitlines()[2:]
+    assert len(rows) == 12
+    with_code = {name.rpartition(" ")[0] for name in BLOCKS}
+    for row in rows:
+        target = re.findall(r"\]\(([^)]*#[^)]*)\)", row)
+        assert len(target) == 1, row
+        assert target[0] in with_code, row
+
+
+def test_every_section_with_a_promise_has_code():
+    promised = {"using.md#gradient-clipping", "using.md#non-finite-gradients"}
+    promised |= {"using.md#mixed-precision", "using.md#overlap-with-the-backward-pass"}
+    promised |= {"tuning.md#does-it-pay", "tuning.md#coming-from-dense-sgd"}
+    promised |= {"checkpoints.md#save", "checkpoints.md#resume-also-on-other-workers"}
+    promised |= {"checkpoints.md#lost-workers-and-time-outs", "kernels.md#a-step-by-hand"}
+    assert {f"docs/{section}" for section in promised} <= {n.rpartition(" ")[0] for n in BLOCKS}
+
+
+def test_the_whole_program_is_examples_minimal():
+    assert (ROOT / "examples" / "minimal.py").read_text() in PAGES["docs/using.md"]
+
+
+def test_the_table_of_names_has_every_argument():
+    def arguments(function):
+        parameters = inspect.signature(function).parameters
+        return [name for name in parameters if name not in ("args", "wait", "keep", "name")]
+
+    page = PAGES["docs/api.md"]
+    (row,) = re.findall(r"^\| `GMC\((.*?)\)`", page, re.MULTILINE)
+    assert row.replace("*, ", "").split(", ") == arguments(gmc_cuda.GMC)
+    (row,) = re.findall(r"^\| `DGC\(\.\.\.\)` (.*?) \|", page, re.MULTILINE)
+    without, plus = (re.findall(r"`(\w+)`", part) for part in row.split("plus"))
+    assert set(arguments(gmc_cuda.DGC)) == set(arguments(gmc_cuda.GMC)) - set(without) | set(plus)
+    others = ["broadcast_buffers", "DensityWarmup", "local_gradients", "GMCHookState"]
+    others += ["NodeAverage", "LocalUpdates", "checkpoint.save"]
+    for name in others:
+        (row,) = re.findall(rf"`{re.escape(name)}\((.*?)\)`", page)
+        listed = [argument.split("=")[0] for argument in row.replace("*, ", "").split(", ")]
+        function = functools.reduce(getattr, name.split("."), gmc_cuda)
+        assert listed == arguments(function), name
+
+
+def test_the_api_has_every_public_name():
+    page = PAGES["docs/api.md"]
+    missing = [name for name in gmc_cuda.__all__ if f"gmc_cuda.{name}\n" not in page]
+    assert not missing
+
+
+def test_the_table_of_operators_names_operators():
+    (table,) = re.findall(r"^\| operator .*?\n\n", PAGES["docs/kernels.md"], re.M | re.S)
+    rows = table.strip().splitlines()[2:]
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert len(names) > 10
+    assert [name for name in names if name not in gmc_cuda.ops.__all__] == []
+
+
+def test_readme_is_short():
+    assert len(README.split()) <= 1500
+
+
+def newest(benchmark):
+    """The content of the newest file of results of this name."""
+    dated = sorted((ROOT / "benchmarks" / "results").glob(f"{benchmark}-????-??-??.json"))
+    return json.loads(max(dated, key=lambda path: path.stem[-10:]).read_text())
+
+
+def test_the_figures_of_the_readme_are_those_of_the_files():
+    steps, losses = newest("network-*"), newest("time-to-loss-*")
+    ms = {(r["method"], r["rate_mbit"]): round(1e3 * r["step"]["median"]) for r in steps["results"]}
+    to_loss = {(r["method"], r["rate_mbit"]): r["seconds"] for r in losses["seconds"]}
+    last = {r["method"]: r["losses"][-1] for r in losses["training"]}
+    assert losses["options"]["target"] == 1.9
+    names = ["DDP", "PowerSGD rank 4", "GMC float4", "DGC float4"]
+    (table,) = re.findall(r"^\| method \| ms a step .*?\n\n", README, re.M | re.S)
+    for method, row in zip(names, table.strip().splitlines()[2:], strict=True):
+        seconds = to_loss[method, 100]
+        shown = [ms[method, 1000], ms[method, 100]]
+        shown += ["not reached" if seconds is None else round(seconds), f"{last[method]:.3f}"]
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == list(map(str, shown)), method
+    assert f"{ms['GMC float4', 100]} ms\nwith GMC, and in {ms['DDP', 100]} ms with DDP" in README
+    alone = {r["rate_mbit"]: round(1e3 * r["compute_alone"]) for r in steps["results"]
+             if r["method"] == "GMC"}  # fmt: skip
+    assert f"{alone[1000]} ms at\n1 Gbit/s and {alone[100]} ms" in README
+
+
+def links(page):
+    prose = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.M | re.S)
+    return re.findall(r"\]\(([^)\s]+)\)", prose)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    wrong = []
+    for link in links(page):
+        if link.startswith("https://"):
+            continue
+        path, _, section = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        # A folder is no page of the site.
+        found = target.is_file()
+        if found and section:
+            text = PAGES[str(target.resolve().relative_to(ROOT))]
+            found = section in map(anchor, re.findall(r"^#+ (.*)$", text, re.M))
+        if not found:
+            wrong.append(link)
+    assert not wrong
+
+
+def test_make_has_the_targets_that_the_pages_name():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for page, text in PAGES.items():
+        in_code = re.findall(r"`(?:sudo )?make ([a-z-]+)", text) + re.findall(
+            r"^ *(?:sudo )?make ([a-z-]+)", "".join(re.findall(r"```sh\n.*?```", text, re.S)), re.M
+        )
+        assert set(in_code) <= targets, page
