@@ -19,6 +19,7 @@ from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import Bucket, figures
 from gmc_cuda._engine.ddp_buckets import DDPBuckets
 from gmc_cuda._engine.ddp_guard import is_silenced, silence
+from gmc_cuda._engine.engine import owner_of
 from gmc_cuda._engine.exchange import Exchange
 from gmc_cuda._engine.names import plain_names
 from gmc_cuda._engine.round import Round, numbers
@@ -84,8 +85,9 @@ class GMCHookState:
 
     Args:
         process_group: the one that the DistributedDataParallel was given.
-        momentum, density, bytes_ratio, wire_dtype: as in :class:`gmc_cuda.GMC`, with K for each of
-            DDP's buckets. All but ``wire_dtype`` may be changed between steps.
+        momentum, density, bytes_ratio, wire_dtype, exchange: as in :class:`gmc_cuda.GMC`, with K
+            for each of DDP's buckets. Momentum, density and bytes_ratio may be changed between
+            steps.
         nonfinite: "skip" makes the gradient zero on every worker when any of them met a NaN or
             Inf; what is finite comes with the next step. "raise" raises FloatingPointError out of
             ``backward()`` on every worker, after which DDP cannot go on.
@@ -103,6 +105,7 @@ class GMCHookState:
         density: float = checks.DENSITY,
         bytes_ratio: float | None = None,
         wire_dtype: torch.dtype = torch.bfloat16,
+        exchange: str = "all_gather",
         nonfinite: str = "skip",
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
@@ -110,8 +113,8 @@ class GMCHookState:
         self.momentum = momentum
         budget = checks.one_budget({"density": density, "bytes_ratio": bytes_ratio})
         self.density, self.bytes_ratio = budget["density"], budget["bytes_ratio"]
-        self.wire_dtype, self.nonfinite = wire_dtype, nonfinite
-        checks.check_options(wire_dtype, 1.0, nonfinite, 0)
+        self.wire_dtype, self.exchange, self.nonfinite = wire_dtype, exchange, nonfinite
+        checks.check_options(wire_dtype, 1.0, nonfinite, 0, exchange)
         self._options()
         named = dict(named_parameters or ())
         plain = plain_names(named)
@@ -148,11 +151,15 @@ class GMCHookState:
         checks.check_group(group, "of GMCHookState")
         return group
 
+    def _owner(self) -> tuple[int, int] | None:
+        return owner_of(self.exchange, self._round.exchange)
+
     def _facts(self) -> dict[str, Any]:
         return self._options() | {
             "optimizer": type(self).__name__,
             "wire_dtype": str(self.wire_dtype),
             "nonfinite": self.nonfinite,
+            "exchange": self.exchange,
         }
 
     # ------------------------------------------------------------------------------ one backward
@@ -192,7 +199,7 @@ class GMCHookState:
         params, buffer = ddp_bucket.parameters(), ddp_bucket.buffer()
         grads = dict(zip(params, ddp_bucket.gradients(), strict=True))
         index, options = len(self._plans), self._options()
-        bucket = self._buckets.find(params, buffer, options)
+        bucket = self._buckets.find(params, buffer, options, self._owner())
         if bucket is None:
             return
         plan = self._round.plan(self._rule, bucket, index, options, {"grad_scale": self._scale})
@@ -301,12 +308,13 @@ class GMCHookState:
         loaded = states.Loaded([], held, stamp)
         exchange = self._round.exchange
         states.warn_of_another_ranks(loaded, exchange.rank, exchange.size)
-        self._buckets.load(held)
+        self._buckets.load(states.for_owner(held, stamp.world_size, self._owner()))
         self._round.damage = DamageWatch()
 
     def stats(self) -> dict[str, Any]:
         """As :meth:`gmc_cuda.GMC.stats`."""
-        return figures(self._buckets.all(), self._round.steps, self._round.skipped)
+        round = self._round
+        return figures(self._buckets.all(), round.steps, round.skipped, round.exchange.size)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(

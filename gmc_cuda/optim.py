@@ -34,8 +34,9 @@ class GMC(CompressedSGD):
         momentum: beta, 0 <= beta < 1.
         density: share of the entries that are sent, 0 < density <= 1; K = ceil(density * N) for
             each bucket. A param group with density=1.0 is sent dense.
-        bytes_ratio: instead of density: send 1 / bytes_ratio of a float32 gradient's bytes, framing
-            counted, at least 1. K is the largest that fits, for each bucket; density is then None.
+        bytes_ratio: instead of density: how many times fewer bytes a link carries than with a ring
+            all-reduce of a float32 gradient, framing counted, at least 1. K is the largest that
+            fits, for each bucket; density is then None. A worker alone counts as one of two.
         weight_decay: lambda >= 0, added as lambda * w to the gradient.
         memory_decay: d, 0 <= d <= 1: memory counts d * u_k in v_k. With d = 1 nothing is ever lost;
             below, what is not sent fades out (SparseLoCo, "Communication Efficient LLM Pre-training
@@ -49,6 +50,13 @@ class GMC(CompressedSGD):
         wire_dtype: dtype of the values sent: torch.bfloat16, float16, float32, float8_e4m3fn or
             float4_e2m1fn_x2 (the last two with one scale for each payload). What rounding and
             saturation lose stays in memory.
+        exchange: "all_gather" gathers the payloads of all workers, so that a link carries p - 1 of
+            them. "reduce_scatter" is two-sided compression: each worker owns 1/p of every bucket.
+            It keeps an owner memory r for its range, to which it adds the mean of what the workers
+            send it of that and momentum * a_{t-1}, and sends the K entries of r of largest
+            magnitude on to all; a link then carries the same however many workers there are. K
+            counts in each direction, and memory_decay applies to r as well. With one worker the two
+            are the same.
         process_group: workers to train with, a process group or a 1-D device mesh; default: all, or
             only this one where torch.distributed is not initialised. For parameters that are
             sharded inside a node (FSDP2), a 2-D mesh: across nodes, then inside a node, where only
@@ -63,7 +71,8 @@ class GMC(CompressedSGD):
         check_replicas_every: compare the bits of all workers' parameters after every so many steps
             and raise RuntimeError on every worker if they differ; 0: never. Reads the device.
 
-    ``optimizer.state[p]["memory"]`` is u, float32, shaped like p. ``lr``, ``momentum``,
+    ``optimizer.state[p]["memory"]`` is u, float32, shaped like p, and with two-sided compression
+    ``optimizer.state[p]["owner_memory"]`` is r, zero where another worker is the owner. ``lr``, ``momentum``,
     ``density`` or ``bytes_ratio``, ``weight_decay`` and ``memory_decay`` are read from the param
     group at every step.
 
@@ -89,6 +98,7 @@ class GMC(CompressedSGD):
         nesterov: bool = False,
         momentum_form: str = "buffer",
         wire_dtype: torch.dtype = torch.bfloat16,
+        exchange: str = "all_gather",
         process_group: Any = None,
         overlap: bool = False,
         bucket_cap_mb: float | None = None,
@@ -100,7 +110,9 @@ class GMC(CompressedSGD):
             params,
             _in_group(locals(), GlobalMomentum),
             rule=GlobalMomentum(),
-            settings=Settings(wire_dtype, overlap, bucket_cap_mb, nonfinite, check_replicas_every),
+            settings=Settings(
+                wire_dtype, overlap, bucket_cap_mb, nonfinite, check_replicas_every, exchange
+            ),
             process_group=process_group,
             broadcast_parameters=broadcast_parameters,
         )
@@ -155,6 +167,7 @@ class DGC(CompressedSGD):
         momentum_masking: bool = True,
         clip_norm: float | None = None,
         wire_dtype: torch.dtype = torch.bfloat16,
+        exchange: str = "all_gather",
         process_group: Any = None,
         overlap: bool = False,
         bucket_cap_mb: float | None = None,
@@ -166,7 +179,9 @@ class DGC(CompressedSGD):
             params,
             _in_group(locals(), LocalMomentum),
             rule=LocalMomentum(clip_norm),
-            settings=Settings(wire_dtype, overlap, bucket_cap_mb, nonfinite, check_replicas_every),
+            settings=Settings(
+                wire_dtype, overlap, bucket_cap_mb, nonfinite, check_replicas_every, exchange
+            ),
             process_group=process_group,
             broadcast_parameters=broadcast_parameters,
         )

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from gmc_cuda import ops
+from gmc_cuda._engine.budget import ring_nbytes
+from gmc_cuda._engine.owner import Owner
+from gmc_cuda._engine.ranges import Range, cut
 from gmc_cuda._engine.shards import shard_of, shard_of_gradient
 
 MAX_NUMEL = 2**31 - 1
@@ -33,11 +36,17 @@ class Bucket:
         momentum_buffer: m, float32 [N], with local momentum; else None.
         aggregate: a_{t-1} for global momentum: opaque uint8 after a sparse step, float32 [N] after
             a dense one, None before the first step and with local momentum.
-        sent_nbytes, sent_entries: put into the collective at the last step.
+        owner: the range of the bucket that this worker owns, with two-sided compression; else None.
+        sent_nbytes, sent_entries: put into the collectives at the last step.
+        link_nbytes: what was sent to other workers of that, and what was received from them.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], group: dict[str, Any], local_momentum: bool
+        self,
+        params: Sequence[Tensor],
+        group: dict[str, Any],
+        local_momentum: bool,
+        owner: tuple[int, int] | None = None,
     ) -> None:
         self.params = list(params)
         self.group = group
@@ -52,9 +61,14 @@ class Bucket:
         self.momentum_buffer = torch.zeros_like(self.memory) if local_momentum else None
         self.aggregate: Tensor | None = None
         self._spare: Tensor | None = None  # the one before it
+        self.owner: Owner | None = None
+        if owner is not None:
+            rank, size = owner
+            self.owner = Owner(cut(self.numel, size)[rank], rank, size, self.device)
         self.sent_nbytes = self.sent_entries = 0
-        self._state: Tensor | None = None
-        self._state_k = 0
+        self.link_nbytes = (0, 0)
+        self._states: dict[Range | None, Tensor] = {}
+        self._states_k: dict[Range | None, int] = {}
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """A flat tensor's parts, each with the shape and layout of its parameter."""
@@ -130,21 +144,33 @@ class Bucket:
         """Tensors shaped like the parameters, in the same order, sharing storage if they can."""
         return [_flat_grad(p, values[p]) for p in self.params]
 
-    def select_state(self, k: int) -> Tensor:
+    def select_state(self, k: int, of: Range | None = None) -> Tensor:
         """The selection's state, with room for this k; what it has learnt outlives a change of k.
+
+        Args:
+            of: the range that is selected from. None: the whole bucket or, with two-sided
+                compression, what this worker owns of it.
 
         Raises:
             RuntimeError: while a graph is captured and k is larger than ever before.
         """
-        if self._state is None or k > self._state_k:
+        state = self._states.get(of)
+        if state is None or k > self._states_k[of]:
             if self.memory.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("make a step of the largest density before capturing any")
-            self._state = ops.select_state(self.numel, k, self.device, self._state)
-            self._state_k = k
-        return self._state
+            state = ops.select_state(
+                self.numel if of is None else of.numel, k, self.device, state
+            )
+            self._states[of], self._states_k[of] = state, k
+        return state
 
     def count_repairs(self) -> int:
-        return 0 if self._state is None else ops.repairs(self._state)
+        return sum(map(ops.repairs, self._states.values()))
+
+    def fold_owner(self) -> None:
+        """Moves what this worker owns of the bucket into its own memory."""
+        if self.owner is not None:
+            self.owner.fold_into(self.memory)
 
     def keep_aggregate(self, aggregate: Tensor) -> None:
         """Makes this a_{t-1} of the next step."""
@@ -181,28 +207,51 @@ class Bucket:
         return torch.zeros_like(self.memory) if dense is None else dense
 
 
-def figures(buckets: Sequence[Bucket], steps: int, skipped: Tensor | None) -> dict[str, Any]:
-    """What ``GMC.stats`` returns; reads the device."""
+def figures(
+    buckets: Sequence[Bucket], steps: int, skipped: Tensor | None, size: int
+) -> dict[str, Any]:
+    """What ``GMC.stats`` returns; reads the device. size: world size p."""
     sent = sum(bucket.sent_nbytes for bucket in buckets)
     numel = sum(bucket.numel for bucket in buckets)
     return {
         "steps": steps,
         "skipped_steps": 0 if skipped is None else int(skipped),
         "bytes_per_step": sent,
+        "link_bytes_sent": sum(bucket.link_nbytes[0] for bucket in buckets),
+        "link_bytes_received": sum(bucket.link_nbytes[1] for bucket in buckets),
         "dense_bytes_per_step": 4 * numel,
-        "bytes_ratio": 4 * numel / sent if sent else 0.0,
+        "bytes_ratio": _bytes_ratio(buckets, 4 * numel, size),
         "density": sum(bucket.sent_entries for bucket in buckets) / max(1, numel),
         "repairs": sum(bucket.count_repairs() for bucket in buckets),
     }
 
 
+def _bytes_ratio(buckets: Sequence[Bucket], dense_nbytes: int, size: int) -> float:
+    """How many times fewer bytes a link has carried than of a ring all-reduce of the gradient.
+
+    A worker alone has no link and is taken for one of two.
+    """
+    sent = sum(bucket.sent_nbytes for bucket in buckets)
+    if size == 1 or not sent:
+        return dense_nbytes / sent if sent else 0.0
+    link = max(sum(bucket.link_nbytes[i] for bucket in buckets) for i in (0, 1))
+    return ring_nbytes(dense_nbytes, size) / link
+
+
 def make_buckets(
-    params: Sequence[Tensor], group: dict[str, Any], cap_numel: int, local_momentum: bool
+    params: Sequence[Tensor],
+    group: dict[str, Any],
+    cap_numel: int,
+    local_momentum: bool,
+    owner: tuple[int, int] | None = None,
 ) -> list[Bucket]:
     """Packs parameters into buckets of at most cap_numel elements, the last parameters first.
 
     Backward produces gradients from the last layer to the first, so the buckets come in the order
     in which they fill. A parameter larger than the cap has a bucket of its own.
+
+    Args:
+        owner: this worker's rank and the world size, with two-sided compression.
     """
     by_dtype: dict[torch.dtype, list[list[Tensor]]] = {}
     for param in reversed(params):
@@ -213,7 +262,7 @@ def make_buckets(
             packs.append([])
         packs[-1].append(param)
     return [
-        Bucket(_aligned_first(pack), group, local_momentum)
+        Bucket(_aligned_first(pack), group, local_momentum, owner)
         for packs in by_dtype.values()
         for pack in packs
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -20,11 +19,25 @@ DTYPES = (
 )
 
 
-def entries(group: dict[str, Any], numel: int, wire_dtype: torch.dtype) -> int:
-    """K: how many of a bucket's numel entries a group's density or bytes_ratio lets through."""
-    if group.get("bytes_ratio") is not None:
-        return entries_within(group["bytes_ratio"], numel, wire_dtype)
-    return entries_at(group["density"], numel)
+def entries(
+    density: float | None,
+    bytes_ratio: float | None,
+    numel: int,
+    wire_dtype: torch.dtype,
+    times: float = 1.0,
+) -> int:
+    """K: how many of numel entries a density or a bytes_ratio lets through.
+
+    Args:
+        density, bytes_ratio: one of them.
+        times: a link carries as many times more of payloads than of a ring all-reduce of as many
+            bytes. An all-gather: (p-1) n bytes for payloads of n, where the ring has 2 (p-1)/p n,
+            so p / 2. A worker alone sends nothing and is taken for one of two.
+    """
+    if bytes_ratio is None:
+        assert density is not None
+        return entries_at(density, numel)
+    return numel if bytes_ratio == 1 else entries_within(bytes_ratio * times, numel, wire_dtype)
 
 
 def entries_at(density: float, numel: int) -> int:
@@ -61,15 +74,18 @@ def entries_within(bytes_ratio: float, numel: int, wire_dtype: torch.dtype) -> i
     return max(1, fitting)
 
 
-def dense_is_cheaper(numel: int, k: int, nbytes: int, size: int) -> bool:
-    """Whether a bucket goes by dense all-reduce.
+def ring_nbytes(nbytes: int, size: int) -> int:
+    """What a link carries, in each direction, of a ring all-reduce of that many bytes."""
+    return 2 * (size - 1) * nbytes // size
 
-    A rank of a ring all-reduce receives 2 (p-1)/p * 4 N bytes, of an all-gather (p-1) * nbytes.
+
+def dense_is_cheaper(numel: int, k: int, link_nbytes: int, size: int) -> bool:
+    """Whether a bucket goes by dense all-reduce.
 
     Args:
         numel: N, elements of the bucket.
-        k: entries that a payload would hold.
-        nbytes: size of that payload.
+        k: entries that would be sent otherwise.
+        link_nbytes: what a link would carry otherwise, in the busier direction.
         size: world size p. A single worker sends nothing, so only k = N is dense there.
     """
-    return k == numel or (size > 1 and size * nbytes >= 8 * numel)
+    return k == numel or (size > 1 and link_nbytes >= ring_nbytes(4 * numel, size))

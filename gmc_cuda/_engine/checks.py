@@ -49,9 +49,20 @@ OPTIONS = {
 }
 
 
+EXCHANGES = ("all_gather", "reduce_scatter")
+
+
 def check_options(
-    wire_dtype: torch.dtype, bucket_cap_mb: float | None, nonfinite: str, check_replicas_every: int
+    wire_dtype: torch.dtype,
+    bucket_cap_mb: float | None,
+    nonfinite: str,
+    check_replicas_every: int,
+    exchange: str,
 ) -> None:
+    if exchange not in EXCHANGES:
+        raise ValueError(
+            f"exchange: got {exchange!r}, must be {' or '.join(map(repr, EXCHANGES))}"
+        )
     if wire_dtype not in budget.DTYPES:
         *names, last = map(str, budget.DTYPES)
         raise TypeError(f"wire_dtype: got {wire_dtype}, must be {', '.join(names)} or {last}")

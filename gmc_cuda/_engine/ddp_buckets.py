@@ -28,12 +28,19 @@ class DDPBuckets:
     def all(self) -> list[Bucket]:
         return list(dict.fromkeys(self._bucket_of.values()))
 
-    def find(self, params: list[Tensor], buffer: Tensor, options: dict[str, Any]) -> Bucket | None:
+    def find(
+        self,
+        params: list[Tensor],
+        buffer: Tensor,
+        options: dict[str, Any],
+        owner: tuple[int, int] | None,
+    ) -> Bucket | None:
         """The bucket of these parameters; None if they have no elements.
 
         Args:
             buffer: the bucket's gradients.
             options: those of a bucket that is new.
+            owner: this worker's rank and the world size, with two-sided compression; else None.
         """
         params = [p for p in params if p.numel()]
         if not params:
@@ -53,7 +60,7 @@ class DDPBuckets:
             for param, tensors in states.export([old], self._rule).items():
                 self._held[param] = {name: tensor.clone() for name, tensor in tensors.items()}
                 del self._bucket_of[param]
-        (bucket,) = make_buckets(params, options, MAX_NUMEL, self._rule.local_momentum)
+        (bucket,) = make_buckets(params, options, MAX_NUMEL, self._rule.local_momentum, owner)
         states.install([bucket], self._rule, self._held)
         for param in bucket.params:
             self._bucket_of[param] = bucket

@@ -36,11 +36,17 @@ class Settings:
     bucket_cap_mb: float | None
     nonfinite: str
     check_replicas_every: int
+    exchange: str
 
     def check(self) -> None:
         checks.check_options(
-            self.wire_dtype, self.bucket_cap_mb, self.nonfinite, self.check_replicas_every
-        )
+            self.wire_dtype, self.bucket_cap_mb, self.nonfinite, self.check_replicas_every,
+            self.exchange,
+        )  # fmt: skip
+
+    def owner(self, exchange: Exchange) -> tuple[int, int] | None:
+        """This worker's rank and the world size with two-sided compression; else None."""
+        return owner_of(self.exchange, exchange)
 
     def cap_numel(self, numel: int) -> int:
         """The most elements of a bucket, in a model of `numel`."""
@@ -145,7 +151,8 @@ class Engine:
         optimizer = self.optimizer
         numel = sum(shard_of(p).numel() for p in params_of(optimizer) if p.requires_grad)
         cap = self.settings.cap_numel(numel)
-        self._packing = Packing(optimizer.param_groups, optimizer.state, self.rule, cap)
+        owner = self.settings.owner(self.exchange)
+        self._packing = Packing(optimizer.param_groups, optimizer.state, self.rule, cap, owner)
         self.round.device = device_of(optimizer)
         if self._overlap is not None:
             self._overlap.listen(self._packing.bucket_of)
@@ -164,7 +171,8 @@ class Engine:
         waiting = self.round.waiting if self.round.is_open else self.buckets
         if self.round.steps == 0:
             ddp_guard.refuse_communicating(params_of(optimizer), self.exchange.group)
-        if len(waiting) == 1 and self._just_checked and self._send_unchecked(waiting[0]):
+        alone = len(waiting) == 1 and waiting[0].owner is None
+        if alone and self._just_checked and self._send_unchecked(waiting[0]):
             return
         grads = [bucket.flat_grads(self._refuse_gradient) for bucket in waiting]
         if not self.round.is_open:
@@ -340,9 +348,15 @@ class Engine:
                     held[param] = dict.fromkeys(names, zero) | held.get(param, {})
         return held
 
-    def install(self, held: states.Held) -> None:
-        """Replaces all of that; zero where there is nothing."""
+    def install(self, held: states.Held, size: int | None = None) -> None:
+        """Replaces all of that; zero where there is nothing.
+
+        Args:
+            size: world size of the workers that held it; None: the same as here.
+        """
         optimizer, buckets = self.optimizer, self.buckets
+        own = self.exchange.size
+        held = states.for_owner(held, size or own, self.settings.owner(self.exchange))
         states.install(buckets, self.rule, held)
         for param, tensors in held.items():
             if param not in self.bucket_of:  # frozen: it waits until that changes
@@ -356,7 +370,15 @@ class Engine:
             "steps": self.round.steps,
             "skipped": None if skipped is None else skipped.clone(),
             "averaged": self.averaged,
+            "size": self.exchange.size,
         }
+
+    def set_exchange(self, exchange: Exchange) -> None:
+        """Goes on with these workers."""
+        for bucket in self.buckets:
+            bucket.fold_owner()
+        self.round.exchange = exchange
+        self.pack()
 
     def set_progress(self, progress: dict[str, Any]) -> None:
         self.round.steps, self.round.skipped = progress["steps"], progress["skipped"]
@@ -365,6 +387,8 @@ class Engine:
     def average_memory(self) -> None:
         """Replaces memory, and momentum that each worker has for itself, by the workers' mean."""
         own = sorted(self.rule.own_state())
+        for bucket in self.buckets:
+            bucket.fold_owner()
         flats = [flat for bucket in self.buckets for flat in bucket.vectors().values()]
         optimizer = self.optimizer
         frozen = [optimizer.state[p] for p in params_of(optimizer)
@@ -380,6 +404,17 @@ class Engine:
         for flat, total in zip(flats, sums, strict=True):
             torch.div(total, self.exchange.size, out=flat)
         self.averaged = True
+
+
+def owner_of(way: str, exchange: Exchange) -> tuple[int, int] | None:
+    """This worker's rank and the world size if ranges of buckets have owners; else None.
+
+    Args:
+        way: "all_gather" or "reduce_scatter".
+    """
+    if way == "all_gather" or exchange.size == 1:
+        return None
+    return exchange.rank, exchange.size
 
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -29,7 +29,13 @@ class GroupLost(RuntimeError):
 
 
 class Work:
-    """A collective that has ended, as those of a single worker have."""
+    """A collective that has ended, as those of a single worker have.
+
+    Attributes:
+        arrived: whether it was waited for, and has not failed.
+    """
+
+    arrived = True
 
     def wait(self) -> None:
         """Raises GroupLost if it failed, be it as late as now or when it was to be started."""
@@ -41,12 +47,15 @@ class _Pending(Work):
     It fails in wait() alone, so that all buckets of a step take in their gradients before.
     """
 
-    def __init__(self, collective: Callable[..., Any], *arguments: Any, group: Any) -> None:
+    def __init__(
+        self, collective: Callable[..., Any], *arguments: Any, group: Any, **options: Any
+    ) -> None:
         self._error: RuntimeError | None = None
+        self.arrived = False
         if arguments[0].is_cpu:
             _let_threads_finish_at_exit()
         try:
-            self._work = collective(*arguments, group=group, async_op=True)
+            self._work = collective(*arguments, **options, group=group, async_op=True)
         except RuntimeError as error:
             self._error = error
 
@@ -57,6 +66,7 @@ class _Pending(Work):
             self._work.wait()
         except RuntimeError as error:
             raise GroupLost(str(error)) from error
+        self.arrived = True
 
 
 def _all_gather(gathered: Tensor, payload: Tensor, **options: Any) -> Any:
@@ -129,6 +139,24 @@ class Exchange:
         gathered = payload.new_empty(self.size * payload.numel())
         work = _Pending(_all_gather, gathered, payload, group=self.group)
         return gathered.view(self.size, -1), work
+
+    def all_to_all(self, payloads: list[Tensor], nbytes: int) -> tuple[Tensor, Work]:
+        """Starts sending uint8 payloads, one to each rank.
+
+        Args:
+            payloads: in rank order; ranks may get payloads of different sizes.
+            nbytes: size of those for this rank.
+
+        Returns:
+            uint8 [p, nbytes], what all ranks have sent to this one once it has ended; the work.
+        """
+        received = payloads[0].new_empty(self.size * nbytes)
+        work = _Pending(
+            dist.all_to_all_single, received, torch.cat(payloads), group=self.group,
+            output_split_sizes=[nbytes] * self.size,
+            input_split_sizes=[payload.numel() for payload in payloads],
+        )  # fmt: skip
+        return received.view(self.size, nbytes), work
 
     def all_reduce(self, tensor: Tensor) -> Work:
         """Starts summing a tensor over all ranks in place. All ranks get the same bits."""

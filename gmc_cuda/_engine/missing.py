@@ -38,9 +38,12 @@ def needed_params(bucket: Bucket, absent: list[int], arguments: Arguments) -> li
 
 @contextmanager
 def left_alone(
-    bucket: Bucket, grads: Sequence[Tensor | None], arguments: Arguments
+    bucket: Bucket, grads: Sequence[Tensor | None], arguments: Arguments, momentum: bool = True
 ) -> Iterator[tuple[Arguments, list[Tensor] | None, Tensor | None]]:
     """Within it ops.compress_ adds nothing for the parameters without a gradient.
+
+    Args:
+        momentum: whether the global momentum is added to this worker's memory.
 
     Yields:
         its arguments: those of the rule, params and aggregate.
@@ -48,8 +51,8 @@ def left_alone(
     absent = absent_in(grads)
     params = needed_params(bucket, absent, arguments)
     if not absent or params is None:
-        aggregate = bucket.sparse_aggregate() if bucket.momentum_buffer is None else None
-        yield arguments, params, aggregate
+        momentum = momentum and bucket.momentum_buffer is None
+        yield arguments, params, bucket.sparse_aggregate() if momentum else None
         return
     for i in absent:  # weight decay of zeros
         params[i] = torch.zeros_like(params[i])
@@ -60,7 +63,7 @@ def left_alone(
             if grad is not None:
                 view.mul_(decay)
     if bucket.momentum_buffer is None:
-        yield arguments, params, _without(bucket, absent)
+        yield arguments, params, _without(bucket, absent) if momentum else None
         return
     views = bucket.views(bucket.momentum_buffer)
     kept = [views[i].clone() for i in absent]

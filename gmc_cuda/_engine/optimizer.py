@@ -68,6 +68,10 @@ class CompressedSGD(torch.optim.Optimizer):
         return self.engine.settings.overlap
 
     @property
+    def exchange(self) -> str:
+        return self.engine.settings.exchange
+
+    @property
     def nonfinite(self) -> str:
         return self.engine.settings.nonfinite
 
@@ -79,7 +83,7 @@ class CompressedSGD(torch.optim.Optimizer):
     @process_group.setter
     def process_group(self, group: Any) -> None:
         self.engine.refuse_open_round("a new process_group")
-        self.engine.round.exchange = Exchange(group)
+        self.engine.set_exchange(Exchange(group))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group. With several workers all of them must call it."""
@@ -208,7 +212,7 @@ class CompressedSGD(torch.optim.Optimizer):
         states.warn_of_another_ranks(loaded, exchange.rank, exchange.size)
         for group, new in zip(self.param_groups, loaded.groups, strict=True):
             group.update(new)
-        own.install(loaded.held)
+        own.install(loaded.held, None if loaded.stamp is None else loaded.stamp.world_size)
         own.round.damage = DamageWatch()
         own.averaged = loaded.stamp is not None and loaded.stamp.averaged
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -250,8 +254,11 @@ class CompressedSGD(torch.optim.Optimizer):
             return
         state = dict(state)
         arguments, progress = state.pop("engine"), state.pop("progress")
-        super().__setstate__({**state, "state": defaultdict(dict, state["state"])})
-        self._attach(Engine(self, *arguments))
+        rule, settings, exchange, number = arguments
+        owner = settings.owner(exchange)
+        entries = states.for_owner(state["state"], progress["size"], owner)
+        super().__setstate__({**state, "state": defaultdict(dict, entries)})
+        self._attach(Engine(self, rule, settings, exchange, number))
         self.engine.set_progress(progress)
 
     # --------------------------------------------------------------------------------- figures
@@ -261,12 +268,14 @@ class CompressedSGD(torch.optim.Optimizer):
 
         Returns:
             steps, skipped_steps; bytes_per_step, what this worker handed to the collectives of the
-            last step (a single worker's stays there); dense_bytes_per_step, a float32 gradient's
-            bytes; bytes_ratio, how many times fewer those were, and density, the share of entries
-            sent (both 0 before the first step); repairs, selections that had to read all of memory
-            again.
+            last step (a single worker's stays there); link_bytes_sent and link_bytes_received, what
+            its link carried of the step in each direction; dense_bytes_per_step, a float32
+            gradient's bytes; bytes_ratio, how many times fewer bytes the link carried than a ring
+            all-reduce of that gradient needs, and density, the share of entries sent (both 0 before
+            the first step); repairs, selections that had to read all of memory again.
         """
-        return figures(self.engine.buckets, self.engine.round.steps, self.engine.round.skipped)
+        own = self.engine
+        return figures(own.buckets, own.round.steps, own.round.skipped, own.exchange.size)
 
 
 def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ class Packing:
             and momentum are views of them. Other entries, and those of frozen parameters, stay.
         rule: what state a worker keeps.
         cap_numel: most elements of a bucket.
+        owner: this worker's rank and the world size, with two-sided compression; else None.
 
     Attributes:
         buckets: in the order in which the backward pass fills them.
@@ -41,13 +42,22 @@ class Packing:
         moved: whether parameters were found in another storage since this was last set to False.
     """
 
-    def __init__(self, groups: list[Group], state: State, rule: Rule, cap_numel: int) -> None:
+    def __init__(
+        self,
+        groups: list[Group],
+        state: State,
+        rule: Rule,
+        cap_numel: int,
+        owner: tuple[int, int] | None,
+    ) -> None:
         self._rule, self.moved = rule, False
         held = states.held(groups, state, rule)
         self.buckets: list[Bucket] = []
         for group in groups:
             params = [p for p in group["params"] if p.requires_grad]
-            self.buckets += make_buckets(params, group, cap_numel, rule.local_momentum)
+            self.buckets += make_buckets(
+                params, group, cap_numel, rule.local_momentum, owner
+            )
         self.bucket_of = {p: bucket for bucket in self.buckets for p in bucket.params}
         states.install(self.buckets, rule, held)
         self._changed = [False]  # whether a shown entry was written to

@@ -96,7 +96,7 @@ class Round:
             scaling: grad_scale and found_inf, what a GradScaler has found.
             also: what else must be equal on all workers.
         """
-        plan = rule.plan(group, bucket, self.wire_dtype, self.exchange.size)
+        plan = rule.plan(group, bucket, self.wire_dtype, self.exchange)
         plan = plan._replace(arguments={**scaling, **plan.arguments})
         if self.exchange.size == 1:
             return plan
@@ -221,12 +221,26 @@ class Round:
         sents = [sent for _, _, sent in self._sent]
         for sent in sents:
             steps.insist(sent.work.wait, late)
+        verdict = self._judge(sents, late)
+        if any(sent.two_sided for sent in sents):
+            # A damaged payload is seen by the one owner that it was sent to, and the others learn
+            # of it from what that sends them.
+            self._raise_on(verdict, unless=ops.DAMAGED)
+            answers = [step.send(verdict) for _, step, sent in self._sent if sent.two_sided]
+            for answer in answers:
+                steps.insist(answer.work.wait, late)
+            verdict = verdict | self._judge(answers, late)
+            for answer in answers:
+                if answer.error is not None:
+                    self.verdict = verdict
+                    raise answer.error
+        self._raise_on(verdict)
+        return verdict, [step.send(verdict) for _, step, _ in self._sent]
+
+    def _judge(self, sents: Sequence[steps.Sent], late: list[BaseException]) -> Tensor:
+        """What all workers that hold a part of this step think of what has arrived."""
         verdict = steps.insist(lambda: _verdict(sents), late)
-        if self.exchange.shard_group is not None:
-            verdict = self.exchange.strictest(verdict)
-        skip = self.verdict = verdict
-        self._raise_on(skip)
-        return skip, [step.send(skip) for _, step, _ in self._sent]
+        return self.exchange.strictest(verdict)
 
     def _apply(
         self,
@@ -256,11 +270,16 @@ class Round:
             steps.attempt(partial(self.skips.look, count, lambda: _nonfinite(sents)), late)
         self.steps += 1
 
-    def _raise_on(self, skip: Tensor) -> None:
-        """Raises for a verdict that must not be passed over."""
+    def _raise_on(self, skip: Tensor, unless: int = 0) -> None:
+        """Raises for a verdict that must not be passed over.
+
+        Args:
+            unless: bits that are passed over for now.
+        """
+        self.verdict = skip
         if self.nonfinite != "raise" and not skip.is_cpu:
             return  # reading the verdict would make the host wait for the device
-        verdict, rank = int(skip), self.exchange.rank
+        verdict, rank = int(skip) & ~unless, self.exchange.rank
         if verdict & ops.MISMATCH:
             self._raise_mismatch()
         if verdict & ops.OFF:
@@ -326,9 +345,9 @@ class Round:
 
     def _look_for_duplicates(self, aggregates: list[Tensor], late: list[BaseException]) -> None:
         sparse = [
-            (sent.payloads, aggregate, bucket.numel)
+            (sent.payloads[0], aggregate, bucket.numel)
             for (bucket, _, sent), aggregate in zip(self._sent, aggregates, strict=True)
-            if sent.payloads is not None
+            if sent.payloads
         ]
         look = partial(
             self.duplicates.look,
@@ -392,7 +411,7 @@ class Round:
 def _verdict(sents: Sequence[steps.Sent]) -> Tensor:
     """Over all buckets, int32 [1], as of ops.verdict."""
     return ops.verdict(
-        [sent.payloads for sent in sents if sent.payloads is not None],
+        [payloads for sent in sents for payloads in sent.payloads],
         [sent.counts for sent in sents if sent.counts is not None],
     )
 

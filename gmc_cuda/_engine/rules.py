@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,8 +19,32 @@ from gmc_cuda._engine import budget
 from gmc_cuda._engine.bucket import Bucket
 from gmc_cuda._engine.checks import OPTIONS, as_float, check_positive
 from gmc_cuda._engine.exchange import Exchange
+from gmc_cuda._engine.ranges import Range, cut
 
 Group = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """A range of a bucket in two-sided compression, and what is sent of it.
+
+    Attributes:
+        begin, end: its elements.
+        k: entries sent.
+        nbytes: size of their payload.
+    """
+
+    begin: int
+    end: int
+    k: int
+    nbytes: int
+
+    @property
+    def range(self) -> Range:
+        return Range(self.begin, self.end)
+
+    @property
+    def numel(self) -> int:
+        return self.end - self.begin
 
 
 class Plan(NamedTuple):
@@ -28,11 +53,13 @@ class Plan(NamedTuple):
     Attributes:
         numel, k, wire_dtype: what fixes the payload's size: N, entries sent, dtype of the values.
         dense: whether v itself is summed, instead of gathering payloads.
-        nbytes: what this worker hands to the collective: the payload's size where it is sparse.
+        nbytes: what this worker hands to the collectives: the payload's size where it is sparse.
+        link_nbytes: what it sends to other workers of that, and what it receives from them.
         arguments: keyword arguments of ops.compress_ that say how v is made.
         masking: DGC's momentum factor masking.
         look_ahead: Nesterov's beta where a_t is applied; None without.
         tag: says whose step this is, see :func:`tag_of`; 0 where there is nobody to compare with.
+        parts: each rank's range of the bucket with two-sided compression; else empty.
     """
 
     numel: int
@@ -40,14 +67,16 @@ class Plan(NamedTuple):
     wire_dtype: torch.dtype
     dense: bool
     nbytes: int
+    link_nbytes: tuple[int, int]
     arguments: dict[str, Any]
     masking: bool = False
     look_ahead: float | Tensor | None = None
     tag: int = 0
+    parts: tuple[Part, ...] = ()
 
-    def size(self) -> tuple[int, int, bool, int]:
+    def size(self) -> tuple[int, int, bool, int, int]:
         """What the workers must agree on before their collectives can meet."""
-        return self.numel, self.k, self.dense, self.nbytes
+        return self.numel, self.k, self.dense, self.nbytes, len(self.parts)
 
 
 _FIRST_TAG, _TAGS = 2, 2**24  # below: not tagged, called off; above: not exact in a float32
@@ -88,22 +117,38 @@ class Rule:
     compared: ClassVar[tuple[str, ...]] = (*OPTIONS, "maximize")
     local_momentum = False
 
-    def plan(self, group: Group, bucket: Bucket, wire_dtype: torch.dtype, size: int) -> Plan:
+    def plan(
+        self, group: Group, bucket: Bucket, wire_dtype: torch.dtype, exchange: Exchange
+    ) -> Plan:
         """A bucket's next step, still without its tag.
 
         Args:
             group: the bucket's options.
-            size: world size p.
+            exchange: the workers.
         """
-        numel = bucket.numel
-        k = budget.entries(group, numel, wire_dtype)
-        nbytes = budget.payload_nbytes(numel, k, wire_dtype)
-        dense = budget.dense_is_cheaper(numel, k, nbytes, size)
+        numel, size, rank = bucket.numel, exchange.size, exchange.rank
+        density, ratio = group["density"], group.get("bytes_ratio")
+        parts: tuple[Part, ...] = ()
+        if bucket.owner is not None:
+            parts = _parts(density, ratio, numel, wire_dtype, size)
+            k = sum(part.k for part in parts)
+            towards, back = [part.nbytes for part in parts], parts[0].nbytes
+            nbytes = sum(towards) + back
+            link = (sum(towards) - towards[rank], (size - 1) * towards[rank])
+            link = (link[0] + (size - 1) * back, link[1] + (size - 1) * back)
+            dense = budget.dense_is_cheaper(numel, k, max(link), size)
+            dense = dense or parts[-1].numel == 0
+        else:
+            k = budget.entries(density, ratio, numel, wire_dtype, max(size, 2) / 2)
+            nbytes = budget.payload_nbytes(numel, k, wire_dtype)
+            link = ((size - 1) * nbytes, (size - 1) * nbytes)
+            dense = budget.dense_is_cheaper(numel, k, max(link), size)
         if dense:  # v, two numbers for each rank and one for each parameter
-            k, nbytes = numel, 4 * (numel + 2 * size + len(bucket.params))
+            k, nbytes, parts = numel, 4 * (numel + 2 * size + len(bucket.params)), ()
+            link = (budget.ring_nbytes(nbytes, size),) * 2
         return Plan(
-            numel, k, wire_dtype, dense, nbytes,
-            self.arguments(group), self.masks(group), self.look_ahead(group),
+            numel, k, wire_dtype, dense, nbytes, link,
+            self.arguments(group), self.masks(group), self.look_ahead(group), parts=parts,
         )  # fmt: skip
 
     def check(self, group: Group, where: str) -> None:
@@ -143,7 +188,8 @@ class Rule:
 
     def own_state(self) -> set[str]:
         """Names of the state that differs from worker to worker."""
-        return {"memory", "momentum_buffer"} if self.local_momentum else {"memory"}
+        own = {"memory", "owner_memory"}
+        return own | {"momentum_buffer"} if self.local_momentum else own
 
     def momentum_name(self, group: Group) -> str:
         """The name in state of m or, where momentum is global, of a_{t-1}."""
@@ -235,6 +281,19 @@ class LocalMomentum(Rule):
 
     def masks(self, group: Group) -> bool:
         return bool(group["momentum_masking"])
+
+
+@lru_cache(maxsize=4096)
+def _parts(
+    density: float | None, ratio: float | None, numel: int, wire_dtype: torch.dtype, size: int
+) -> tuple[Part, ...]:
+    """Every rank's range, with the entries that are sent of it in either direction."""
+    parts = []
+    for of in cut(numel, size):
+        k = budget.entries(density, ratio, of.numel, wire_dtype) if of.numel else 0
+        nbytes = budget.payload_nbytes(of.numel, k, wire_dtype) if k else 0
+        parts.append(Part(*of, k, nbytes))
+    return tuple(parts)
 
 
 def _ratio(previous_lr: float | Tensor, lr: float | Tensor) -> float | Tensor:

@@ -20,17 +20,17 @@ from gmc_cuda._engine.bucket import Bucket
 from gmc_cuda._engine.checks import one_budget
 from gmc_cuda._engine.comparison import parameter_name
 from gmc_cuda._engine.entry import Entry
-from gmc_cuda._engine.momentum_view import MomentumView
+from gmc_cuda._engine.lazy_views import LazyView, MomentumView, OwnerView
 from gmc_cuda._engine.rules import Group, Rule
 from gmc_cuda._engine.shards import shard_of
 
 ParamState = dict[str, Tensor]
 Held = dict[Tensor, ParamState]
 
-_MEMORY = "memory"
+_MEMORY, _OWNER = "memory", "owner_memory"
 MOMENTUM_NAMES = ("momentum_buffer", "aggregate")  # the latter where it is not what SGD calls so
 
-SHOWN = (_MEMORY, *MOMENTUM_NAMES)
+SHOWN = (_MEMORY, _OWNER, *MOMENTUM_NAMES)
 
 FORMAT = 1
 _STAMP = "saved_by"  # in each param group of a state_dict: the one place every framework keeps
@@ -67,7 +67,7 @@ def held(groups: Iterable[Group], state: Mapping[Any, Any], rule: Rule) -> Held:
         ValueError, TypeError: an entry that does not fit its parameter.
     """
     found: Held = {}
-    dense: dict[Bucket, list[Tensor]] = {}
+    dense: dict[tuple[type, Bucket], list[Tensor]] = {}
     for g, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
             for name, value in (state.get(param) or {}).items():
@@ -75,12 +75,13 @@ def held(groups: Iterable[Group], state: Mapping[Any, Any], rule: Rule) -> Held:
                     continue
                 if value.is_meta and not param.is_meta:  # from before the model was materialised
                     continue
-                if isinstance(value, MomentumView):
+                if isinstance(value, LazyView):
                     bucket, index = value.place()
-                    if bucket not in dense:
-                        dense[bucket] = bucket.views(bucket.momentum())
-                    value = dense[bucket][index]
-                if name != _MEMORY:
+                    key = type(value), bucket
+                    if key not in dense:
+                        dense[key] = bucket.views(value.read(bucket))
+                    value = dense[key][index]
+                if name not in (_MEMORY, _OWNER):
                     name = rule.momentum_name(group)
                 _check_fits(
                     value, f"state: {name} of {parameter_name(group, i)} of group {g}", param
@@ -96,6 +97,8 @@ def export(buckets: Iterable[Bucket], rule: Rule) -> Held:
         vectors = bucket.vectors()
         if not rule.local_momentum:
             vectors[rule.momentum_name(bucket.group)] = bucket.momentum()
+        if bucket.owner is not None:
+            vectors[_OWNER] = bucket.owner.spread(bucket.memory)
         for name, flat in vectors.items():
             for param, view in zip(bucket.params, bucket.views(flat), strict=True):
                 found.setdefault(param, {})[name] = view
@@ -103,14 +106,38 @@ def export(buckets: Iterable[Bucket], rule: Rule) -> Held:
 
 
 def install(buckets: Iterable[Bucket], rule: Rule, saved: Held) -> None:
-    """Copies what was held into buckets; zero where there is nothing."""
+    """Copies what was held into buckets, which must have owners for what was owned; zero where
+    there is nothing."""
     for bucket in buckets:
         for name, flat in bucket.vectors().items():
             flat.copy_(_packed(bucket, name, saved))
+        if bucket.owner is not None:
+            bucket.owner.take_over(_packed(bucket, _OWNER, saved), bucket.memory)
         bucket.aggregate = None
         name = rule.momentum_name(bucket.group)
         if not rule.local_momentum and any(name in saved.get(p, {}) for p in bucket.params):
             bucket.aggregate = _packed(bucket, name, saved)
+
+
+def for_owner(saved: Held, size: int, owner: tuple[int, int] | None) -> Held:
+    """What was held, for a worker that may own other ranges.
+
+    Where the ranges are cut for another world size, or not at all, what a worker owned goes to its
+    own memory. That counts 1/p in the mean of all memories, so it is multiplied by p.
+
+    Args:
+        size: world size p of the workers that held it.
+        owner: rank and world size of this worker, with two-sided compression; else None.
+    """
+    if owner is not None and owner[1] == size:
+        return saved
+    found: Held = {}
+    for param, tensors in saved.items():
+        found[param] = {name: tensor for name, tensor in tensors.items() if name != _OWNER}
+        if _OWNER in tensors:
+            memory = found[param].get(_MEMORY, torch.zeros_like(tensors[_OWNER]))
+            found[param][_MEMORY] = torch.add(memory, tensors[_OWNER], alpha=size)
+    return found
 
 
 def show(buckets: Iterable[Bucket], rule: Rule, state: dict[Any, Any], changed: list[bool]) -> None:
@@ -124,6 +151,8 @@ def show(buckets: Iterable[Bucket], rule: Rule, state: dict[Any, Any], changed: 
         if not rule.local_momentum:
             views: list[Tensor] = [MomentumView(bucket, i) for i in range(len(bucket.params))]
             shown[rule.momentum_name(bucket.group)] = views
+        if bucket.owner is not None:
+            shown[_OWNER] = [OwnerView(bucket, i) for i in range(len(bucket.params))]
         # The stamp has its place in each group from the start: a flattened state_dict of torch's is
         # read by the keys of the groups that it is loaded into.
         bucket.group.setdefault(_STAMP, None)
@@ -231,8 +260,8 @@ def read(state_dict: dict[str, Any], groups: list[Group], rule: Rule, name: str)
             tensors = state_dict["state"].get(i)
             if tensors is None:
                 continue  # frozen, or torch.optim.SGD before its first step
-            required = wanted | {"memory"} if stamp is not None else set()
-            held[ids[i]] = _checked(tensors, required, wanted | {"memory"}, ids[i], i)
+            required = wanted | {_MEMORY} if stamp is not None else set()
+            held[ids[i]] = _checked(tensors, required, wanted | {_MEMORY, _OWNER}, ids[i], i)
     if stamp is not None:
         _warn_of_dropped(stamp, saved_groups, state_dict["state"])
     return Loaded(loaded_groups, held, stamp)
@@ -260,7 +289,8 @@ def warn_of_another_ranks(loaded: Loaded, rank: int, size: int) -> None:
     stamp = loaded.stamp
     if stamp is None or stamp.averaged or (stamp.rank, stamp.world_size) == (rank, size):
         return
-    if not any(bool(state["memory"].any()) for state in loaded.held.values()):
+    unsent = (state[k] for state in loaded.held.values() for k in (_MEMORY, _OWNER) if k in state)
+    if not any(bool(tensor.any()) for tensor in unsent):
         return
     warnings.warn(
         f"this optimizer is rank {rank} of {size}, but the state was saved by rank {stamp.rank} of "
@@ -283,7 +313,7 @@ def for_sgd(state_dict: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 "torch.optim.SGD has no momentum_form='iterate': set it to 'buffer' and make a step"
             )
-        if tensors["memory"].any():
+        if any(name in tensors and tensors[name].any() for name in (_MEMORY, _OWNER)):
             raise ValueError(
                 f"parameter {i} has gradients in memory that were not sent yet, and "
                 "torch.optim.SGD has no memory: set density to 1.0 in every param group, make a "

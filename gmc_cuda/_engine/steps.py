@@ -1,6 +1,6 @@
 """One step of one bucket as a generator: what is done before the collective, between, and after.
 
-Every step yields three times:
+Every step yields three times (with two-sided compression four, as that sends twice):
 
     sent = next(step)             v is made and on its way
     aggregate = step.send(skip)   all payloads are here and the workers agree whether to skip
@@ -31,27 +31,32 @@ class Sent(NamedTuple):
 
     Attributes:
         work: the collective.
-        payloads: every rank's payload, uint8 [p, n]; None where v itself is summed.
+        payloads: every rank's payload, uint8 [p, n], those of one size each; empty where v itself
+            is summed.
         counts: every rank's count of non-finite values, then every rank's tag, float32 [2p]; None
-            where payloads are gathered.
+            where payloads are sent.
+        two_sided: whether the step has another half, which its next yield sends.
+        error: what keeps this worker from sending more than a notice; to be raised once the others
+            have it.
     """
 
     work: Work
-    payloads: Tensor | None
+    payloads: tuple[Tensor, ...]
     counts: Tensor | None
+    two_sided: bool = False
+    error: Exception | None = None
 
     def nonfinite(self) -> Tensor:
         """Every rank's count of non-finite values, int64 [p]."""
-        if self.payloads is not None:
-            return ops.payload_nonfinite(self.payloads)
-        assert self.counts is not None
+        if self.counts is None:
+            return torch.cat([ops.payload_nonfinite(payloads) for payloads in self.payloads])
         return self.counts.chunk(2)[0].to(torch.int64)
 
     def tags(self) -> list[int]:
         """Every rank's tag; reads the device."""
-        if self.payloads is not None:  # the last word of each header
-            return self.payloads[:, 20:24].contiguous().view(torch.int32).flatten().tolist()
-        assert self.counts is not None
+        if self.counts is None:  # the last word of each header
+            words = [payloads[:, 20:24].contiguous() for payloads in self.payloads]
+            return torch.cat(words).view(torch.int32).flatten().tolist()
         return [int(tag) for tag in self.counts.chunk(2)[1].tolist()]
 
 
@@ -78,10 +83,21 @@ def send(
     bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], plan: Plan
 ) -> tuple[Step, Sent]:
     """Starts a bucket's step. If this raises, nothing was sent, and memory has all of v."""
-    step = (dense_step if plan.dense else sparse_step)(bucket, exchange, grads, plan)
+    step = _kind_of(plan)(bucket, exchange, grads, plan)
     sent: Sent = next(step)
     bucket.sent_nbytes, bucket.sent_entries = plan.nbytes, plan.k
+    bucket.link_nbytes = plan.link_nbytes
     return step, sent
+
+
+def _kind_of(plan: Plan) -> Callable[..., Step]:
+    if plan.dense:
+        return dense_step
+    if not plan.parts:
+        return sparse_step
+    from gmc_cuda._engine.two_sided import two_sided_step  # which is made of what stands below
+
+    return two_sided_step
 
 
 def sparse_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], plan: Plan) -> Step:
@@ -110,8 +126,8 @@ def sparse_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], 
     applied = False
     try:
         payloads, work = exchange.all_gather(payload)
-        skip = yield Sent(work, payloads, None)
-        _use_on_this_stream(payload, payloads)
+        skip = yield Sent(work, (payloads,), None)
+        use_on_this_stream(payload, payloads)
         errors: list[BaseException] = []
 
         def merge() -> Tensor:
@@ -126,7 +142,7 @@ def sparse_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], 
             ops.apply_(
                 target.params,
                 aggregate,
-                _ahead_lr(plan, target.lr),
+                moved_lr(plan, target.lr),
                 skip=skip,
                 skipped_steps=target.skipped_steps,
                 flags=target.flags,
@@ -140,7 +156,7 @@ def sparse_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], 
             if bucket.momentum_buffer is not None and plan.masking:
                 ops.mask_(bucket.momentum_buffer, payload, k, wire_dtype, skip=skip)
 
-        insist_once(lambda: _look_back(target, bucket.sparse_aggregate, plan, skip), errors)
+        insist_once(lambda: look_back(target, bucket.sparse_aggregate, plan, skip), errors)
         insist_once(move, errors)
         applied = True
         insist_once(mask, errors)
@@ -148,7 +164,7 @@ def sparse_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], 
     finally:
         if not applied:
             insist(lambda: ops.restore_(bucket.memory, payload, k, wire_dtype), [])
-            _taken_back(bucket)
+            taken_back(bucket)
     raise_first(errors)
 
 
@@ -160,6 +176,7 @@ def dense_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], p
     as by torch.optim.SGD; if some have one, the others count as zero.
     """
     ranks, rank = exchange.size, exchange.rank
+    bucket.fold_owner()
     alone = missing.LeftAloneByAll(bucket, grads)
     previous = bucket.dense_aggregate() if bucket.momentum_buffer is None else None
     total = ops.accumulate_(
@@ -178,21 +195,21 @@ def dense_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], p
         counts[ranks + rank] = float(plan.tag)
         alone.announce(present)
         work = exchange.all_reduce(total)
-        skip = yield Sent(work, None, counts)
-        _use_on_this_stream(total)
+        skip = yield Sent(work, (), counts)
+        use_on_this_stream(total)
         target: Target = yield v
         errors: list[BaseException] = []
 
         def before() -> None:
             alone.leave(v)
-            _look_back(target, lambda: alone.without(previous), plan, skip)
+            look_back(target, lambda: alone.without(previous), plan, skip)
 
         def move() -> None:
             ops.apply_dense_(
                 target.params,
                 bucket.memory,
                 total[: bucket.numel + ranks],
-                _ahead_lr(plan, target.lr),
+                moved_lr(plan, target.lr),
                 skip=skip,
                 skipped_steps=target.skipped_steps,
                 flags=target.flags,
@@ -205,7 +222,7 @@ def dense_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], p
         insist_once(lambda: _keep(bucket, v), errors)
     finally:
         if not applied:  # memory holds all of v until then
-            _taken_back(bucket)
+            taken_back(bucket)
     raise_first(errors)
 
 
@@ -219,17 +236,25 @@ def notice(exchange: Exchange, plan: Plan, tag: int, device: torch.device) -> Se
         total = torch.zeros(plan.nbytes // 4, dtype=torch.float32, device=device)
         counts = total[plan.numel : plan.numel + 2 * exchange.size]
         counts[exchange.size + exchange.rank] = float(tag)
-        return Sent(exchange.all_reduce(total), None, counts)
-    nothing = reference.encode(
-        torch.zeros(plan.k, dtype=torch.float32, device=device), plan.wire_dtype
-    )
-    payload = reference.pack(
-        torch.arange(plan.k, dtype=torch.int64, device=device), nothing, plan.numel,
-        plan.wire_dtype, scale=0, tag=tag,
-        nonfinite=torch.zeros((), dtype=torch.int64, device=device),
-    )  # fmt: skip
+        return Sent(exchange.all_reduce(total), (), counts)
+    if plan.parts:
+        nothing = [empty_payload(p.numel, p.k, plan.wire_dtype, tag, device) for p in plan.parts]
+        received, work = exchange.all_to_all(nothing, plan.parts[exchange.rank].nbytes)
+        return Sent(work, (received,), None)
+    payload = empty_payload(plan.numel, plan.k, plan.wire_dtype, tag, device)
     payloads, work = exchange.all_gather(payload)
-    return Sent(work, payloads, None)
+    return Sent(work, (payloads,), None)
+
+
+def empty_payload(
+    numel: int, k: int, wire_dtype: torch.dtype, tag: int, device: torch.device
+) -> Tensor:
+    """A payload with that tag whose values are all zero."""
+    nothing = reference.encode(torch.zeros(k, dtype=torch.float32, device=device), wire_dtype)
+    return reference.pack(
+        torch.arange(k, dtype=torch.int64, device=device), nothing, numel, wire_dtype,
+        scale=0, tag=tag, nonfinite=torch.zeros((), dtype=torch.int64, device=device),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- what can no longer be called off
@@ -283,11 +308,11 @@ def raise_first(errors: list[BaseException]) -> None:
 # so that exactly what was looked ahead is taken back. Each term is applied by itself.
 
 
-def _ahead_lr(plan: Plan, lr: float | Tensor) -> float | Tensor:
+def moved_lr(plan: Plan, lr: float | Tensor) -> float | Tensor:
     return lr if plan.look_ahead is None else lr * (1 + plan.look_ahead)
 
 
-def _look_back(
+def look_back(
     target: Target, previous: Callable[[], Tensor | None], plan: Plan, skip: Tensor
 ) -> None:
     """Takes back what the step before looked ahead."""
@@ -301,13 +326,13 @@ def _keep(bucket: Bucket, aggregate: Tensor) -> None:
         bucket.keep_aggregate(aggregate)
 
 
-def _taken_back(bucket: Bucket) -> None:
+def taken_back(bucket: Bucket) -> None:
     """Memory has v again, and with it the momentum and the gradients, which must not come twice."""
     bucket.aggregate = None
     bucket.forget_grads()
 
 
-def _use_on_this_stream(*tensors: Tensor) -> None:
+def use_on_this_stream(*tensors: Tensor) -> None:
     """With overlap they were made on the backward pass's stream, and are used and freed on this."""
     for tensor in tensors:
         if tensor.is_cuda:

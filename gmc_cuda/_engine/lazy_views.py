@@ -1,0 +1,124 @@
+"""What a bucket keeps in another form than parameter by parameter, as tensors in optimizer.state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from gmc_cuda._engine.bucket import Bucket
+from gmc_cuda._engine.shards import shard_of
+
+
+class LazyView(Tensor):
+    """One parameter's part of something that a bucket keeps, float32 and shaped like it.
+
+    This tensor has no storage: an operation on it is done on a dense copy. One that writes to it
+    writes that copy back to the bucket.
+    """
+
+    _bucket: Bucket
+    _index: int
+
+    @staticmethod
+    def __new__(cls, bucket: Bucket, index: int) -> LazyView:
+        param = shard_of(bucket.params[index])
+        view: LazyView = torch.Tensor._make_wrapper_subclass(
+            cls, param.shape, strides=param.stride(), dtype=torch.float32, device=param.device
+        )
+        return view
+
+    def __init__(self, bucket: Bucket, index: int) -> None:
+        self._bucket, self._index = bucket, index
+
+    @staticmethod
+    def read(bucket: Bucket) -> Tensor:
+        """What the bucket keeps, float32 [N]."""
+        raise NotImplementedError
+
+    @staticmethod
+    def write(bucket: Bucket, flat: Tensor) -> None:
+        """Makes this what the bucket keeps."""
+        raise NotImplementedError
+
+    def place(self) -> tuple[Bucket, int]:
+        """Its bucket, and which of the bucket's parameters it is of."""
+        return self._bucket, self._index
+
+    def dense(self) -> Tensor:
+        """The values."""
+        return self._bucket.views(self.read(self._bucket))[self._index]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        flats: dict[tuple[type, Bucket], Tensor] = {}
+
+        def dense(value: Any) -> Any:
+            if not isinstance(value, LazyView):
+                return value
+            bucket, index = value.place()
+            key = type(value), bucket
+            if key not in flats:
+                flats[key] = value.read(bucket)
+            return bucket.views(flats[key])[index]
+
+        result = func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
+        if func._schema.is_mutable:
+            for (kind, bucket), flat in flats.items():
+                kind.write(bucket, flat)  # type: ignore[attr-defined]
+        return result
+
+    @property
+    def data(self) -> Tensor:
+        return self.dense()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value.numel() or not self.numel():  # who empties it to save memory has saved none
+            self.copy_(value)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.dense().numpy(force=force)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().clone().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.dense().clone()
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return repr(self.dense())
+
+
+class MomentumView(LazyView):
+    """a_{t-1}, of which a bucket keeps the few entries that are not zero."""
+
+    @staticmethod
+    def read(bucket: Bucket) -> Tensor:
+        return bucket.momentum()
+
+    @staticmethod
+    def write(bucket: Bucket, flat: Tensor) -> None:
+        bucket.aggregate = flat
+
+
+class OwnerView(LazyView):
+    """The owner memory r, of which a bucket keeps the range that this worker owns.
+
+    It is zero elsewhere. What is written elsewhere goes to this worker's own memory, where it
+    counts as much.
+    """
+
+    @staticmethod
+    def read(bucket: Bucket) -> Tensor:
+        assert bucket.owner is not None
+        return bucket.owner.spread(bucket.memory)
+
+    @staticmethod
+    def write(bucket: Bucket, flat: Tensor) -> None:
+        assert bucket.owner is not None
+        bucket.owner.take_over(flat, bucket.memory)
