@@ -5,6 +5,7 @@ A step
   engine         makes an optimizer's steps, with buckets that are in line with what users see
   round          one step of all buckets: send, receive, apply, cancel
   steps          one bucket's step as a generator, for each way of exchanging: sparse, dense
+  two_sided      the same for two-sided compression, which sends twice
   rules          what distinguishes GMC from DGC, and the plan of a bucket's step
   missing        parameters without a gradient, which a step leaves alone
   overlap        buckets sent during the backward pass: hooks, order, no_sync
@@ -14,7 +15,9 @@ A step
 State
   packing        the buckets of an optimizer, a cache of its param_groups and state
   bucket         parameters that share one flat index space, with their memory and momentum
-  momentum_view  a_{t-1} as a tensor in optimizer.state
+  ranges         the ranges that a bucket is cut into for two-sided compression
+  owner          the range that this worker owns, and its owner memory
+  lazy_views     a_{t-1} and the owner memory as tensors in optimizer.state
   entry          an entry of optimizer.state, which notices that it is written to
   state          memory and momentum by parameter: held, saved, loaded
   shards         parameters that are sharded inside a node
