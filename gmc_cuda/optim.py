@@ -71,10 +71,10 @@ class GMC(CompressedSGD):
         check_replicas_every: compare the bits of all workers' parameters after every so many steps
             and raise RuntimeError on every worker if they differ; 0: never. Reads the device.
 
-    ``optimizer.state[p]["memory"]`` is u, float32, shaped like p, and with two-sided compression
-    ``optimizer.state[p]["owner_memory"]`` is r, zero where another worker is the owner. ``lr``, ``momentum``,
-    ``density`` or ``bytes_ratio``, ``weight_decay`` and ``memory_decay`` are read from the param
-    group at every step.
+    ``optimizer.state[p]["memory"]`` is u, float32, shaped like p. With two-sided compression
+    ``optimizer.state[p]["owner_memory"]`` is r, zero where another worker is the owner. ``lr``,
+    ``momentum``, ``density`` or ``bytes_ratio``, ``weight_decay`` and ``memory_decay`` are read
+    from the param group at every step.
 
     Raises:
         ValueError, TypeError: an argument out of range, or workers that differ in their model or

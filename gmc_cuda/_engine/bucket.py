@@ -158,9 +158,7 @@ class Bucket:
         if state is None or k > self._states_k[of]:
             if self.memory.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("make a step of the largest density before capturing any")
-            state = ops.select_state(
-                self.numel if of is None else of.numel, k, self.device, state
-            )
+            state = ops.select_state(self.numel if of is None else of.numel, k, self.device, state)
             self._states[of], self._states_k[of] = state, k
         return state
 

@@ -60,9 +60,7 @@ def check_options(
     exchange: str,
 ) -> None:
     if exchange not in EXCHANGES:
-        raise ValueError(
-            f"exchange: got {exchange!r}, must be {' or '.join(map(repr, EXCHANGES))}"
-        )
+        raise ValueError(f"exchange: got {exchange!r}, must be {' or '.join(map(repr, EXCHANGES))}")
     if wire_dtype not in budget.DTYPES:
         *names, last = map(str, budget.DTYPES)
         raise TypeError(f"wire_dtype: got {wire_dtype}, must be {', '.join(names)} or {last}")

@@ -1,4 +1,4 @@
-"""What a bucket keeps in another form than parameter by parameter, as tensors in optimizer.state."""
+"""What a bucket keeps for all its parameters together, as tensors in optimizer.state."""
 
 from __future__ import annotations
 

@@ -55,9 +55,7 @@ class Packing:
         self.buckets: list[Bucket] = []
         for group in groups:
             params = [p for p in group["params"] if p.requires_grad]
-            self.buckets += make_buckets(
-                params, group, cap_numel, rule.local_momentum, owner
-            )
+            self.buckets += make_buckets(params, group, cap_numel, rule.local_momentum, owner)
         self.bucket_of = {p: bucket for bucket in self.buckets for p in bucket.params}
         states.install(self.buckets, rule, held)
         self._changed = [False]  # whether a shown entry was written to

@@ -18,8 +18,7 @@ sender's memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,8 +31,17 @@ from gmc_cuda._engine.owner import Owner
 from gmc_cuda._engine.ranges import slices, within
 from gmc_cuda._engine.rules import Part, Plan
 from gmc_cuda._engine.steps import (
-    Sent, Step, Target, empty_payload, insist, insist_once, look_back, moved_lr, raise_first,
-    taken_back, use_on_this_stream,
+    Sent,
+    Step,
+    Target,
+    empty_payload,
+    insist,
+    insist_once,
+    look_back,
+    moved_lr,
+    raise_first,
+    taken_back,
+    use_on_this_stream,
 )  # fmt: skip
 
 
