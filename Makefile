@@ -15,7 +15,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
 
 demo: $(VENV)/demo.installed build  ## train four workers on real text: GMC beside three other methods
-	@$(python) examples/compare_methods $(ARGS)
+	@$(python) -m examples.demo $(ARGS)
 
 test: $(VENV)/demo.installed $(VENV)/test.installed build  ## run the tests
 	@$(python) -m pytest $(ARGS)
@@ -44,22 +44,22 @@ build: $(VENV)/build.installed  ## compile in place what has changed
 # Results go to RESULTS (default benchmarks/results). Both run to the end and say what was left out.
 results := $(or $(RESULTS),benchmarks/results)
 bench: $(VENV)/demo.installed build  ## time the ops and the whole step on this machine's GPU or CPU
-	@$(python) benchmarks/kernels.py --quick --output '$(results)' $(ARGS)
-	@$(python) benchmarks/step.py --quick --output '$(results)' $(ARGS)
-	@$(python) benchmarks/host.py --output '$(results)'
+	@$(python) -m benchmarks.ops.kernels --quick --output '$(results)' $(ARGS)
+	@$(python) -m benchmarks.ops.step --quick --output '$(results)' $(ARGS)
+	@$(python) -m benchmarks.ops.host --output '$(results)'
 
 convergence: $(VENV)/demo.installed build  ## train at equal bytes, each method at its best momentum and lr: dense, GMC, DGC, memory SGD
-	@$(python) benchmarks/convergence.py --output '$(results)' $(ARGS)
+	@$(python) -m benchmarks.training.convergence --output '$(results)' $(ARGS)
 
 network: $(VENV)/demo.installed build  ## as root: training steps of four workers over 10 Gbit/s to 10 Mbit/s
-	@$(python) benchmarks/network.py --output '$(results)' $(ARGS)
-	@$(python) benchmarks/time_to_loss.py --output '$(results)'
+	@$(python) -m benchmarks.training.network --output '$(results)' $(ARGS)
+	@$(python) -m benchmarks.training.time_to_loss --output '$(results)'
 
 scaling: $(VENV)/demo.installed build  ## by a model of a step: which method is the fastest, 2 to 1024 workers, 10 Mbit/s to 400 Gbit/s
-	@$(python) benchmarks/scaling.py --output '$(results)' $(ARGS)
+	@$(python) -m benchmarks.training.scaling --output '$(results)' $(ARGS)
 
 gpu:  ## on a machine with a GPU: build, tests, benchmarks, sanitizers; RESULTS=folder, ARGS=--quick
-	@'$(PYTHON)' benchmarks/gpu.py --python '$(abspath $(python))' --results '$(results)' $(ARGS) \
+	@'$(PYTHON)' -m benchmarks.ops.gpu --python '$(abspath $(python))' --results '$(results)' $(ARGS) \
 	    --build '$(MAKE) --no-print-directory $(VENV)/demo.installed $(VENV)/test.installed build'
 
 # The wheel serves one version of Python and every torch from 2.11 on. Its tests install it into

@@ -10,35 +10,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from gmc_cuda import ops
-
-ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
-
-sys.path.insert(0, str(BENCHMARKS))
-import overlap_trace  # noqa: E402
-from bench import (  # noqa: E402
+from benchmarks.ops import (
     budget,
     cases,
     cub_topk,
     data,
     goals,
-    ladder,
     options,
     sanitizers,
     timing,
 )
-from bench.cases import Case  # noqa: E402
-from bench.problem import Problem  # noqa: E402
+from benchmarks.ops.cases import Case
+from benchmarks.ops.problem import Problem
+from benchmarks.training import ladder, overlap_trace
+from gmc_cuda import ops
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 TINY = Case(70_001, 0.01, "fp32", "bf16", 4, "gmc", "gaussian")
 
 
-def run(script, *arguments):
+def run(module, *arguments):
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *arguments],
-        capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
@@ -49,9 +44,9 @@ def read_result(folder, what):
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
 
 
-def benchmark(script, folder, *arguments):
+def benchmark(module, folder, *arguments):
     quick = ["--quick", "--device", "cpu", "--seconds", "0.05", "--output", str(folder)]
-    done = run(script, *quick, *arguments)
+    done = run(module, *quick, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -71,7 +66,7 @@ def check_common(content, what):
 def test_kernels(tmp_path):
     factors = ["--density", "0.01", "--grad-dtype", "fp32", "--wire", "bf16", "--ranks", "8",
                "--method", "gmc"]  # fmt: skip
-    printed = benchmark("kernels.py", tmp_path, "--numel", "20000", *factors,
+    printed = benchmark("ops.kernels", tmp_path, "--numel", "20000", *factors,
                         "--data", "gaussian", "zero")  # fmt: skip
     content = read_result(tmp_path, "kernels")
     check_common(content, "kernels")
@@ -101,7 +96,7 @@ def test_kernels(tmp_path):
 def test_step(tmp_path, method):
     factors = ["--density", "0.01", "--wire", "fp4", "--ranks", "2", "--method", method]
     factors += ["--data", "gaussian"]
-    benchmark("step.py", tmp_path, "--numel", "30001", "--tensors", "3", *factors)
+    benchmark("ops.step", tmp_path, "--numel", "30001", "--tensors", "3", *factors)
     content = read_result(tmp_path, "step")
     check_common(content, "step")
     fp32, bf16 = content["results"]
@@ -113,7 +108,7 @@ def test_step(tmp_path, method):
 
 
 def convergence(folder, *arguments):
-    done = run("convergence.py", "--task", "digits", "--workers", "2", "--steps", "8",
+    done = run("training.convergence", "--task", "digits", "--workers", "2", "--steps", "8",
                "--search-seeds", "1", "--output", str(folder), *arguments)  # fmt: skip
     assert done.returncode == 0, done.stderr
     content = read_result(folder, "convergence-digits-2-workers")
@@ -175,7 +170,7 @@ def test_convergence_at_equal_bytes(tmp_path):
     made = [run for run in again["results"] if run["seconds"] not in seconds]
     assert {(run["method"], run["seed"]) for run in made} == {(method, 3) for method in methods}
     assert len(made) == 2 * len(methods)
-    done = run("convergence.py", "--task", "digits", "--reuse", str(path))
+    done = run("training.convergence", "--task", "digits", "--reuse", str(path))
     assert "steps is 8 there, 100 here" in done.stderr
     assert float4["k"] > 1.7 * some["gmc:bfloat16"]["k"]
     assert float4["bytes"] == ops.payload_nbytes(
@@ -217,7 +212,7 @@ def test_ladder_that_only_diverges():
 
 
 def test_limit_leaves_out_what_it_must(tmp_path):
-    printed = benchmark("step.py", tmp_path, "--numel", "1000", "--limit", "0.000001",
+    printed = benchmark("ops.step", tmp_path, "--numel", "1000", "--limit", "0.000001",
                         "--data", "gaussian")  # fmt: skip
     assert "left out: 8 of 9 cases: --limit 1e-06 s was reached" in printed
     assert len(read_result(tmp_path, "step")["results"]) == 1
@@ -232,7 +227,7 @@ def test_limit_leaves_out_what_it_must(tmp_path):
     ],
 )
 def test_mistakes_are_named(arguments, words):
-    done = run("kernels.py", *arguments)
+    done = run("ops.kernels", *arguments)
     assert done.returncode == 2
     assert words in done.stderr
 
@@ -241,7 +236,7 @@ def test_without_a_gpu_the_gpu_is_refused(tmp_path):
     """One line, at once, and nothing built or written."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    done = run("kernels.py", "--device", "cuda", "--output", str(tmp_path))
+    done = run("ops.kernels", "--device", "cuda", "--output", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr == "kernels: --device cuda: no GPU on this machine that torch can use\n"
 
@@ -389,7 +384,7 @@ def test_cub_peer_is_left_out_with_a_reason(monkeypatch, tmp_path):
 
 
 def test_host(tmp_path):
-    done = run("host.py", "--tensors", "5", "--steps", "12", "--output", str(tmp_path))
+    done = run("ops.host", "--tensors", "5", "--steps", "12", "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     content = read_result(tmp_path, "host")
     assert content["options"]["tensors"] == 5 and content["ratio"] > 0
@@ -402,7 +397,7 @@ def test_host(tmp_path):
 
 def test_overlap_trace(tmp_path):
     tiny = ["--steps", "2", "--layers", "3", "--width", "64", "--batch", "8"]
-    done = run("overlap_trace.py", *tiny, "--output", str(tmp_path))
+    done = run("training.overlap_trace", *tiny, "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     content = read_result(tmp_path, "overlap")
     assert len(list(tmp_path.glob("overlap-*.png"))) == 1
@@ -429,7 +424,7 @@ def test_local_updates(tmp_path):
         {"name": "sparse", "lr": 1.0, "momentum": 0.0, "density": 0.02, "overlap": True},
     ]
     small = ["--workers", "2", "--rounds", "2", "--every", "2", "--batch", "1"]
-    done = run("local_updates.py", *small, "--settings", json.dumps(settings),
+    done = run("training.local_updates", *small, "--settings", json.dumps(settings),
                "--output", str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     content = read_result(tmp_path, "local-updates-2-rounds")
@@ -441,7 +436,7 @@ def test_local_updates(tmp_path):
     assert 60 < dense["bytes_sent"] / sparse["bytes_sent"] < 66  # 3.1 bytes for an entry
     assert 4 < sparse["loss"] < 7
     again = [settings[0], {"name": "more", "lr": 1.0, "density": 1.0}]
-    done = run("local_updates.py", *small, "--settings", json.dumps(again),
+    done = run("training.local_updates", *small, "--settings", json.dumps(again),
                "--output", str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     results = read_result(tmp_path, "local-updates-2-rounds")["results"]

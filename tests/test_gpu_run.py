@@ -34,10 +34,10 @@ case "$0 $*" in
   *build) part=build;;
   *"-m pytest"*-k*) part=smoke;;
   *"-m pytest"*) part=tests;;
-  *kernels.py*numel*) part=kernels;;
-  *kernels.py*) part=sizes;;
-  *step.py*) part=step;;
-  *host.py*) part=host;;
+  *kernels*numel*) part=kernels;;
+  *kernels*) part=sizes;;
+  *ops.step*) part=step;;
+  *ops.host*) part=host;;
   *) part=training;;
 esac
 echo "$part: $*" >> "$CALLS"
@@ -71,12 +71,17 @@ def rehearse(tmp_path):
             (tools / name).unlink()
         calls.write_text("")
         python = tools / "python"
-        command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--python", python,
+        command = [sys.executable, "-m", "benchmarks.ops.gpu", "--python", python,
                    "--build", f"{python} build", "--results", results, *arguments]  # fmt: skip
         environment = {"PATH": f"{tools}:/usr/bin:/bin", "REHEARSE": told, "SMI": smi,
                        "CALLS": str(calls), "HOME": os.environ.get("HOME", "")}  # fmt: skip
         done = subprocess.run(
-            [*map(str, command)], env=environment, capture_output=True, text=True, timeout=60
+            [*map(str, command)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         written = {path.suffix: path.read_text() for path in results.glob("gpu-*")}
         return done, written, calls.read_text()

@@ -1,4 +1,4 @@
-"""benchmarks/network.py: what it measures adds up, and nothing of it stays."""
+"""benchmarks/training/network.py: what it measures adds up, and nothing of it stays."""
 
 import json
 import os
@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.training import namespaces, network, time_to_loss
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import network  # noqa: E402
-import time_to_loss  # noqa: E402
-from bench import namespaces  # noqa: E402
 
 ROW = {"method": "DDP", "rate_mbit": 100, "estimated": False, "step": {"median": 7.0},
        "compute_alone": 0.25, "link_bytes": 60_000_000}  # fmt: skip
@@ -41,10 +39,10 @@ def test_two_workers(tmp_path):
         pytest.skip(reason)
     before, methods = names(), ("GMC", "LocalUpdates", "DDP bf16")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "network.py"), "--workers", "2", "--model",
-         "text", "--rates", "100", "10", "--methods", *methods, "--seconds", "1",
+        [sys.executable, "-m", "benchmarks.training.network", "--workers", "2", "--model", "text",
+         "--rates", "100", "10", "--methods", *methods, "--seconds", "1",
          "--output", str(tmp_path)],
-        capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("network-*.json")
@@ -71,10 +69,10 @@ def test_time_to_loss(tmp_path):
         pytest.skip(reason)
     before = names()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "time_to_loss.py"), "--workers", "2", "--rates",
+        [sys.executable, "-m", "benchmarks.training.time_to_loss", "--workers", "2", "--rates",
          "100", "--methods", "GMC float4", "DDP", "--seconds", "0.5", "--steps", "30", "--target",
          "4", "--output", str(tmp_path)],
-        capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("time-to-loss-*.json")

@@ -1,4 +1,4 @@
-"""benchmarks/scaling.py: the model's closed forms, and that its check can tell right from wrong."""
+"""training/scaling.py: the model's closed forms, and that its check can tell right from wrong."""
 
 import json
 import subprocess
@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.training import measured_steps, step_model
+from benchmarks.training.step_model import METHODS, MODELS, Local, Machine, Network
 from gmc_cuda import ops
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from bench import measured_steps, step_model  # noqa: E402
-from bench.step_model import METHODS, MODELS, Local, Machine, Network  # noqa: E402
 
 MACHINE = Machine(flops=1e14, memory=1e12, latency=0.0)
 N = 10_000_000
@@ -84,8 +83,8 @@ def test_check_against_measurements():
 def test_script(tmp_path):
     (tmp_path / "network-somewhere-2026-01-01.json").write_text(json.dumps(measured(1.2, 20.0)))
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--output", str(tmp_path)],
-        capture_output=True, text=True, timeout=120,
+        [sys.executable, "-m", "benchmarks.training.scaling", "--output", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("scaling-*.json")

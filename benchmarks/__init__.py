@@ -1,0 +1,4 @@
+"""Benchmarks, started from the root of the repository (python -m benchmarks.ops.kernels).
+
+README.md says what each measures.
+"""

@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""Everything that needs a GPU, in one command: `make gpu RESULTS=folder`, in less than 9 minutes.
+
+Builds for this machine's GPU, then what matters most comes first: a look at whether the kernels are
+right, the times of the ops and of the step at the middle size, all GPU tests, all sizes beside
+peers, compute-sanitizer's four tools, hardware counters, a training run. Each part has its share of
+the time; one that fails or hangs does not stop the others. What they printed and how they ended is
+written as they go, so a run that is cut off leaves all there was. --quick stops after the step: 3
+minutes. Needs nothing but Python's standard library itself.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+from benchmarks.ops import sanitizers
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA = ["--device", "cuda", "--quick", "--seconds", "1"]
+MIDDLE = ["--numel", "124e6", "--no-peers"]
+OURS = "regex:^(look|pass|coarse|recompact|refine|count|emit|merge|apply)_kernel$"
+
+
+@dataclass
+class Part:
+    """A part of the run: its command, or None for the sanitizers; and how it ended."""
+
+    name: str
+    seconds: float  # its share
+    command: list[str] | None
+    outcome: str = "not begun"
+    took: float = 0.0
+
+    def ends(self, outcome: str, began: float) -> None:
+        self.outcome, self.took = outcome, time.monotonic() - began
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--python", default=sys.executable, help="Python of the environment")
+    parser.add_argument("--build", default="", metavar="COMMAND", help="what builds the extension")
+    parser.add_argument("--results", default="benchmarks/results", metavar="FOLDER")
+    parser.add_argument("--quick", action="store_true", help="what matters most, in 3 minutes")
+    parser.add_argument(
+        "--share", type=share, action="append", default=[], metavar="PART=SECONDS",
+        help="another share of the time for a part",
+    )  # fmt: skip
+    options = parser.parse_args()
+
+    gpu = find_gpu()
+    if isinstance(gpu, str):
+        print(f"make gpu: {gpu}", file=sys.stderr)
+        return 1
+    name, capability = gpu
+    folder = Path(options.results).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = plan(options, folder)
+    unknown = {name for name, _ in options.share} - {part.name for part in parts}
+    if unknown:
+        parser.error(f"--share: got {', '.join(sorted(unknown))}, must be a part of this run")
+    title = f"{name}, compute capability {capability}"
+    print(f"{title}\n" + ", ".join(f"{p.name} {p.seconds:g} s" for p in parts), flush=True)
+    stem = folder / f"gpu-{date.today().isoformat()}"
+    with stem.with_suffix(".log").open("w") as log:
+        run_parts(parts, options.python, capability, log, lambda: summarise(parts, title, stem))
+    print(f"\n{summarise(parts, title, stem)}\neverything they printed: {stem.name}.log")
+    return 1 if any(part.outcome != "passed" for part in parts) else 0
+
+
+def share(text: str) -> tuple[str, float]:
+    name, _, seconds = text.partition("=")
+    return name, float(seconds)
+
+
+def find_gpu() -> tuple[str, str] | str:
+    """The first GPU's name and compute capability, or why there is none."""
+    command = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        return "there is no GPU on this machine (no nvidia-smi)"
+    except subprocess.TimeoutExpired:
+        return "nvidia-smi does not answer"
+    lines = [line for line in done.stdout.splitlines() if "," in line]
+    if done.returncode or not lines:
+        said = (done.stdout + done.stderr).strip().splitlines() or ["nvidia-smi lists none"]
+        return f"there is no GPU on this machine ({said[0]})"
+    name, capability = lines[0].rsplit(",", 1)
+    return name.strip(), capability.strip()
+
+
+def plan(options: argparse.Namespace, folder: Path) -> list[Part]:
+    """The parts in order. Limits within a command leave it room for its last case."""
+    python, output = options.python, ["--output", str(folder)]
+    pytest = [python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    kernels, step, host = (
+        [python, "-m", f"benchmarks.ops.{name}"] for name in ("kernels", "step", "host")
+    )
+    counters = ["ncu", "--clock-control", "none", "--kernel-name", OURS, "--launch-skip", "60",
+                "--launch-count", "12", "--kill", "yes", "--section", "SpeedOfLight",
+                "--section", "MemoryWorkloadAnalysis", "--section", "Occupancy",
+                "-f", "--log-file", f"{folder}/ncu-{date.today().isoformat()}.txt"]  # fmt: skip
+    parts = [
+        Part("build", 80, shlex.split(options.build)),
+        Part("smoke", 25, [*pytest, "-x", "tests/test_cuda.py",
+                           "-k", "equals_cpu and not at_size"]),
+        Part("kernels", 40, [*kernels, *CUDA, *MIDDLE, "--limit", "25", *output]),
+        Part("step", 25, [*step, *CUDA, *MIDDLE, "--limit", "15", *output]),
+        Part("host", 15, [*host, *output]),
+        Part("tests", 80, pytest),
+        Part("sizes", 105, [*kernels, *CUDA, "--limit", "80", *output]),
+        Part("sanitizers", 75, None),
+        Part("counters", 40, [*counters, *step, *CUDA, *MIDDLE, *output]),
+        Part("training", 40, [python, "-m", "examples.demo", "--device", "cuda",
+                              "--workers", "1", "--steps", "60", *output]),
+    ]  # fmt: skip
+    shares = dict(options.share)
+    if options.quick:
+        parts = parts[:4]
+    return [replace(part, seconds=shares.get(part.name, part.seconds)) for part in parts]
+
+
+def run_parts(parts: list[Part], python: str, capability: str, log, report) -> None:
+    """Runs one after the other; report() after each."""
+    environment = {
+        **os.environ,
+        "FORCE_CUDA": "1",
+        # For this GPU alone: a third of the time that all of them take.
+        "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST") or capability,
+        "PYTHONUNBUFFERED": "1",
+    }
+    for number, part in enumerate(parts):
+        began = time.monotonic()
+        print(f"\n== {part.name}", flush=True)
+        part.ends(run_part(part, python, environment, log), began)
+        if part.name == "build" and part.outcome != "passed":
+            # Whatever was built before is not what would be measured.
+            for other in parts[number + 1 :]:
+                other.outcome = "not run: the build did not pass"
+        report()
+        if parts[-1].outcome.startswith("not run: the build"):
+            return
+        if part.name == "build":  # a peer's extension, while the tests run
+            prebuild = [python, "-m", "benchmarks.ops.cub_topk", capability]
+            arguments = prebuild, environment, log, 120
+            threading.Thread(target=run, args=arguments, daemon=True).start()
+
+
+def run_part(part: Part, python: str, environment: dict, log) -> str:
+    if part.command is None:
+        outcomes = sanitizers.run(python, ROOT, log, part.seconds)
+        for tool, outcome in outcomes.items():
+            print(f"{tool}: {outcome}", flush=True)
+        bad = [f"{tool} {outcome}" for tool, outcome in outcomes.items() if outcome != "passed"]
+        return "; ".join(bad) or "passed"
+    if not part.command:
+        print("no --build was given: using what is there", flush=True)
+        return "passed"
+    if shutil.which(part.command[0]) is None:
+        return f"not run: no {part.command[0]} on PATH"
+    status, last = run(part.command, environment, log, part.seconds)
+    if status is None:
+        return f"not finished in {part.seconds:g} s"
+    if status != 0:
+        return f"failed: {last}"
+    if "pytest" in part.command and " passed" not in last:
+        return f"failed: none ran: {last}"
+    return "passed"
+
+
+def run(command: list[str], environment: dict, log, seconds: float) -> tuple[int | None, str]:
+    """Exit status (None: stopped, it took too long) and the last line printed."""
+    log.write(f"\n===== {' '.join(Path(word).name for word in command[:2])}\n")
+    log.flush()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    last = ""
+
+    def read() -> None:
+        nonlocal last
+        for line in process.stdout:
+            log.write(line)
+            log.flush()
+            print(line, end="", flush=True)
+            last = line.strip() or last
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        status: int | None = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        status = None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, 9)  # also what it left behind, which would hold the pipe open
+    process.wait()
+    reader.join(5)
+    return status, last[:200]
+
+
+def summarise(parts: list[Part], title: str, stem: Path) -> str:
+    """Writes how the parts ended so far, and returns it."""
+    width = max(len(part.name) for part in parts)
+    lines = [f"{title}: {sum(part.took for part in parts):.0f} s"]
+    lines += [
+        f"  {p.name:<{width}}  {p.took:4.0f} of {p.seconds:3.0f} s  {p.outcome}" for p in parts
+    ]
+    failed = [part.name for part in parts if part.outcome != "passed"]
+    lines.append(f"not passed: {', '.join(failed)}" if failed else "all parts passed")
+    text = "\n".join(lines)
+    stem.with_suffix(".txt").write_text(text + "\n")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

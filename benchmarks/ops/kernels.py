@@ -1,0 +1,49 @@
+#!/usr/bin/env python3
+"""Time the ops one at a time: compress, merge, apply; and what a user would pick instead.
+
+    python -m benchmarks.ops.kernels --quick           this machine's GPU, or its CPU
+    python -m benchmarks.ops.kernels --device cpu --numel 25e6 --density 0.01
+
+See benchmarks/README.md for what is measured and how, and --help for the options.
+"""
+
+import sys
+
+from benchmarks.ops import budget, goals, peers, session
+from benchmarks.ops.cases import Case
+from benchmarks.ops.problem import Problem
+from benchmarks.ops.timing import run_rounds
+
+
+def measure(run: session.Session, case: Case) -> list[dict]:
+    problem = Problem(case, run.device)
+    ours, reference = run.ours(problem), peers.add_gradient(problem)
+    copy, copied = peers.copy(run.device)
+    for_compress, for_merge = session.peers_of(run, problem) if run.with_peers(case) else ([], [])
+    everyone = [ours, reference, copy, *for_compress, *for_merge]
+    run_rounds(everyone, run.device, run.options.seconds, flush_stages=True)
+
+    speed = session.bandwidth(copy, copied)
+    repairs = run.repairs(problem, len(ours.total()))
+    launches = run.launches(problem)
+    sizes = {
+        "compress": budget.compress(case),
+        "merge": budget.merge(problem),
+        "apply": budget.apply(problem),
+    }
+    records = []
+    for op, nbytes in sizes.items():
+        times = ours.total(op)
+        record = run.record(op, case, times, nbytes, speed)
+        record["launches"] = launches.get(op)
+        records.append(record)
+    compress, merge, _ = records
+    compress |= repairs
+    compress["reference"] = run.refer(reference, ours.total("compress"))
+    compress["peers"] = [run.compare(one, ours.total("compress")) for one in for_compress]
+    merge["peers"] = [run.compare(one, ours.total("merge")) for one in for_merge]
+    return records
+
+
+if __name__ == "__main__":
+    sys.exit(session.main("kernels", __doc__, measure, goals.for_kernels))

@@ -1,0 +1,43 @@
+"""What every benchmark writes and prints: the JSON file and its name, a table, the load."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+WIDTH = 100
+
+
+def print_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ModuleNotFoundError:
+        print(title)
+        for row in [headings, *rows]:
+            print("  " + " | ".join(row))
+        return
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, vertical="top")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=WIDTH, highlight=False).print(table)
+
+
+def file_stem(what: str, facts: dict) -> str:
+    """kernels-nvidia-h200-2026-01-31: the machine is its GPU, or its processor."""
+    machine = facts["hardware"]["gpu"] or facts["hardware"]["processor"]
+    machine = re.sub(r"\((r|tm)\)", "", machine.lower())
+    machine = re.sub(r"[^a-z0-9]+", "-", machine).strip("-")
+    return f"{what}-{machine}-{facts['date'][:10]}"
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def load() -> list[float]:
+    """Processes that wanted to run: means over the last 1, 5 and 15 minutes."""
+    return [round(value, 2) for value in os.getloadavg()]

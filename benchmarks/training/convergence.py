@@ -1,0 +1,198 @@
+#!/usr/bin/env python3
+"""Held-out loss of dense momentum SGD and of sparse methods at equal bytes, each at its best.
+
+    python -m benchmarks.training.convergence        all tasks: about two core-hours
+    python -m benchmarks.training.convergence --task digits --methods dense gmc:float4
+
+All workers of a run live in one process. Each clips its gradient; the learning rate rises linearly,
+then falls as a cosine. Momentum and learning rate are looked for with some seeds: from a start, all
+neighbours of the two best points so far are tried until neither changes, so that what wins is never
+the edge of what was tried. Then those two are trained with other seeds, and the better mean is the
+method's. A run that was cut short goes on with --reuse FILE, and so does one with more methods.
+"""
+
+import argparse
+import json
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from benchmarks.report import file_stem, load, write_json
+from benchmarks.training import convergence_report, ladder, logical_workers
+from benchmarks.training.logical_workers import DTYPES, RULES
+from examples.demo import arguments
+from examples.demo.provenance import provenance
+
+TASKS = logical_workers.TASKS
+SIZES = {
+    "text": {"steps": 600, "global_batch": 16, "search_seeds": 1, "seeds": 3},
+    "digits": {"steps": 100, "global_batch": 64, "search_seeds": 3, "seeds": 6},
+}
+# (momentum, lr / (1 - momentum)) where a search starts, from earlier ones: a good start saves runs.
+STARTS = {
+    "text": {
+        "dense": (0.8, 2.56), "gmc": (0.5, 2.56), "dgc": (0.9, 10.24), "memsgd": (0.5, 2.56),
+        "plain": (0.0, 2.56),
+    },
+    "digits": {
+        "dense": (0.5, 1.28), "gmc": (0.5, 1.28), "dgc": (0.5, 1.28), "memsgd": (0.5, 1.28),
+        "plain": (0.0, 1.28),
+    },
+}  # fmt: skip
+METHODS = ["dense", "gmc:bfloat16", "gmc:float8", "gmc:float4", "dgc:bfloat16", "dgc:float4",
+           "memsgd:bfloat16", "plain:bfloat16"]  # fmt: skip
+
+
+def main() -> None:
+    options = parse()
+    options.output.mkdir(parents=True, exist_ok=True)
+    everything = [("text", False), ("digits", False), ("digits", True)]
+    for task, non_iid in [(options.task, options.non_iid)] if options.task else everything:
+        filled = argparse.Namespace(**vars(options))
+        filled.task, filled.non_iid = task, non_iid
+        for name, value in SIZES[task].items():
+            if getattr(filled, name) is None:
+                setattr(filled, name, value)
+        compare(filled)
+
+
+def compare(options: argparse.Namespace) -> None:
+    task = logical_workers.load(options)[0]
+    hidden = {"output", "processes", "reuse"}
+    content = {
+        "benchmark": "convergence",
+        **provenance(torch.device("cpu")),
+        "load": {"before": load()},
+        "options": {name: value for name, value in vars(options).items() if name not in hidden},
+        "task": {"title": task.title, "data": task.data},
+        "units": {
+            "bytes": "payload of one worker and step",
+            "loss": "cross-entropy in nats on held-out data",
+            "accuracy": "0 to 1, on held-out data",
+        },
+        "seeds": {
+            "search": list(range(options.search_seeds)),
+            "compared": list(range(options.search_seeds, options.search_seeds + options.seeds)),
+        },
+        "complete": False,
+        "best": {},
+        "results": [],
+    }
+    name = options.task + ("-non-iid" if options.non_iid else "")
+    if options.workers != 4:
+        name += f"-{options.workers}-workers"
+    path = options.output / f"{file_stem(f'convergence-{name}', content)}.json"
+    known = {key(run): run for run in reusable(options, content)}
+    lock = threading.Lock()
+    search_seeds, compared_seeds = content["seeds"].values()
+
+    def train(method: str, momentum: float, lr: float, seed: int) -> float:
+        run = known.get((method, momentum, lr, seed))
+        if run is None:
+            run = pool.submit(logical_workers.train, method, momentum, lr, seed, options).result()
+        with lock:
+            content["results"].append(run)
+            content["load"]["after"] = load()
+            write_json(path, content)  # after each run: one cut short keeps what it has
+            print(convergence_report.line(run), flush=True)
+        return float("inf") if run["loss"] is None else run["loss"]
+
+    def find(method: str) -> None:
+        momentum, scaled = STARTS[options.task][method.split(":")[0]]
+        plain = method.startswith("plain:")
+        momenta = [0.0] if plain else options.momentum or ladder.MOMENTA
+        start = min(momenta, key=lambda m: abs(m - momentum))
+        if options.lr:
+            scaled = options.lr / (1 - start)
+
+        def loss(momentum: float, lr: float) -> float:
+            return mean(train(method, momentum, lr, seed) for seed in search_seeds)
+
+        finalists = ladder.search(loss, start, scaled, momenta, options.fixed)
+        means = {point: mean(train(method, *point, seed) for seed in compared_seeds)
+                 for point in finalists}  # fmt: skip
+        momentum, lr = min(means, key=means.__getitem__)
+        content["best"][method] = {"momentum": momentum, "lr": lr}
+
+    # A thread for each method, which waits for its runs; the runs have processes of one thread.
+    with (
+        ProcessPoolExecutor(options.processes, get_context("spawn"),
+                            logical_workers.prepare, (options,)) as pool,
+        ThreadPoolExecutor(len(options.methods)) as threads,
+    ):  # fmt: skip
+        list(threads.map(find, options.methods))
+    content["best"] = {method: content["best"][method] for method in options.methods}
+    content["complete"] = True
+    write_json(path, content)
+    convergence_report.show(content)
+    print(f"numbers: {path}")
+    convergence_report.draw(path.with_suffix(".png"), content)
+
+
+def key(run: dict) -> tuple:
+    return run["method"], run["momentum"], run["lr"], run["seed"]
+
+
+def reusable(options: argparse.Namespace, content: dict) -> list[dict]:
+    """The runs of --reuse FILE; refused where they were made in another way."""
+    if options.reuse is None:
+        return []
+    found = json.loads(options.reuse.read_text())
+    free = {"methods", "momentum", "lr", "fixed", "seeds", "search_seeds"}
+    for part in ("options", "task"):
+        for name, value in content[part].items():
+            other = found[part].get(name)
+            if name not in free and other != value:
+                raise SystemExit(
+                    f"--reuse {options.reuse}: {name} is {other!r} there, {value!r} here"
+                )
+    return found["results"]
+
+
+def parse() -> argparse.Namespace:
+    names = ["dense", *(f"{rule}:{dtype}" for rule in RULES if rule != "dense" for dtype in DTYPES)]
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="methods: " + "; ".join(f"{rule}: {said}" for rule, said in RULES.items()),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--task", choices=list(TASKS), help="(default: text, digits, and digits --non-iid)")
+    add("--non-iid", action="store_true", help="few classes, or its own files, on each worker")
+    add("--methods", nargs="+", choices=names, default=METHODS, metavar="METHOD",
+        help="dense, or gmc, dgc, memsgd or plain with "
+        f":{', :'.join(DTYPES)} (default: {' '.join(METHODS)})")  # fmt: skip
+    add("--bytes-ratio", type=arguments.positive_float, default=100.0, help="(default 100)")
+    add("--density", type=arguments.density, help="instead of --bytes-ratio")
+    add("--momentum", nargs="+", type=arguments.below_one,
+        help=f"that may be tried (default: {' '.join(map(str, ladder.MOMENTA))})")  # fmt: skip
+    add("--lr", type=arguments.positive_float, help="where to start, for every method")
+    add("--fixed", action="store_true", help="no search: train at the start")
+    add("--steps", type=arguments.positive_int, help="(default: text 600, digits 100)")
+    add("--global-batch", type=arguments.positive_int,
+        help="of all workers together (default: text 16, digits 64)")  # fmt: skip
+    add("--workers", type=arguments.positive_int, default=4, help="(default 4)")
+    add("--search-seeds", type=arguments.positive_int, help="(default: text 1, digits 3)")
+    add("--seeds", type=arguments.positive_int, help="others, compared (default: text 3, digits 6)")
+    add("--clip", type=arguments.non_negative_float, default=1.0,
+        help="largest norm of a worker's gradient, 0 for none (default 1)")  # fmt: skip
+    add("--warmup", type=arguments.below_one, default=0.1, help="share of steps (default 0.1)")
+    add("--processes", type=arguments.positive_int, default=torch.get_num_threads(),
+        help="runs at the same time, one thread each (default: a run for each core)")  # fmt: skip
+    add("--reuse", type=Path, metavar="FILE", help="of this benchmark: its runs are not made again")
+    add("--output", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
+    options = parser.parse_args()
+    if (options.non_iid or options.reuse) and not options.task:
+        parser.error("--non-iid and --reuse need --task")
+    if options.global_batch and options.global_batch % options.workers:
+        parser.error(f"--global-batch {options.global_batch} is not a multiple of --workers "
+                     f"{options.workers}")  # fmt: skip
+    return options
+
+
+if __name__ == "__main__":
+    main()

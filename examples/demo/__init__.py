@@ -1,0 +1,19 @@
+"""The demo: one model trained with four methods, next to each other.
+
+__main__    where `python -m examples.demo` starts
+options     the command line
+arguments   types of numbers on a command line, which the benchmarks use too
+supervisor  starts the workers, watches them, ends them all when one dies
+worker      one process: joins the group, picks its device, trains every method
+training    one run of one method with one seed
+methods     the four methods as optimizers of gmc_cuda
+text        language model on the standard library's sources
+digits      convolutional network on scikit-learn's digits
+task        what a task consists of
+progress    a bar, or plain lines where there is no terminal
+provenance  hardware, versions, date
+report      the table and the JSON file
+figure      the picture
+"""
+
+NAME = "demo"  # before every message
