@@ -1,6 +1,7 @@
 """What the maps of the tree say is what there is."""
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import gmc_cuda
@@ -16,6 +17,39 @@ def test_the_engines_map_lists_every_file():
 def test_the_packages_map_lists_every_name():
     listed = set(re.findall(r"\w+", gmc_cuda.__doc__))
     assert set(gmc_cuda.__all__) <= listed
+
+
+ROOT = Path(__file__).parent.parent
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def kept(folder):
+    """Names of what is in a folder and is not made there; those of folders end with a slash."""
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    for path in folder.iterdir():
+        names = (path.name, str(path.relative_to(ROOT)))
+        made = any(fnmatch(name, pattern) for name in names for pattern in ignored)
+        if not made and not path.name.startswith("."):
+            yield path.name + "/" * path.is_dir()
+
+
+def test_the_trees_map_lists_every_file_and_folder():
+    there = set(kept(ROOT))
+    for folder in [name for name in there if name.endswith("/")]:
+        there |= {folder + name for name in kept(ROOT / folder) if name.endswith("/")}
+    listed, above = set(), ""
+    tree = CONTRIBUTING.split("## Where things are")[1]
+    for indent, name in re.findall(r"^    ( *)(\S+)  +\S", tree, flags=re.MULTILINE):
+        above = above if indent else name
+        listed.add(above + name if indent else name)
+    assert sorted(listed) == sorted(there)
+
+
+def test_what_is_to_be_touched_is_there():
+    table = CONTRIBUTING.split("## What to touch")[1].split("## ")[0]
+    paths = re.findall(r"`((?:\w+/)+[\w.]*)`", table)
+    assert len(paths) > 20
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_no_module_uses_anothers_private_names():
