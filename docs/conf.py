@@ -14,7 +14,7 @@ project = "gmc_cuda"
 version = release = gmc_cuda.__version__
 html_title = f"gmc_cuda {version}"
 html_theme = "furo"
-html_static_path: list[str] = []
+html_show_copyright = False
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
 include_patterns = ["*.md", "*/*.md", "tests/*/*.md"]
