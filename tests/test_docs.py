@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import statistics
 import time
 from pathlib import Path
 
@@ -276,16 +277,60 @@ def test_the_figures_of_the_readme_are_those_of_the_files():
     last = {r["method"]: r["losses"][-1] for r in losses["training"]}
     assert losses["options"]["target"] == 1.9
     names = ["DDP", "PowerSGD rank 4", "GMC float4", "DGC float4"]
-    (table,) = re.findall(r"^\| method \| ms a step .*?\n\n", README, re.M | re.S)
-    for method, row in zip(names, table.strip().splitlines()[2:], strict=True):
+    table = rows_of("README.md", "| method | ms a step")
+    for method, row in zip(names, table.values(), strict=True):
         seconds = to_loss[method, 100]
         shown = [ms[method, 1000], ms[method, 100]]
         shown += ["not reached" if seconds is None else round(seconds), f"{last[method]:.3f}"]
-        assert [cell.strip() for cell in row.split("|")[2:-1]] == list(map(str, shown)), method
+        assert row == list(map(str, shown)), method
     assert f"{ms['GMC float4', 100]} ms\nwith GMC, and in {ms['DDP', 100]} ms with DDP" in README
     alone = {r["rate_mbit"]: round(1e3 * r["compute_alone"]) for r in steps["results"]
              if r["method"] == "GMC"}  # fmt: skip
     assert f"{alone[1000]} ms at\n1 Gbit/s and {alone[100]} ms" in README
+
+
+def rows_of(page, header):
+    """Cells of the table whose header begins so, by the first cell of each row."""
+    (table,) = re.findall(rf"^{re.escape(header)}.*?\n\n", PAGES[page], re.M | re.S)
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.split("\n")[2:-2]]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_the_losses_at_equal_bytes_are_those_of_the_files():
+    shown: dict[str, list[str]] = {}
+    for task in ("text", "digits", "digits-non-iid"):
+        content = newest(f"convergence-{task}-amd-epyc")
+        for method, best in content["best"].items():
+            seeds = content["seeds"]["compared"]
+            runs = [run for run in content["results"] if run["method"] == method
+                    and run["seed"] in seeds
+                    and best == {"momentum": run["momentum"], "lr": run["lr"]}]  # fmt: skip
+            assert len(runs) == len(seeds)
+            losses = [run["loss"] for run in runs]
+            spread = f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+            shown.setdefault(method, []).append(
+                f"{spread} ({best['momentum']:g}, {best['lr']:.2g})"
+            )
+    table = rows_of("docs/results.md", "| | entries sent")
+    assert [row[1:] for row in table.values()] == list(shown.values())
+
+
+def test_the_steps_over_a_network_are_those_of_the_file():
+    shown: dict[str, list[str]] = {}
+    for run in newest("network-*")["results"]:  # from the highest rate to the lowest
+        estimated = "*" if run["estimated"] else ""
+        ms, ratio = 1e3 * run["step"]["median"], run["times_compute_alone"]["median"]
+        shown.setdefault(run["method"], []).append(f"{ms:.0f}{estimated} ({ratio:.3g})")
+    assert rows_of("docs/results.md", "| | 10 Gbit/s |") == shown
+
+
+def test_the_times_to_a_loss_are_those_of_the_file():
+    content = newest("time-to-loss-*")
+    shown = {run["method"]: [f"{run['losses'][-1]:.3f}"] for run in content["training"]}
+    for run in content["seconds"]:
+        seconds = run["seconds"]
+        shown[run["method"]].append("not reached" if seconds is None else f"{seconds:.0f}")
+    assert rows_of("docs/results.md", "| | loss after") == shown
 
 
 def links(page):
