@@ -64,7 +64,7 @@ class LocalUpdates(Wrapper):
     """
 
     # What waits in memory acts late, like momentum, which therefore added nothing in trials; larger
-    # steps and forgetting the oldest did (README, Results).
+    # steps and forgetting the oldest did (docs/results.md).
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "lr": 2.0,
         "momentum": 0.0,
