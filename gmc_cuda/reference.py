@@ -471,6 +471,60 @@ def mask_(
         momentum_buffer[indices[values != 0]] = 0.0
 
 
+# Two-sided compression: rank j owns the j-th range of the index space. Worker k compresses each
+# range of v_k by itself, with compress_ on slices, and sends c_kj to owner j.
+
+
+def ranges(numel: int, size: int) -> list[tuple[int, int]]:
+    """First and last element but one of each rank's range: equal multiples of 8, the last rest.
+
+    Args:
+        numel: N.
+        size: world size p.
+    """
+    width = 8 * -(-numel // (8 * size))
+    return [(min(j * width, numel), min((j + 1) * width, numel)) for j in range(size)]
+
+
+def own_(
+    owner_memory: Tensor,
+    payloads: Tensor,
+    k: int,
+    wire_dtype: torch.dtype,
+    *,
+    momentum: float | Tensor = 0.0,
+    aggregate: Tensor | None = None,
+    memory_decay: float = 1.0,
+    found_inf: Tensor | None = None,
+    tag: int = 0,
+) -> Tensor:
+    """What the owner of a range does: s = (d * r + beta * a) + (1/p) sum_k c_k, r = s - C(s).
+
+    It does so in a skipped step as well, where ``restore_`` then gives C(s) back to r.
+
+    Args:
+        owner_memory: r, float32 [n], updated in place.
+        payloads: what all workers have sent to this owner, uint8 [p, nbytes].
+        k: entries that each of them has, and that are sent on.
+        momentum: beta, with global momentum; zero with local momentum, which the workers have.
+        aggregate: a_{t-1} within the range.
+        memory_decay: d, as the workers'.
+        found_inf: non-zero where the workers' headers count values that are not finite.
+
+    Returns:
+        d_j = C(s), the payload for all.
+    """
+    owner_memory.mul_(torch.tensor(memory_decay, dtype=torch.float32, device="cpu"))
+    if aggregate is not None:
+        beta = torch.as_tensor(momentum, dtype=torch.float32)
+        owner_memory.add_(beta * densify(aggregate, owner_memory.numel()))
+    return compress_(
+        owner_memory, [None], k, params=[owner_memory], momentum=1.0,
+        aggregate=merge(payloads, owner_memory.numel(), k, wire_dtype),
+        found_inf=found_inf, wire_dtype=wire_dtype, tag=tag,
+    )  # fmt: skip
+
+
 def fingerprint(params: Sequence[Tensor]) -> Tensor:
     """Each tensor's fingerprint: sum over i of mix(2**32 * i + bits_i), modulo 2**64."""
     return torch.stack([_mix(param.detach().reshape(-1)).sum() for param in params])

@@ -375,10 +375,13 @@ class Engine:
 
     def set_exchange(self, exchange: Exchange) -> None:
         """Goes on with these workers."""
-        for bucket in self.buckets:
-            bucket.fold_owner()
+        own = self.settings.owner(self.exchange)
+        if own != self.settings.owner(exchange):
+            for bucket in self.buckets:
+                bucket.fold_owner()
+            self.round.exchange = exchange
+            self.pack()
         self.round.exchange = exchange
-        self.pack()
 
     def set_progress(self, progress: dict[str, Any]) -> None:
         self.round.steps, self.round.skipped = progress["steps"], progress["skipped"]

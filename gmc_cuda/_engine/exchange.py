@@ -205,9 +205,13 @@ class Exchange:
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        missing = self.given is not None or self._missing
-        return {"given": None, "shard_group": None, "_missing": missing}
+        # Rank and world size say what it owns, until it is given a group again.
+        return {
+            "given": None, "group": None, "shard_group": None, "rank": self.rank, "size": self.size,
+            "_missing": self.given is not None or self._missing,
+        }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._find()
+        if not self._missing:
+            self._find()

@@ -38,20 +38,22 @@ def needed_params(bucket: Bucket, absent: list[int], arguments: Arguments) -> li
 
 @contextmanager
 def left_alone(
-    bucket: Bucket, grads: Sequence[Tensor | None], arguments: Arguments, momentum: bool = True
+    bucket: Bucket, grads: Sequence[Tensor | None], arguments: Arguments, by_range: bool = False
 ) -> Iterator[tuple[Arguments, list[Tensor] | None, Tensor | None]]:
     """Within it ops.compress_ adds nothing for the parameters without a gradient.
 
     Args:
-        momentum: whether the global momentum is added to this worker's memory.
+        by_range: whether ranges of the bucket are compressed one by one. That takes the parameters
+            as tensors, and leaves the global momentum to their owners.
 
     Yields:
         its arguments: those of the rule, params and aggregate.
     """
     absent = absent_in(grads)
     params = needed_params(bucket, absent, arguments)
+    momentum = bucket.momentum_buffer is None and not by_range
     if not absent or params is None:
-        momentum = momentum and bucket.momentum_buffer is None
+        params = bucket.flat_params() if by_range and params is not None else params
         yield arguments, params, bucket.sparse_aggregate() if momentum else None
         return
     for i in absent:  # weight decay of zeros

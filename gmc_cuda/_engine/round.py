@@ -277,8 +277,8 @@ class Round:
             unless: bits that are passed over for now.
         """
         self.verdict = skip
-        if self.nonfinite != "raise" and not skip.is_cpu:
-            return  # reading the verdict would make the host wait for the device
+        if not self._reads_verdicts(skip.is_cpu):
+            return
         verdict, rank = int(skip) & ~unless, self.exchange.rank
         if verdict & ops.MISMATCH:
             self._raise_mismatch()
@@ -300,6 +300,15 @@ class Round:
                 f"non-finite gradient values: {', '.join(met)}; the step was not made, and the "
                 "finite gradients stay in memory (nonfinite='skip' goes on without raising)"
             )
+
+    def _reads_verdicts(self, on_cpu: bool) -> bool:
+        """Reading one would make the host wait for a GPU."""
+        return on_cpu or self.nonfinite == "raise"
+
+    def _stops(self, verdict: int, on_cpu: bool) -> bool:
+        """Whether all workers leave a step that gets this verdict half-way."""
+        bits = ops.MISMATCH | ops.OFF | (ops.NONFINITE if self.nonfinite == "raise" else 0)
+        return self._reads_verdicts(on_cpu) and bool(verdict & bits)
 
     def _raise_mismatch(self) -> None:
         """Finds out in what the workers differ; every worker calls it."""
@@ -374,11 +383,31 @@ class Round:
             sents = [sent for _, _, sent in self._sent]
             if self.exchange.size > 1:
                 verdict = self._verdict_of(sents + self._notices(plans, ops.CALLED_OFF))
+                verdict |= self._call_off_answers(plans, verdict)
         except GroupLost:
             verdict = ops.OFF
         finally:
             self._close()
         self._count_as_skipped(verdict)
+
+    def _call_off_answers(self, waiting: Sequence[Plan], verdict: int) -> int:
+        """Sends notices in the place of what the other workers wait for from owners, if they do.
+
+        Args:
+            waiting: buckets of which nothing was sent.
+            verdict: of what all workers have sent to the owners.
+
+        Returns:
+            the verdict of the answers.
+        """
+        if self._stops(verdict, self.device.type == "cpu"):
+            return 0
+        called_off = steps.CalledOff(verdict)
+        answers = [step.throw(called_off) for _, step, sent in self._sent if sent.two_sided]
+        answers += [
+            steps.answer_notice(self.exchange, plan, self.device) for plan in waiting if plan.parts
+        ]
+        return self._verdict_of(answers)
 
     def _close(self) -> None:
         sent, self._sent = self._sent, []

@@ -44,7 +44,7 @@ class Sent(NamedTuple):
     payloads: tuple[Tensor, ...]
     counts: Tensor | None
     two_sided: bool = False
-    error: Exception | None = None
+    error: BaseException | None = None
 
     def nonfinite(self) -> Tensor:
         """Every rank's count of non-finite values, int64 [p]."""
@@ -77,6 +77,18 @@ class Target(NamedTuple):
 
 
 Step = Generator[Any, Any, None]
+
+
+class CalledOff(Exception):
+    """Thrown into a two-sided step that this worker gives up after its first half.
+
+    Attributes:
+        verdict: of what all workers have sent to the owners.
+    """
+
+    def __init__(self, verdict: int) -> None:
+        super().__init__("the step was called off")
+        self.verdict = verdict
 
 
 def send(
@@ -246,14 +258,39 @@ def notice(exchange: Exchange, plan: Plan, tag: int, device: torch.device) -> Se
     return Sent(work, (payloads,), None)
 
 
+def answer_notice(exchange: Exchange, plan: Plan, device: torch.device) -> Sent:
+    """Sends a notice in the place of an owner's answer, see :func:`notice`."""
+    part = plan.parts[exchange.rank]
+    return send_answer(
+        exchange, plan, empty_payload(part.numel, part.k, plan.wire_dtype, ops.CALLED_OFF, device)
+    )
+
+
+def send_answer(
+    exchange: Exchange, plan: Plan, payload: Tensor, error: BaseException | None = None
+) -> Sent:
+    """Sends an owner's payload to all; those of shorter ranges are padded."""
+    padding = plan.parts[0].nbytes - payload.numel()
+    gathered, work = exchange.all_gather(torch.nn.functional.pad(payload, (0, padding)))
+    last = plan.parts[-1].nbytes  # of the only range that may be shorter
+    if last == gathered.size(1):
+        return Sent(work, (gathered,), None, error=error)
+    return Sent(work, (gathered[:-1], gathered[-1:, :last]), None, error=error)
+
+
 def empty_payload(
-    numel: int, k: int, wire_dtype: torch.dtype, tag: int, device: torch.device
+    numel: int,
+    k: int,
+    wire_dtype: torch.dtype,
+    tag: int,
+    device: torch.device,
+    nonfinite: int = 0,
 ) -> Tensor:
-    """A payload with that tag whose values are all zero."""
+    """A payload with that tag and count whose values are all zero."""
     nothing = reference.encode(torch.zeros(k, dtype=torch.float32, device=device), wire_dtype)
     return reference.pack(
         torch.arange(k, dtype=torch.int64, device=device), nothing, numel, wire_dtype,
-        scale=0, tag=tag, nonfinite=torch.zeros((), dtype=torch.int64, device=device),
+        scale=0, tag=tag, nonfinite=torch.tensor(nonfinite, dtype=torch.int64, device=device),
     )  # fmt: skip
 
 

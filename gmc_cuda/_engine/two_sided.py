@@ -6,111 +6,86 @@
                r_j = s_j - d_j                               sent to all
     all:       a_t = all d_j side by side,                   w = w - lr * a_t
 
-With r beside the mean of all u the equations of the papers hold as they do for an all-gather, and
-each link carries (p-1)/p of two payloads, however many workers there are. The global momentum is
-added by the owner: a worker need not spend entries on what all know. Local momentum (DGC) is each
-worker's, as ever.
+With r added to the mean of all u, the equations of the papers hold as they do for an all-gather,
+and each link carries (p-1)/p of two payloads, however many workers there are. The owner adds the
+global momentum, so that a worker need not spend entries on what all know. Local momentum (DGC) is
+each worker's, as ever.
 
-A payload that has arrived at its owner stays with it, also where the step is skipped then; only
-what owners sent is taken back. What was sent to an owner that could not use it returns to the
+A payload that has arrived at its owner stays with it, even if the step is skipped then; only what
+the owners have sent is taken back. What was sent to an owner that could not use it returns to the
 sender's memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from gmc_cuda import ops
-from gmc_cuda._engine import missing
+from gmc_cuda._engine import missing, steps
 from gmc_cuda._engine.bucket import Bucket
 from gmc_cuda._engine.exchange import Exchange, Work
-from gmc_cuda._engine.owner import Owner
 from gmc_cuda._engine.ranges import slices, within
 from gmc_cuda._engine.rules import Part, Plan
-from gmc_cuda._engine.steps import (
-    Sent,
-    Step,
-    Target,
-    empty_payload,
-    insist,
-    insist_once,
-    look_back,
-    moved_lr,
-    raise_first,
-    taken_back,
-    use_on_this_stream,
-)  # fmt: skip
+from gmc_cuda._engine.steps import CalledOff, Sent, Step, Target, insist, insist_once
 
 
 def two_sided_step(
     bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], plan: Plan
 ) -> Step:
     """As :func:`steps.sparse_step`, with one more yield, of what the owners send to all."""
-    mine, own, owner = plan.parts, plan.parts[exchange.rank], bucket.owner
-    assert owner is not None
-    wire_dtype, absent = plan.wire_dtype, missing.absent_in(grads)
     payloads = _towards_owners(bucket, grads, plan)
-    owning = _Owning(bucket, owner, absent, plan, own)
-    rows: list[Tensor] = []  # d_j of every owner
+    owning = _Owning(bucket, missing.absent_in(grads), plan, exchange.rank)
     back = Work()
+    replies: list[Tensor] = []  # d_j of every owner
     applied = False
     try:
-        received, work = exchange.all_to_all(payloads, own.nbytes)
-        skip = yield Sent(work, (received,), None, two_sided=True)
-        use_on_this_stream(received, *payloads)
-        called_off = None if skip.is_cpu else skip & (ops.MISMATCH | ops.OFF)
-        failed = owning.reply(received, skip)
-        gathered, back = exchange.all_gather(_padded(owning.payload, mine[0].nbytes))
-        rows = [row[: part.nbytes] for row, part in zip(gathered, mine, strict=True)]
-        skip = yield Sent(back, _by_size(gathered, mine), None, error=failed)
-        use_on_this_stream(gathered)
+        received, work = exchange.all_to_all(payloads, owning.part.nbytes)
+        try:
+            verdict = yield Sent(work, (received,), None, two_sided=True)
+            steps.use_on_this_stream(received, *payloads)
+            answer, error = owning.answer(received, verdict)
+        except CalledOff as called_off:
+            answer, error = owning.refuse(called_off.verdict), None
+        sent = steps.send_answer(exchange, plan, answer, error)
+        back, rows = sent.work, chain.from_iterable(sent.payloads)
+        replies = [row[: part.nbytes] for part, row in zip(plan.parts, rows, strict=True)]
+        skip = yield sent
+        steps.use_on_this_stream(*sent.payloads)
         errors: list[BaseException] = []
-        aggregate, its_own = insist(
-            lambda: _side_by_side(rows, mine, exchange.rank, bucket, wire_dtype, skip), errors
-        )
+        aggregate, own = insist(lambda: _side_by_side(bucket, replies, plan, skip), errors)
         target: Target = yield aggregate
 
         def move() -> None:
             ops.apply_(
                 target.params,
                 aggregate,
-                moved_lr(plan, target.lr),
+                steps.moved_lr(plan, target.lr),
                 skip=skip,
                 skipped_steps=target.skipped_steps,
                 flags=target.flags,
             )
 
-        def mask() -> None:
-            if bucket.momentum_buffer is None or not plan.masking:
-                return
-            for part, payload in zip(mine, payloads, strict=True):
-                ops.mask_(
-                    bucket.momentum_buffer[part.begin : part.end], payload, part.k, wire_dtype,
-                    skip=skip,
-                )  # fmt: skip
+        def look_back() -> None:
+            steps.look_back(target, bucket.sparse_aggregate, plan, skip)
 
-        def keep() -> None:
-            if bucket.momentum_buffer is None:
-                bucket.keep_aggregate(aggregate)
-                owner.keep(its_own, bucket.aggregate)
-
-        insist_once(lambda: look_back(target, bucket.sparse_aggregate, plan, skip), errors)
+        insist_once(look_back, errors)
         insist_once(move, errors)
         applied = True
         insist_once(lambda: owning.take_back(skip), errors)
-        if called_off is not None:  # a GPU's host has not read the verdict and raised
-            insist_once(lambda: _give_back(bucket, mine, payloads, plan, called_off), errors)
-        insist_once(mask, errors)
-        insist_once(keep, errors)
+        if not skip.is_cpu:  # on the CPU a step that was called off has raised
+            insist_once(lambda: owning.give_back(payloads, verdict), errors)
+        insist_once(lambda: _mask(bucket, payloads, plan, skip), errors)
+        insist_once(lambda: owning.keep(aggregate, own), errors)
     finally:
         if not applied:
-            replies = rows if back.arrived else None
-            insist(lambda: owning.cancel(payloads, mine, replies), [])
-            taken_back(bucket)
-    raise_first(errors)
+            arrived = replies if back.arrived else None
+            insist(lambda: owning.cancel(payloads, arrived), [])
+            steps.taken_back(bucket)
+    steps.raise_first(errors)
 
 
 def _towards_owners(bucket: Bucket, grads: list[Tensor | None], plan: Plan) -> list[Tensor]:
@@ -119,16 +94,15 @@ def _towards_owners(bucket: Bucket, grads: list[Tensor | None], plan: Plan) -> l
     Each header has the count of non-finite values in the whole bucket, so that every owner knows
     all that the workers have met.
     """
-    arguments = plan.arguments
-    if bucket.momentum_buffer is None:
+    arguments, buffer = plan.arguments, bucket.momentum_buffer
+    if buffer is None:
         arguments = {**arguments, "momentum": 0.0}
     payloads: list[Tensor] = []
-    with missing.left_alone(bucket, grads, arguments, momentum=False) as (arguments, params, _):
+    with missing.left_alone(bucket, grads, arguments, by_range=True) as (arguments, params, _):
         for part in plan.parts:
 
             def compress(part: Part = part) -> Tensor:
                 place = slice(part.begin, part.end)
-                buffer = bucket.momentum_buffer
                 return ops.compress_(
                     bucket.memory[place],
                     slices(grads, bucket.sizes, part.range),
@@ -159,54 +133,107 @@ def _share_counts(payloads: Sequence[Tensor]) -> None:
         count.copy_(word)
 
 
+def _side_by_side(
+    bucket: Bucket, replies: Sequence[Tensor], plan: Plan, skip: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """a_t, all d_j side by side: of the whole bucket, and within this worker's own range."""
+    dense, own = torch.zeros_like(bucket.memory), None
+    for j, (reply, part) in enumerate(zip(replies, plan.parts, strict=True)):
+        aggregate = ops.merge(reply.unsqueeze(0), part.numel, part.k, plan.wire_dtype, skip=skip)
+        ops.apply_([dense[part.begin : part.end]], aggregate, -1.0)
+        if bucket.owner is not None and j == bucket.owner.rank:
+            own = aggregate
+    return ops.sparsify(dense), own
+
+
+def _mask(bucket: Bucket, payloads: Sequence[Tensor], plan: Plan, skip: Tensor) -> None:
+    """DGC's momentum factor masking."""
+    if bucket.momentum_buffer is None or not plan.masking:
+        return
+    for part, payload in zip(plan.parts, payloads, strict=True):
+        buffer = bucket.momentum_buffer[part.begin : part.end]
+        ops.mask_(buffer, payload, part.k, plan.wire_dtype, skip=skip)
+
+
 class _Owning:
-    """This worker's part as the owner of a range, and what undoes it."""
+    """This worker's part of a step as the owner of a range, and what undoes the step.
 
-    def __init__(
-        self, bucket: Bucket, owner: Owner, absent: list[int], plan: Plan, own: Part
-    ) -> None:
-        self._bucket, self._owner, self._absent = bucket, owner, absent
-        self._plan, self._own = plan, own
-        self._has_momentum = False  # whether r has this step's momentum, and has decayed
+    Args:
+        absent: which parameters of the bucket have no gradient on this worker.
+        rank: this worker's.
+
+    Attributes:
+        part: its range, and what is sent of that.
+    """
+
+    def __init__(self, bucket: Bucket, absent: list[int], plan: Plan, rank: int) -> None:
+        assert bucket.owner is not None
+        self._bucket, self._owner, self._absent = bucket, bucket.owner, frozenset(absent)
+        self._plan, self.part = plan, plan.parts[rank]
+        self._has_momentum = False  # whether r has decayed and has this step's momentum
         self._took_in = False  # whether r has what the workers have sent
-        self.payload: Tensor | None = None
+        self._none_took_in = True  # whether no owner has
+        self._answer: Tensor | None = None
 
-    def reply(self, received: Tensor, verdict: Tensor) -> Exception | None:
-        """Takes in what has arrived and selects what goes to all, d_j.
+    def answer(self, received: Tensor, verdict: Tensor) -> tuple[Tensor, BaseException | None]:
+        """Takes in what has arrived and selects what goes to all.
 
         Args:
             received: the workers' payloads, uint8 [p, nbytes].
             verdict: of all of them.
 
         Returns:
-            an error, where what has arrived cannot be used. The payload then calls the step off.
+            d_j, and what went wrong, such as a damaged payload. The other workers wait, so there is
+            always something to send: a payload that calls the step off, or lets all skip it.
         """
-        own, plan = self._own, self._plan
+        part, plan = self.part, self._plan
+        self._none_took_in = False
         stop = None if verdict.is_cpu else verdict & ~ops.NONFINITE
         try:
-            merged = ops.merge(received, own.numel, own.k, plan.wire_dtype, skip=stop)
+            merged = ops.merge(received, part.numel, part.k, plan.wire_dtype, skip=stop)
             self._add_momentum()
-            self.payload = insist(lambda: self._select(merged, verdict), [])
+            self._answer = insist(lambda: self._select(merged, verdict), [])
         except Exception as error:
-            self.payload = empty_payload(
-                own.numel, own.k, plan.wire_dtype, ops.CALLED_OFF, received.device
-            )
-            return error
+            self._answer = self._nothing(ops.CALLED_OFF)
+            return self._answer, error
+        except BaseException as error:  # an interrupt, which lets an operator do its work
+            self._took_in = True
+            self._answer = self._nothing(plan.tag, nonfinite=1)
+            return self._answer, error
         self._took_in = True
-        return None
+        return self._answer, None
+
+    def refuse(self, verdict: int) -> Tensor:
+        """Calls the step off.
+
+        Args:
+            verdict: of what all workers have sent; it may have kept the owners from taking that in.
+
+        Returns:
+            what to send.
+        """
+        self._none_took_in = bool(verdict & (ops.MISMATCH | ops.OFF))
+        self._answer = self._nothing(ops.CALLED_OFF)
+        return self._answer
+
+    def _nothing(self, tag: int, nonfinite: int = 0) -> Tensor:
+        part, device = self.part, self._owner.memory.device
+        return steps.empty_payload(
+            part.numel, part.k, self._plan.wire_dtype, tag, device, nonfinite
+        )
 
     def _select(self, merged: Tensor, verdict: Tensor) -> Tensor:
-        owner, own = self._owner, self._own
+        memory = self._owner.memory
         return ops.compress_(
-            owner.memory,
+            memory,
             [None],
-            own.k,
-            params=[owner.memory],
+            self.part.k,
+            params=[memory],  # for its size
             momentum=1.0,
             aggregate=merged,
             found_inf=verdict.float(),  # so that all skip the step
             wire_dtype=self._plan.wire_dtype,
-            state=self._bucket.select_state(own.k, None),
+            state=self._bucket.select_state(self.part.k),
             tag=self._plan.tag,
         )
 
@@ -215,90 +242,68 @@ class _Owning:
         if self._has_momentum:
             return
         bucket, owner, rule = self._bucket, self._owner, self._plan.arguments
-        absent = set(self._absent)
         if rule["memory_decay"] != 1:
-            begin = 0
-            for i, first, last in within(bucket.sizes, owner.range):
-                if i not in absent:
-                    owner.memory[begin : begin + last - first].mul_(rule["memory_decay"])
-                begin += last - first
+            for i, piece in self._pieces(owner.memory):
+                if i not in self._absent:
+                    piece.mul_(rule["memory_decay"])
         aggregate = None
-        if bucket.momentum_buffer is None and len(absent) < len(bucket.params):
+        if bucket.momentum_buffer is None and len(self._absent) < len(bucket.params):
             aggregate = owner.aggregate_of(bucket.aggregate, bucket.numel)
-        if aggregate is not None and absent:
-            dense, begin = ops.densify(aggregate, owner.range.numel), 0
-            for i, first, last in within(bucket.sizes, owner.range):
-                if i in absent:
-                    dense[begin : begin + last - first] = 0.0
-                begin += last - first
+        if aggregate is not None and self._absent:
+            dense = ops.densify(aggregate, owner.range.numel)
+            for i, piece in self._pieces(dense):
+                if i in self._absent:
+                    piece.zero_()
             aggregate = ops.sparsify(dense)
         if aggregate is not None:  # r - (-beta) a, each operation rounded to float32
             ops.apply_([owner.memory], aggregate, -rule["momentum"])
         self._has_momentum = True
 
+    def _pieces(self, flat: Tensor) -> list[tuple[int, Tensor]]:
+        """Each parameter's place in the bucket, with its piece of a tensor of the range."""
+        found = within(self._bucket.sizes, self._owner.range)
+        pieces = flat.split([last - first for _, first, last in found])
+        return [(i, piece) for (i, _, _), piece in zip(found, pieces, strict=True)]
+
     def take_back(self, skip: Tensor | None) -> None:
         """What was sent to all returns to r where the step is skipped; None: it is."""
-        if self._took_in and self.payload is not None:
-            ops.restore_(
-                self._owner.memory, self.payload, self._own.k, self._plan.wire_dtype, skip=skip
-            )
+        if self._took_in and self._answer is not None:
+            part, memory = self.part, self._owner.memory
+            ops.restore_(memory, self._answer, part.k, self._plan.wire_dtype, skip=skip)
 
-    def cancel(
-        self, payloads: list[Tensor], parts: Sequence[Part], replies: list[Tensor] | None
-    ) -> None:
-        """Undoes a step that is not made: what owners have not taken in returns to memory."""
-        bucket, owner = self._bucket, self._owner
-        if not self._has_momentum:
-            self._add_momentum()
-        if self.payload is None:  # all owners have left the step here
-            not_taken = [True] * len(parts)
-        elif replies is None:  # the group was lost, and they are taken to have been faster
-            not_taken = [False] * len(parts)
-            not_taken[owner.rank] = not self._took_in
+    def give_back(self, payloads: Sequence[Tensor], verdict: Tensor) -> None:
+        """What no owner has taken in returns to this worker's memory, without the host's help."""
+        called_off = verdict & (ops.MISMATCH | ops.OFF)
+        for part, payload in zip(self._plan.parts, payloads, strict=True):
+            self._return(part, payload, called_off)
+
+    def _return(self, part: Part, payload: Tensor, skip: Tensor | None = None) -> None:
+        memory = self._bucket.memory[part.begin : part.end]
+        ops.restore_(memory, payload, part.k, self._plan.wire_dtype, skip=skip)
+
+    def keep(self, aggregate: Tensor, own: Tensor | None) -> None:
+        """Makes these a_{t-1} of the next step, where momentum is global."""
+        if self._bucket.momentum_buffer is None and own is not None:
+            self._bucket.keep_aggregate(aggregate)
+            self._owner.keep(own, self._bucket.aggregate)
+
+    def cancel(self, payloads: Sequence[Tensor], replies: Sequence[Tensor] | None) -> None:
+        """Undoes a step that is not made: what owners have not taken in returns to memory.
+
+        Args:
+            payloads: what this worker has sent to the owners.
+            replies: what they have sent to all; None if it did not arrive.
+        """
+        self._add_momentum()
+        if self._none_took_in:
+            taken = [False] * len(payloads)
+        elif replies is None:  # the group was lost; the other owners are taken to have been faster
+            taken = [True] * len(payloads)
+            taken[self._owner.rank] = self._took_in
         else:
             tags = torch.stack([reply[20:24] for reply in replies]).view(torch.int32).flatten()
-            not_taken = [tag == ops.CALLED_OFF for tag in tags.tolist()]
-        for part, payload, back in zip(parts, payloads, not_taken, strict=True):
-            if back:
-                place = slice(part.begin, part.end)
-                ops.restore_(bucket.memory[place], payload, part.k, self._plan.wire_dtype)
+            taken = [tag != ops.CALLED_OFF for tag in tags.tolist()]
+        for part, payload, was_taken in zip(self._plan.parts, payloads, taken, strict=True):
+            if not was_taken:
+                self._return(part, payload)
         self.take_back(None)
-
-
-def _give_back(
-    bucket: Bucket, parts: Sequence[Part], payloads: list[Tensor], plan: Plan, skip: Tensor
-) -> None:
-    for part, payload in zip(parts, payloads, strict=True):
-        place = slice(part.begin, part.end)
-        ops.restore_(bucket.memory[place], payload, part.k, plan.wire_dtype, skip=skip)
-
-
-def _padded(payload: Tensor | None, nbytes: int) -> Tensor:
-    assert payload is not None
-    return torch.nn.functional.pad(payload, (0, nbytes - payload.numel()))
-
-
-def _by_size(gathered: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
-    """Payloads of one size each, as ops.verdict takes them: those of the last range are shorter."""
-    last = parts[-1].nbytes
-    if last == gathered.size(1):
-        return (gathered,)
-    return gathered[:-1], gathered[-1:, :last]
-
-
-def _side_by_side(
-    rows: list[Tensor],
-    parts: Sequence[Part],
-    rank: int,
-    bucket: Bucket,
-    wire_dtype: torch.dtype,
-    skip: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """a_t, all d_j side by side, for the whole bucket and within this worker's own range."""
-    dense = torch.zeros_like(bucket.memory)
-    for j, (row, part) in enumerate(zip(rows, parts, strict=True)):
-        aggregate = ops.merge(row.unsqueeze(0), part.numel, part.k, wire_dtype, skip=skip)
-        ops.apply_([dense[part.begin : part.end]], aggregate, -1.0)
-        if j == rank:
-            own = aggregate
-    return ops.sparsify(dense), own

@@ -31,7 +31,11 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 
 def memory_of(optimizer: CompressedSGD, params: list[Tensor]) -> Tensor:
-    return flat([optimizer.state[p]["memory"] for p in params])
+    """What this worker has not sent on: u, and p times what it owns for all, whose mean over the
+    workers is ubar + r."""
+    memory = flat([optimizer.state[p]["memory"] for p in params])
+    owned = [optimizer.state[p].get("owner_memory", torch.zeros_like(p)) for p in params]
+    return memory + optimizer.engine.exchange.size * flat(owned)
 
 
 def aggregate_of(optimizer: CompressedSGD, params: list[Tensor]) -> Tensor:

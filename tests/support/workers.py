@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 PATIENCE = 60  # seconds without a word from a worker, far more than any needs
-SIZES = (1, 2, 4)  # world sizes of the pool
+SIZES = (1, 2, 4)  # what most tests are run with
+POOL_SIZES = (1, 2, 3, 4, 8)  # world sizes of the pool
 TIMEOUT = 120  # seconds a function may take in the pool, far more than any needs
 
 # A server that has imported everything forks the workers, so that each starts in milliseconds.
@@ -142,11 +143,11 @@ class WorkerPool:
         self._workers = None
 
     def _start(self) -> None:
-        pipes = [context.Pipe() for _ in range(max(SIZES))]
+        pipes = [context.Pipe() for _ in range(max(POOL_SIZES))]
         self._pipes = [ours for ours, _ in pipes]
         self._folder = tempfile.TemporaryDirectory(prefix="gmc_cuda-pool-")
         self._workers = Workers(
-            max(SIZES), Path(self._folder.name), _serve, [theirs for _, theirs in pipes],
+            max(POOL_SIZES), Path(self._folder.name), _serve, [theirs for _, theirs in pipes],
             seconds=1800,
         )  # fmt: skip
         for _, theirs in pipes:
@@ -187,7 +188,7 @@ def _work(
 def _serve(say: Callable[[Any], None], pipes: list[Any]) -> None:
     """What a worker of the pool does until the pool is gone."""
     pipe = pipes[dist.get_rank()]
-    groups = {size: dist.new_group(range(size)) for size in SIZES}
+    groups = {size: dist.new_group(range(size)) for size in POOL_SIZES}
     while True:
         try:
             size, function, args = pipe.recv()
