@@ -11,21 +11,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from examples.demo import digits, launch, training, worker
 from examples.demo.digits import partition
 from examples.demo.methods import share_of_lr
 from examples.demo.options import METHODS, parse
+from examples.demo.progress import Progress
 from examples.demo.report import print_end
-from examples.demo.supervisor import find_cause
 from examples.demo.training import Point, Run
 
 ROOT = Path(__file__).parent.parent
 DEMO = ["-m", "examples.demo"]
 SECONDS_TO_END = 20  # with room for a busy machine; usually one or two
-
-DIGITS = ["--task", "digits", "--non-iid", "--steps", "20", "--seeds", "2"]
 
 
 def environment():
@@ -78,22 +79,32 @@ def test_text_with_every_method(tmp_path):
     assert len({r["runs"][0]["curve"][0]["loss"] for r in content["results"].values()}) == 1
 
 
-def test_torchrun_gives_the_same_numbers_as_own_workers(tmp_path):
-    """Two ways to start, twice the same seeds: all that is not a time must be equal."""
-    options = [*DIGITS, "--methods", "dmsgd", "gmc"]
-    run([*DEMO, "--workers", "2", *options], tmp_path / "own")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *DEMO]
-    printed = run([*torchrun, *options], tmp_path / "torchrun")
+def test_torchrun_on_a_line_of_ones_own(tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["--task", "digits", "--non-iid", "--steps", "6", "--seeds", "2"]
+    printed = run([*torchrun, *DEMO, *options, "--methods", "dmsgd", "gmc"], tmp_path)
     assert "±" in printed and "points from dense" in printed
+    content = read(tmp_path / "digits-non-iid.json")
+    assert content["options"]["workers"] == 2
+    for result in content["results"].values():
+        first, second = (one["curve"] for one in result["runs"])
+        assert first != second  # two seeds
 
-    own, other = (read(tmp_path / n / "digits-non-iid.json") for n in ("own", "torchrun"))
-    assert other["options"]["workers"] == 2
-    for content in (own, other):
-        for result in content["results"].values():
-            assert [one.pop("seconds_per_step") > 0 for one in result["runs"]] == [True, True]
-            first, second = (one["curve"] for one in result["runs"])
-            assert first != second  # two seeds
-    assert own["results"] == other["results"]
+
+def trained(group, seed):
+    """The loss curve of GMC on digits, by the four workers of the default group."""
+    options = parse(["--task", "digits", "--steps", "4", "--workers", "4"])
+    task = digits.load(dist.get_rank(), 4, False)
+    progress = Progress("", options.steps, shown=False)
+    return training.train("gmc", task, options, seed, torch.device("cpu"), progress).curve
+
+
+def test_a_seed_decides_the_numbers(pool, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    first, again, other = (pool.run(4, trained, seed) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+    assert first == 4 * first[:1]
 
 
 @pytest.fixture
@@ -134,17 +145,13 @@ def _alive(pid):
     return status.rsplit(")", 1)[1].split()[0] != "Z"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_worker_ends_the_run_with_one_message(started, rank):
+def test_a_killed_worker_ends_the_run_with_one_message(started):
     process, workers = started
-    os.kill(workers[rank], signal.SIGKILL)
+    os.kill(workers[1], signal.SIGKILL)
     status, errors = end(process, workers)
     assert status == 1
-    (line,) = errors.splitlines()
-    assert line == (
-        f"demo: worker {rank} (process {workers[rank]}) was ended by SIGKILL; "
-        "the other workers were stopped"
-    )
+    said = f"worker 1 (process {workers[1]}) was ended by SIGKILL; the other workers were stopped"
+    assert errors == f"demo: {said}\n"
 
 
 def test_ctrl_c_ends_the_run_with_one_message(started):
@@ -155,48 +162,64 @@ def test_ctrl_c_ends_the_run_with_one_message(started):
     assert errors.splitlines() == ["demo: stopped by Ctrl-C; all workers have ended"]
 
 
-def test_workers_end_when_the_supervisor_is_killed(started):
-    process, workers = started
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + SECONDS_TO_END
-    while alive := [pid for pid in workers if _alive(pid)]:
-        assert time.monotonic() < deadline, f"workers {alive} outlived the supervisor"
-        time.sleep(0.1)
+LOST = RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1234")
 
 
 @pytest.mark.parametrize(
-    ("codes", "told"),
+    ("ended", "said"),
     [
-        ([1, -9, 1], "worker 1 (process 101) was ended by SIGKILL"),
-        ([1, 1, None], "worker 1 failed: ValueError: bad"),
-        ([1, None, None], "worker 0 failed: RuntimeError: Connection closed by peer"),
-        ([None, None, 3], "worker 2 failed: last line"),
+        ({0: LOST, 1: -9, 2: -15}, "worker 1 (process 101) was ended by SIGKILL"),
+        ({0: LOST, 1: -15, 2: ValueError("bad")}, "worker 2 failed: ValueError: bad"),
+        ({1: LOST}, f"worker 1 failed: RuntimeError: {LOST}"),
+        ({3: 5}, "worker 3 failed: exit status 5"),
     ],
 )
-def test_the_message_names_the_culprit_not_its_victims(codes, told, tmp_path):
-    lost = {"message": "RuntimeError: Connection closed by peer", "lost_connection": True}
-    own = {"message": "ValueError: bad", "lost_connection": False}
-    for rank, error in enumerate((lost, own)):
-        (tmp_path / f"error-{rank}.json").write_text(json.dumps({**error, "traceback": ""}))
-    (tmp_path / "stderr-2").write_text("first line\nlast line\n")
-    workers = [
-        SimpleNamespace(returncode=code, pid=100 + rank, poll=lambda code=code: code)
-        for rank, code in enumerate(codes)
-    ]
-    assert find_cause(workers, str(tmp_path)) == f"{told}; the other workers were stopped"
+def test_the_message_names_the_culprit_not_its_victims(ended, said, tmp_path, monkeypatch):
+    """From what torchrun hands over: exit statuses, and the files in which workers wrote errors."""
+    failures = {}
+    for rank, how in ended.items():
+        file = tmp_path / f"error-{rank}.json"
+        code = how
+        if isinstance(how, Exception):
+            monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+            code = raise_in_worker(how, monkeypatch)
+        failures[rank] = ProcessFailure(rank, 100 + rank, code, str(file))
+    assert launch.cause(failures).splitlines()[-1] == said
 
 
-def test_an_error_in_the_workers_is_told_once(tmp_path):
-    (tmp_path / "file").write_text("")
-    done = subprocess.run(
-        [sys.executable, *DEMO, "--task", "digits", "--workers", "2", "--device", "cpu",
-         "--output", str(tmp_path / "file")],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("demo: worker 0 failed: FileExistsError")
+def raise_in_worker(error, monkeypatch):
+    """The exit status of a worker whose work raises the error."""
+
+    def work(_):
+        raise error
+
+    monkeypatch.setattr(worker, "_work", work)
+    monkeypatch.setattr(worker.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        worker.run(None)
+    return ended.value.code
+
+
+def test_a_worker_of_another_launcher_says_its_error_itself(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setattr(worker, "_work", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        worker.run(None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--output", "/dev/null/folder"], "demo: [Errno 20] Not a directory: '/dev/null/folder'"),
+        (["--device", "cuda", "--workers", "1000"], "demo: --device cuda"),
+    ],
+)
+def test_what_cannot_work_is_said_before_workers_start(arguments, said, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(launch.torchrun, "main", lambda _: pytest.fail("workers were started"))
+    assert launch.run(parse(arguments), arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
 
 
 @given(

@@ -3,8 +3,9 @@
 __main__    where `python -m examples.demo` starts
 options     the command line
 arguments   types of numbers on a command line, which the benchmarks use too
-supervisor  starts the workers, watches them, ends them all when one dies
+launch      starts the workers with torchrun, says why they ended early
 worker      one process: joins the group, picks its device, trains every method
+device      a GPU for each worker, or the CPU for all
 training    one run of one method with one seed
 methods     the four methods as optimizers of gmc_cuda
 text        language model on the standard library's sources

@@ -1,28 +1,32 @@
 """Train with GMC next to dense momentum SGD, DGC and memory SGD, on real data.
 
-    python -m examples.demo                           a language model, four workers
-    python -m examples.demo --task digits --non-iid   digits, few classes on each worker
-    torchrun --nproc-per-node=4 -m examples.demo ...  the same on one machine or on many
+    python -m examples.demo                                     a language model, four workers
+    python -m examples.demo --task digits --non-iid             digits, few classes on each worker
+    torchrun --nproc-per-node=4 -m examples.demo --steps 100    the same under your own torchrun
 
-Started plainly it is the supervisor of the workers it starts; started with RANK in the environment
-(by that supervisor or by torchrun) it is one worker. See --help for the options.
+Start it at the root of the repository. Started plainly it runs torchrun on this machine; with RANK
+in the environment it is one worker. See --help for the options.
 """
 
 import os
+import signal
 import sys
 
-from examples.demo import supervisor
 from examples.demo.options import parse
 
 
 def main() -> int:
+    if "RANK" in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher tells; no traceback per worker
     options = parse(sys.argv[1:])
-    if "RANK" not in os.environ:
-        return supervisor.run(options.workers, ["-m", "examples.demo", *sys.argv[1:]])
+    # What follows imports torch, for which a mistake on the command line need not wait.
+    if "RANK" in os.environ:
+        from examples.demo import worker
 
-    from examples.demo import worker  # imports torch, which the supervisor does not need
+        return worker.run(options)
+    from examples.demo import launch
 
-    return worker.run(options)
+    return launch.run(options, sys.argv[1:])
 
 
 if __name__ == "__main__":
