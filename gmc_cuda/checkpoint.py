@@ -1,8 +1,8 @@
 """Checkpoints that keep every worker's memory, and resume on any number of workers.
 
-A checkpoint is a folder on storage that all workers see. Each save writes a subfolder of its own;
-it becomes the current one when every worker's file is there and whole, and only then are older
-ones removed. A save that ends half-way (a full disk, a killed worker) leaves what was there.
+A checkpoint is a folder on storage that all workers see. Each save writes a subfolder of its own,
+which becomes the current one once every worker's file is complete; only then are older ones
+removed. A save that breaks off (a full disk, a killed worker) leaves the older ones intact.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from gmc_cuda._engine.optimizer import CompressedSGD
 from gmc_cuda._engine.shards import is_flattened
 
 _NOT_SAVED = "the checkpoint was not saved"
-_INTACT = "what the folder held is complete"
-_PATIENCE = 3.0  # seconds, in which a network file system shows what another machine has made
+_INTACT = "older checkpoints in the folder are intact"
+_PATIENCE = 3.0  # seconds after which a network file system shows what another machine has written
 
 
 @torch.no_grad()
@@ -37,30 +37,36 @@ def save(
     wait: bool = True,
     keep: int = 1,
 ) -> Future[None]:
-    """Saves model, optimizer and what else a run needs. All workers of the optimizer call it.
+    """Saves the model, the optimizer and ``extra``. All workers of the optimizer must call it.
 
     Args:
         folder: where the checkpoint goes, on storage that all workers see.
-        model: the model, also inside the wrappers of torch. Buffers that differ between workers
-            (BatchNorm's) are saved as worker 0 has them.
+        model: the model; torch's wrappers around it do not matter. Buffers that differ between
+            workers (BatchNorm's) are saved as worker 0 has them.
         optimizer: a GMC or DGC over the model's parameters, which FSDP2 may have sharded.
-        extra: worker 0's is saved: a scheduler's state_dict, the epoch; tensors, numbers, strings
-            and containers of them.
-        wait: False copies the state and writes it while the training goes on, also after the
-            process group was destroyed. The next save and the end of the script wait for it.
+        extra: what else the run needs, such as a scheduler's state_dict or the epoch: tensors,
+            numbers, strings and containers of them. Worker 0's is saved.
+        wait: False copies the state and writes it in the background while the training goes on,
+            even after the process group was destroyed. The next save and the end of the script
+            wait for it.
         keep: how many older checkpoints stay beside the new one.
 
     Returns:
-        A future: ``result()`` waits for the end of the writing, and raises if it failed. A failure
-        that nobody reads is a warning at the next save or at the end of the script.
+        A future whose ``result()`` waits for the end of the writing, and raises if it failed. If
+        nobody reads a failure, the next save or the end of the script warns about it.
 
     Raises:
-        TypeError: another optimizer, or extra holds what torch.load(weights_only=True) would
-            refuse.
-        ValueError: no usable folder or keep.
-        RuntimeError: a worker could not write, does not see the folder, or did not call save
-            within the time-out of the process group; on all workers. The checkpoints before are
-            intact.
+        TypeError: the optimizer is not a GMC or DGC, or torch.load(weights_only=True) would refuse
+            extra.
+        ValueError: folder or keep cannot be used.
+        RuntimeError: on all workers, if one could not write, does not see the folder, or did not
+            call save within the time-out of the process group. Older checkpoints are intact.
+
+    Example::
+
+        saved = gmc_cuda.checkpoint.save("/shared/run", model, optimizer, {"epoch": 3}, wait=False)
+        ...             # the training goes on
+        saved.result()  # before the next save, and at the end
     """
     _check_optimizer(optimizer)
     saved: Future[None] = Future()
@@ -86,23 +92,24 @@ def load(
     *,
     name: str | None = None,
 ) -> Any:
-    """Loads what :func:`save` wrote into model and optimizer. All workers call it.
+    """Loads a checkpoint of :func:`save` into model and optimizer. All workers must call it.
 
-    On as many workers as saved it each gets its own memory back, and the run goes on bit for bit.
-    On another number each gets the mean of the saved memories, so that nothing unsent is lost.
-    Shards stay what they were: the number of nodes may change, not that of workers in a node.
+    On the same number of workers each gets its own memory, and the run continues bit for bit. On
+    another number each gets the mean of the saved memories, so that nothing unsent is lost. Of
+    sharded models the number of nodes may change, but not the number of workers in a node.
 
     Args:
-        name: of a subfolder, to load an older checkpoint than the current one.
+        folder, model, optimizer: as for :func:`save`.
+        name: the subfolder of an older checkpoint. Default: the current one.
 
     Returns:
         The ``extra`` that was saved.
 
     Raises:
-        FileNotFoundError: there is no complete checkpoint in the folder, on any worker.
-        ValueError: it is of another method, model or format; nothing was changed.
-        RuntimeError: it is damaged, or a worker cannot read it; on all workers, and nothing was
-            changed. The error names the older checkpoints that are there.
+        FileNotFoundError: no worker finds a complete checkpoint in the folder.
+        ValueError: the checkpoint is of another method, model or format; nothing was changed.
+        RuntimeError: on all workers, if the checkpoint is damaged or one of them cannot read it;
+            nothing was changed. The error names older checkpoints that can be loaded.
     """
     _check_optimizer(optimizer)
     everyone = _everyone(optimizer)
@@ -118,10 +125,7 @@ def load(
 
 
 class _Save:
-    """One checkpoint on its way into its folder. Collective over everyone.
-
-    It is agreed here that all workers see the part of the folder that it goes into.
-    """
+    """One save: its constructor makes the part, which all workers must see. Collective."""
 
     def __init__(
         self,
@@ -163,15 +167,15 @@ class _Save:
             raise
 
     def write(self) -> None:
-        """Writes, and publishes what all have written."""
-        said: meeting.Report = {"files": {}}
+        """Writes this worker's files, and publishes the part once all workers have written."""
+        report: meeting.Report = {"files": {}}
         try:
             for name, value in self._files.items():
-                said["files"][name] = parts.write(self._part / name, value)
+                report["files"][name] = parts.write(self._part / name, value)
         except Exception as error:
-            said = {"error": f"{type(error).__name__}: {error}"}
+            report = {"error": f"{type(error).__name__}: {error}"}
         self._files = {}
-        answer = self._council.decide(said, _gather_files)
+        answer = self._council.decide(report, _gather_files)
         if "error" not in answer:
             answer = self._council.decide(self._verify(answer["files"]), self._publish)
         if "error" in answer:
@@ -179,7 +183,7 @@ class _Save:
             raise RuntimeError(f"{_NOT_SAVED}; {answer['error']}; {_INTACT}")
 
     def _verify(self, files: list[parts.Listing]) -> meeting.Report:
-        """Reads what the next worker has written; rank 0 keeps the list."""
+        """Reads what the next worker has written, which checks each file on another worker."""
         self._listing = {name: entry for listed in files for name, entry in listed.items()}
         try:
             for name, (size, checksum) in files[(self._rank + 1) % len(files)].items():
@@ -201,18 +205,18 @@ class _Save:
     def _clear(self) -> None:
         if self._rank == 0 and isinstance(self._council, meeting.Collective):
             parts.remove(self._part)
-        elif self._rank == 0:  # the others may not have read the answer yet; the next save removes
-            parts.empty(self._part)
+        elif self._rank == 0:
+            parts.empty(self._part)  # other workers may still read notes; the next save removes it
 
 
 def _gather_files(everyone: list[meeting.Report]) -> meeting.Report:
     failed = _failures(everyone)
-    return {"error": failed} if failed else {"files": [said["files"] for said in everyone]}
+    return {"error": failed} if failed else {"files": [report["files"] for report in everyone]}
 
 
 def _failures(everyone: list[meeting.Report]) -> str:
-    failed = [f"worker {r}: {said['error']}" for r, said in enumerate(everyone) if "error" in said]
-    return "; ".join(failed)
+    errors = [(rank, report.get("error")) for rank, report in enumerate(everyone)]
+    return "; ".join(f"worker {rank}: {error}" for rank, error in errors if error)
 
 
 def _read(
@@ -222,7 +226,7 @@ def _read(
     optimizer: CompressedSGD,
     everyone: Exchange,
 ) -> snapshot.Found:
-    """Reads on every worker what it needs of the part that worker 0 names."""
+    """Reads, on every worker, what it needs of the part that worker 0 finds."""
     found: list[snapshot.Found] = []
 
     def find() -> str:
@@ -230,13 +234,14 @@ def _read(
 
     def read() -> None:
         part = parts.folder_of(folder) / there
-        if there != names[everyone.rank]:  # another view of a network file system, or another disk
+        if there != names[everyone.rank]:  # this worker sees an older state, or another disk
             _wait_until_seen(part, everyone.rank, str(part))
         try:
             found.append(snapshot.read(part, model, optimizer))
         except parts.Damaged as error:
-            told = f"the checkpoint is damaged: {error}{parts.others(part.parent, part)}"
-            raise parts.Damaged(told) from error
+            raise parts.Damaged(
+                f"the checkpoint is damaged: {error}{parts.others(part.parent, part)}"
+            ) from error
 
     names = _together(everyone, optimizer, find, "the checkpoint was not loaded")
     there = names[0]
@@ -247,7 +252,7 @@ def _read(
 def _together(
     everyone: Exchange, optimizer: CompressedSGD, action: Callable[[], Any], outcome: str
 ) -> list[Any]:
-    """What the action returns on each worker. If it fails on one, all raise."""
+    """What the action returned on each worker, in rank order. If it fails on one, all raise."""
     error: Exception | None = None
     result = None
     try:
@@ -255,20 +260,20 @@ def _together(
     except Exception as met:
         error = met
     text = error and f"{type(error).__name__}: {error}"
-    said = everyone.gather_objects((text, result), engine.device_of(optimizer))
-    failed = [(rank, text) for rank, (text, _) in enumerate(said) if text]
+    answers = everyone.gather_objects((text, result), engine.device_of(optimizer))
+    failed = [(rank, text) for rank, (text, _) in enumerate(answers) if text]
     if not failed:
-        return [result for _, result in said]
-    # That there is no checkpoint makes scripts start anew, so it must be so on all workers.
+        return [result for _, result in answers]
+    # A script that gets FileNotFoundError trains from the beginning, so all must get it or none.
     nowhere = all(text.startswith(FileNotFoundError.__name__) for _, text in failed)
-    if isinstance(error, FileNotFoundError) and nowhere and len(failed) == len(said):
+    if isinstance(error, FileNotFoundError) and nowhere and len(failed) == len(answers):
         raise error
     if isinstance(error, (RuntimeError, ValueError, TypeError)):
         raise error
-    told = "; ".join(f"worker {rank}: {text}" for rank, text in failed)
+    reasons = "; ".join(f"worker {rank}: {text}" for rank, text in failed)
     if nowhere:
-        told += ". The folder must be on storage that all workers see"
-    raise RuntimeError(f"{outcome}; {told}") from error
+        reasons += ". The folder must be on storage that all workers see"
+    raise RuntimeError(f"{outcome}; {reasons}") from error
 
 
 def _wait_until_seen(part: Path, rank: int, there: Any) -> None:
@@ -286,7 +291,7 @@ def _wait_until_seen(part: Path, rank: int, there: Any) -> None:
 
 
 def _everyone(optimizer: CompressedSGD) -> Exchange:
-    """The workers that save together: those of all shards."""
+    """The workers that save together: all that train, with all shards."""
     exchange = optimizer.engine.exchange
     if exchange.shard_group is None:
         return exchange

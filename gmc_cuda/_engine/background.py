@@ -1,4 +1,4 @@
-"""Saves that go on beside the training, and what becomes of them if nobody asks."""
+"""Saves in a background thread, and the report of failures that nobody has read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _saves: list[Saving] = []
 
 
 class Saving(Future[None]):
-    """A save on its way. ``result()`` waits for its end, and raises if it failed."""
+    """A save in the background. ``result()`` waits for its end, and raises if it failed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,18 +40,18 @@ class Saving(Future[None]):
         if error is not None and not self._was_read:
             self._was_read = True
             warnings.warn(
-                "a save in the background has failed, and nobody has asked its result(), so the "
+                "a save in the background has failed, and nobody has called its result(), so the "
                 "newest checkpoint is an older one. Write\n"
                 "    saved = gmc_cuda.checkpoint.save(folder, model, optimizer, wait=False)\n"
                 "and, before the next save and at the end, saved.result(). It would have raised: "
                 f"{error}",
                 RuntimeWarning,
-                stacklevel=8,  # of who calls save(); at the end of the interpreter nobody does
+                stacklevel=8,  # the caller of save(), if there is one
             )
 
 
 def run(work: Callable[[], None]) -> Saving:
-    """Runs it in a thread that the end of the interpreter waits for."""
+    """Runs the work in a thread, for which the end of the interpreter waits."""
     saving = Saving()
 
     def work_and_report() -> None:
@@ -62,25 +62,25 @@ def run(work: Callable[[], None]) -> Saving:
         else:
             saving.set_result(None)
 
-    # Not a daemon: threads that are not are joined before anything of the interpreter ends.
+    # The interpreter joins threads that are not daemons before it begins to shut down.
     threading.Thread(target=work_and_report, name="gmc_cuda.checkpoint", daemon=False).start()
     _saves.append(saving)
     return saving
 
 
 def wait() -> None:
-    """Waits for the saves that were started."""
+    """Waits for all saves."""
     for saving in _saves:
         saving.wait()
 
 
 def finish() -> None:
-    """Waits for the saves that were started, and reports those whose failure nobody has read."""
+    """Waits for all saves, and reports the failures that nobody has read."""
     while _saves:
         _saves[0].report()
         del _saves[0]
 
 
 atexit.register(finish)
-# The threads stay with the parent, so a child would wait for ever.
+# A forked child has none of its parent's threads, and would wait for ever.
 os.register_at_fork(after_in_child=_saves.clear)

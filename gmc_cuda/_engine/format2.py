@@ -1,4 +1,4 @@
-"""Checkpoints of format 2, which torch.distributed.checkpoint wrote: they can still be read."""
+"""Reads checkpoints of format 2, which were written by torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMAT = 2
 def readers(
     part: Path, facts: dict[str, Any], model: torch.nn.Module, optimizer: CompressedSGD, shard: str
 ) -> tuple[dict[str, Any], Callable[[int], dict[str, Tensor]]]:
-    """What all workers have in common, and what reads one worker's own. No collective."""
+    """The content of ``shared.pt``, and a function that reads one worker's own. No collective."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     params = [shard_of(param) for param in engine.params_of(optimizer)]

@@ -1,11 +1,11 @@
-"""The names of parameters without what wrappers of torch put into them."""
+"""Parameter names without the prefixes that torch's wrappers add."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# DistributedDataParallel and DataParallel; torch.compile; activation checkpointing; FSDP's first
-# version, under its present and its old name; Lightning.
+# The prefixes are those of DistributedDataParallel and DataParallel, torch.compile, activation
+# checkpointing, FSDP's first version (its present and its old one), and Lightning.
 _WRAPPERS = frozenset({
     "module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module",
     "_forward_module",
@@ -13,19 +13,18 @@ _WRAPPERS = frozenset({
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name as the model has it that nothing is wrapped around."""
+    """A parameter's name in the model without wrappers."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
     """The plain name of each of a model's names.
 
-    A submodule that the user called "module" loses its name like a wrapper, which does no harm
-    unless two names become one. Then only what all names begin with counts as a wrapper, of those
-    called "module".
+    A submodule that the user called "module" loses that name as a wrapper does. If two names become
+    equal by that, "module" is removed only from the beginning, and only if all names begin with it.
 
     Raises:
-        ValueError: two names are one even so.
+        ValueError: two names become equal all the same.
     """
     names = list(names)
     plain = {name: plain_name(name) for name in names}

@@ -1,10 +1,9 @@
-"""The folder of a checkpoint on disk: its parts, what makes one whole, and which is current.
+"""A checkpoint's folder on disk: its parts, which of them are complete, and which is current.
 
-A save writes into a part of its own, a subfolder. The part's ``files.json`` comes last: it lists
-the size and the checksum of every file, as the worker that wrote the file counted them on the way
-to the disk. A part with that list is complete. Then the file ``current`` is replaced by one that
-names the part, and only then are older parts removed. So whenever a save ends, by a full disk or a
-killed worker, ``current`` names a whole part.
+Each save writes into a part of its own, a subfolder. A part is complete once it has ``files.json``,
+which is written last and lists every file's size and checksum, as computed by the worker that wrote
+the file. Then the file ``current`` is replaced by one that names the part, and only then are older
+parts removed. So wherever a save breaks off, ``current`` names a complete part.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ from typing import IO, Any, cast
 
 import torch
 
-Listing = dict[str, tuple[int, str]]  # size and checksum by the name of a file
+Listing = dict[str, tuple[int, str]]  # size in bytes and checksum, by file name
 
 CURRENT, FACTS, NOTES = "current", "facts.pt", "notes"
 _LIST, _TOKEN = "files.json", "token"
 _NAME = re.compile(r"(\d{6,})-[0-9a-f]{8}")
-_OLD_NAME = re.compile(r"[0-9a-f]{8}")  # of format 2, which had no list
+_OLD_NAME = re.compile(r"[0-9a-f]{8}")  # parts of format 2, which have no list
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class Damaged(RuntimeError):
-    """A part that is not as it was written."""
+    """A file of a part differs from what was written."""
 
 
 def folder_of(given: str | os.PathLike[str]) -> Path:
-    """The folder as an absolute path: the script may change its own before the save has ended.
+    """The folder as an absolute path, because the script may change directory during a save.
 
     Raises:
-        ValueError: it is no path of a file system.
+        ValueError: it is not a path of a file system.
     """
     text = os.fsdecode(given)
     if _URL.match(text):
@@ -56,7 +55,7 @@ def folder_of(given: str | os.PathLike[str]) -> Path:
 
 
 def begin(folder: Path) -> Path:
-    """Makes a new part, with a token by which other workers recognise it."""
+    """Makes a new part, with a token by which other workers recognise the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     _remove_incomplete(folder)
     number = 1 + max((_number(part) for part in folder.iterdir()), default=0)
@@ -67,7 +66,7 @@ def begin(folder: Path) -> Path:
 
 
 def is_seen(part: Path) -> bool:
-    """Whether the part that another worker made is here too."""
+    """Whether this worker sees the part that another worker made."""
     try:
         return (part / _TOKEN).read_text() == part.name
     except FileNotFoundError:
@@ -75,7 +74,7 @@ def is_seen(part: Path) -> bool:
 
 
 def write(path: Path, value: Any) -> tuple[int, str]:
-    """torch.save; returns the size and the checksum of what went to the disk."""
+    """Writes a file by torch.save; returns its size in bytes and its checksum."""
     with path.open("wb") as file:
         counting = _Counting(file)
         torch.save(value, cast(IO[bytes], counting))
@@ -85,7 +84,7 @@ def write(path: Path, value: Any) -> tuple[int, str]:
 
 
 class _Counting:
-    """A file that counts and sums up what is written to it."""
+    """A file that keeps the size and the checksum of what is written to it."""
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self._file = file
@@ -103,7 +102,7 @@ class _Counting:
 
 
 def verify(part: Path, name: str, size: int, checksum: str) -> None:
-    """Reads a file and raises Damaged unless it is what its writer had written."""
+    """Reads a file, and raises Damaged unless it is what its writer wrote."""
     path = part / name
     try:
         found = path.stat().st_size
@@ -129,7 +128,7 @@ def _checksum() -> hashlib.blake2b:
 
 
 def publish(part: Path, listing: Listing, keep: int) -> None:
-    """Makes the part complete and current; of those before it, `keep` stay."""
+    """Makes the part complete and current, and removes all but the `keep` parts before it."""
     folder = part.parent
     _replace(part / _LIST, json.dumps(listing, indent=1))
     _flush(part)
@@ -141,20 +140,20 @@ def publish(part: Path, listing: Listing, keep: int) -> None:
 
 
 def remove(part: Path) -> None:
-    """Removes a part, first what makes it complete."""
+    """Removes a part, beginning with the file that makes it complete."""
     for name in (_LIST, ".metadata"):
         (part / name).unlink(missing_ok=True)
     shutil.rmtree(part, ignore_errors=True)
 
 
 def empty(part: Path) -> None:
-    """Gives the room of a part back that did not become complete; what workers said stays."""
+    """Frees the disk space of a part that did not become complete, but keeps the notes in it."""
     for file in part.glob("*.pt"):
         file.unlink(missing_ok=True)
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete parts, the newest first."""
+    """The complete parts, newest first."""
     parts = [part for part in folder.iterdir() if _is_complete(part)]
     return sorted(parts, key=lambda part: (_number(part), part.stat().st_mtime), reverse=True)
 
@@ -163,15 +162,16 @@ def find(folder: Path, name: str | None) -> Path:
     """The part to load: the current one, or the one of this name.
 
     Raises:
-        FileNotFoundError: there is none.
-        Damaged: the current one is not whole.
+        FileNotFoundError: there is no such part.
+        Damaged: ``current`` names a part that is not complete.
     """
     if name is None:
         try:
             name = (folder / CURRENT).read_text().strip()
         except FileNotFoundError:
-            told = f"there is no complete checkpoint in {folder}"
-            raise FileNotFoundError(told + others(folder, None)) from None
+            raise FileNotFoundError(
+                f"there is no complete checkpoint in {folder}" + others(folder, None)
+            ) from None
         if not name or "/" in name or not _is_complete(folder / name):
             raise Damaged(
                 f"{folder / CURRENT} names {name!r}, must name a complete checkpoint"
@@ -185,7 +185,7 @@ def find(folder: Path, name: str | None) -> Path:
 
 
 def listing(part: Path) -> Listing | None:
-    """What its files must be; None of format 2."""
+    """The sizes and checksums that the part's files must have; None for format 2."""
     try:
         found = json.loads((part / _LIST).read_text())
         return {name: (int(size), str(checksum)) for name, (size, checksum) in found.items()}
@@ -196,7 +196,7 @@ def listing(part: Path) -> Listing | None:
 
 
 def others(folder: Path, part: Path | None) -> str:
-    """The other complete parts, for the end of an error: how each is loaded."""
+    """The end of an error text: how to load each of the other complete parts."""
     try:
         names = [other.name for other in complete(folder) if other != part]
     except OSError:
@@ -207,13 +207,13 @@ def others(folder: Path, part: Path | None) -> str:
         f"\n    gmc_cuda.checkpoint.load({str(folder)!r}, model, optimizer, name={name!r})"
         for name in names
     )
-    return f". Complete checkpoints that are there, the newest first:{lines}"
+    return f". Complete checkpoints, newest first:{lines}"
 
 
 def _is_complete(part: Path) -> bool:
     if _NAME.fullmatch(part.name):
         return (part / _LIST).is_file()
-    # dcp wrote .metadata last.
+    # torch.distributed.checkpoint writes .metadata last.
     is_old = _OLD_NAME.fullmatch(part.name) and (part / FACTS).is_file()
     return bool(is_old) and (part / ".metadata").is_file()
 
@@ -224,7 +224,7 @@ def _number(part: Path) -> int:
 
 
 def _remove_incomplete(folder: Path) -> None:
-    """Removes what saves that were killed have left."""
+    """Removes the parts that saves left when they were killed."""
     for part in folder.iterdir():
         old = _OLD_NAME.fullmatch(part.name) and (part / FACTS).is_file()
         if (old or _NAME.fullmatch(part.name)) and not _is_complete(part):
@@ -241,7 +241,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Brings the entries of a folder to the disk; some file systems cannot."""
+    """Flushes a folder's entries to the disk, on file systems that can."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,8 +1,8 @@
-"""What a checkpoint holds of a model and its optimizer, by file, and how that is put back.
+"""The files of a checkpoint: what they hold of a model and its optimizer, and how they are read.
 
-``facts.pt`` says of what model and optimizer it is; ``shared.pt`` holds the model and the momentum
-that is the same on all workers; ``worker0.pt``, ``worker1.pt`` ... hold what each has for itself.
-Of sharded parameters each worker of a node writes its own shard: ``shared.shard1.pt`` and so on.
+``facts.pt`` describes the model and the optimizer. ``shared.pt`` holds the model, and the momentum
+if all workers have the same. ``worker0.pt``, ``worker1.pt`` ... hold each worker's own state. If
+parameters are sharded, each worker of a node writes its shard: ``shared.shard1.pt`` and so on.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _MODEL, _MOMENTUM, _NOT_TENSORS = "model", "momentum", "not tensors"
 def take(
     model: torch.nn.Module, optimizer: CompressedSGD, extra: Any, everyone: Exchange, copy: bool
 ) -> dict[str, Any]:
-    """What this worker writes, by the name of the file.
+    """The content of the files that this worker writes, by file name.
 
     Args:
         everyone: the workers that save together.
-        copy: whether what is returned must not change while the training goes on.
+        copy: whether to copy all tensors, because the training goes on during the save.
     """
     own_engine = optimizer.engine
     place = {param: i for i, param in enumerate(engine.params_of(optimizer))}
@@ -77,7 +77,10 @@ def _model_state(model: torch.nn.Module, optimizer: CompressedSGD) -> dict[str, 
 
 
 def _check_shards(name: str, value: Tensor, optimizer: CompressedSGD) -> None:
-    """Each shard is written once only if it is the optimizer's exchange that has the copies."""
+    """Refuses a DTensor that is sharded in another way than the optimizer's parameters.
+
+    Its shards would not be the files' shards, so some would be written twice and others not.
+    """
     if not is_sharded(value):
         return
     inside = optimizer.engine.exchange.shard_group
@@ -92,10 +95,10 @@ def _check_shards(name: str, value: Tensor, optimizer: CompressedSGD) -> None:
 
 
 def loadable(what: str, value: Any) -> Any:
-    """A copy of it, as torch.load(weights_only=True) gives it back.
+    """A copy of a value, as torch.load(weights_only=True) returns it.
 
     Raises:
-        TypeError: that refuses it.
+        TypeError: torch.load(weights_only=True) refuses it.
     """
     file = io.BytesIO()
     try:
@@ -122,12 +125,11 @@ def _copied(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that was read and fits; nothing was changed yet.
+    """A checkpoint that was read and fits.
 
     Attributes:
-        model: as the model's load_state_dict takes it.
-        optimizer: likewise.
-        extra: what was saved beside them.
+        model, optimizer: arguments of their load_state_dict().
+        extra: the argument of checkpoint.save.
     """
 
     model: dict[str, Any]
@@ -136,10 +138,10 @@ class Found:
 
 
 def read(part: Path, model: torch.nn.Module, optimizer: CompressedSGD) -> Found:
-    """Reads what this worker needs. No collective.
+    """Reads what this worker needs, and changes nothing. No collective.
 
     Raises:
-        Damaged: a file is not as it was written.
+        Damaged: a file differs from what was written.
         ValueError, TypeError: the checkpoint does not fit.
     """
     listing = parts.listing(part)
@@ -220,19 +222,19 @@ def _like(own: Any, saved: Any, name: str) -> Any:
 
 
 def shards(optimizer: CompressedSGD) -> int:
-    """How many workers of a node have the parameters together."""
+    """Over how many workers of a node the parameters are sharded."""
     inside = optimizer.engine.exchange.shard_group
     return 1 if inside is None else dist.get_world_size(inside)
 
 
 def _shard(optimizer: CompressedSGD) -> str:
-    """What the names of this worker's files contain."""
+    """The part of this worker's file names that names its shard."""
     inside = optimizer.engine.exchange.shard_group
     return "" if inside is None else f".shard{dist.get_rank(inside)}"
 
 
 def describe(model: torch.nn.Module, optimizer: CompressedSGD) -> dict[str, Any]:
-    """What a checkpoint and who loads it must have in common.
+    """The facts that must be the same when a checkpoint is saved and when it is loaded.
 
     Raises:
         ValueError: the optimizer is not this model's.
@@ -268,7 +270,9 @@ def _check_facts(saved: dict[str, Any], here: dict[str, Any]) -> None:
             f"checkpoint: got one of {len(saved['parameters'])} parameters, must be of "
             f"{len(here['parameters'])}"
         )
-    plain = names.plain_names(name for name, *_ in saved["parameters"])  # of format 2 they are not
+    plain = names.plain_names(
+        name for name, *_ in saved["parameters"]
+    )  # format 2 stored full names
     for (name, *then), now in zip(saved["parameters"], here["parameters"], strict=True):
         then = [plain[name], *map(_as_tuple, then)]
         if tuple(then) != tuple(now):
