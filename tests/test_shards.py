@@ -234,8 +234,8 @@ def refused(group):
     raises(
         "process_group: got None for sharded parameters, must say which workers hold the same "
         "shard: process_group=mesh, with mesh = init_device_mesh(device, (nodes, workers in a "
-        "node), mesh_dim_names=('replicate', 'shard')). Sharded over all workers there is nothing "
-        "to compress",
+        "node), mesh_dim_names=('replicate', 'shard')). A model that is sharded over all "
+        "workers has no replicas, so there is nothing to compress",
         model.parameters(), None,
     )  # fmt: skip
     raises("overlap: got True, but FSDP announces no gradients to hooks: use overlap=False",
@@ -311,8 +311,8 @@ def tensor_parallel(group, density):
     assert whole and split
     raises(
         "params: got DTensors of which some are sharded and some replicated inside the node, as "
-        "tensor parallelism has them. What is sent of a parameter depends on the others of its "
-        "bucket, so that the replicas would come apart: give these an optimizer of their own:\n"
+        "in tensor parallelism. What is sent of a parameter depends on the others in its bucket, "
+        "so the replicas would drift apart: give the replicated ones an optimizer of their own:\n"
         "    whole = [p for p in model.parameters() if p.placements[0].is_replicate()]\n"
         "    gmc_cuda.GMC(whole, lr, process_group=mesh)",
         model.parameters(), mesh,

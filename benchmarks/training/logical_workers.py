@@ -16,10 +16,10 @@ from examples.demo import digits, text
 from examples.demo.methods import share_of_lr
 from examples.demo.task import Task
 from examples.demo.training import loss_of
-from gmc_cuda import ops
+from gmc_cuda import ops, reference
 from gmc_cuda._engine import budget
 
-DTYPES = {str(dtype).removeprefix("torch.").split("_")[0]: dtype for dtype in budget.DTYPES}
+DTYPES = {str(dtype).removeprefix("torch.").split("_")[0]: dtype for dtype in reference.WIRE_DTYPES}
 RULES = {
     "dense": "torch.optim.SGD on the mean gradient",
     "gmc": "global momentum",

@@ -1,4 +1,4 @@
-"""How much a step sends: entries of a payload, and whether a dense all-reduce costs less."""
+"""How many entries a step sends, and whether a dense all-reduce would be cheaper."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ import torch
 
 from gmc_cuda import ops
 
-DTYPES = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float8_e4m3fn,
-    torch.float4_e2m1fn_x2,
-)
-
 
 def entries(
     density: float | None,
@@ -26,13 +18,13 @@ def entries(
     wire_dtype: torch.dtype,
     times: float = 1.0,
 ) -> int:
-    """K: how many of numel entries a density or a bytes_ratio lets through.
+    """K, how many of its numel entries a bucket sends by a density or a bytes_ratio.
 
     Args:
-        density, bytes_ratio: one of them.
-        times: a link carries as many times more of payloads than of a ring all-reduce of as many
-            bytes. An all-gather: (p-1) n bytes for payloads of n, where the ring has 2 (p-1)/p n,
-            so p / 2. A worker alone sends nothing and is taken for one of two.
+        density, bytes_ratio: one of them; the other is None or ignored.
+        times: how many times more bytes a link carries for payloads than for a ring all-reduce of
+            the same size. For payloads of n bytes an all-gather carries (p-1) n and a ring
+            2 (p-1)/p n, so it is p / 2. A single worker sends nothing, and counts as one of two.
     """
     if bytes_ratio is None:
         assert density is not None
@@ -47,13 +39,13 @@ def entries_at(density: float, numel: int) -> int:
 
 @lru_cache(maxsize=4096)
 def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype) -> int:
-    """``ops.payload_nbytes``, asked for once."""
+    """``ops.payload_nbytes``, cached."""
     return ops.payload_nbytes(numel, k, wire_dtype)
 
 
 @lru_cache(maxsize=4096)
 def aggregate_nbytes(numel: int, k: int, size: int) -> int:
-    """Bytes of what ``ops.merge`` makes of `size` payloads."""
+    """Bytes of the aggregate that ``ops.merge`` makes of `size` payloads."""
     nbytes: int = torch.ops.gmc_cuda.aggregate_nbytes(numel, k, size)
     return nbytes
 
@@ -62,8 +54,8 @@ def aggregate_nbytes(numel: int, k: int, size: int) -> int:
 def entries_within(bytes_ratio: float, numel: int, wire_dtype: torch.dtype) -> int:
     """The largest K whose payload has at most 1 / bytes_ratio of a float32 gradient's bytes.
 
-    A bucket too small for its framing sends what the smallest payload holds. K = N, which goes
-    dense in float32, only where that is within the bytes.
+    A bucket so small that no payload fits sends the entries that fit into the smallest payload.
+    K = N means a dense float32 all-reduce, so it is chosen only where 4 * N bytes fit.
     """
     budget = max(4 * numel / bytes_ratio, payload_nbytes(numel, 1, wire_dtype))
     if 4 * numel <= budget:
@@ -75,17 +67,17 @@ def entries_within(bytes_ratio: float, numel: int, wire_dtype: torch.dtype) -> i
 
 
 def ring_nbytes(nbytes: int, size: int) -> int:
-    """What a link carries, in each direction, of a ring all-reduce of that many bytes."""
+    """Bytes that a link carries, in each direction, for a ring all-reduce of `nbytes`."""
     return 2 * (size - 1) * nbytes // size
 
 
 def dense_is_cheaper(numel: int, k: int, link_nbytes: int, size: int) -> bool:
-    """Whether a bucket goes by dense all-reduce.
+    """Whether a dense all-reduce of a bucket is cheaper than sending K entries.
 
     Args:
         numel: N, elements of the bucket.
         k: entries that would be sent otherwise.
-        link_nbytes: what a link would carry otherwise, in the busier direction.
-        size: world size p. A single worker sends nothing, so only k = N is dense there.
+        link_nbytes: bytes that a link would carry otherwise, in the busier direction.
+        size: world size p. A single worker sends nothing, and is dense only if k = N.
     """
     return k == numel or (size > 1 and link_nbytes >= ring_nbytes(4 * numel, size))

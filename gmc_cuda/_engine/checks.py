@@ -1,4 +1,4 @@
-"""Checks of what a user hands to an optimizer: options, param groups, parameters, gradients."""
+"""Checks of what users pass to an optimizer: options, param groups, parameters, gradients."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gmc_cuda._engine import budget
+from gmc_cuda import reference
 from gmc_cuda._engine.bucket import DTYPES, MAX_NUMEL, is_dense_layout
 
-DENSITY = 0.01  # where neither density nor bytes_ratio is given
+DENSITY = 0.01  # the default, if there is no bytes_ratio
 _DTYPE_NAMES = "torch.float32, torch.bfloat16 or torch.float16"
 
 
 class Option(NamedTuple):
-    """A number in a param group.
+    """A numeric option in a param group.
 
     Attributes:
-        within: whether a value is in range.
-        range_name: the range in words.
-        neutral: the value that changes nothing, for who does not offer the option.
+        within: returns whether a value is in range.
+        range_name: the range in words, for errors.
+        neutral: the value that changes nothing, for optimizers without the option.
         tensor: whether it may also be a tensor that holds one number.
-        of_the_rule: whether ops.compress_ takes it, by the same name.
+        of_the_rule: whether ops.compress_ has an argument of the same name.
     """
 
     within: Callable[[float], bool]
@@ -61,8 +61,8 @@ def check_options(
 ) -> None:
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange: got {exchange!r}, must be {' or '.join(map(repr, EXCHANGES))}")
-    if wire_dtype not in budget.DTYPES:
-        *names, last = map(str, budget.DTYPES)
+    if wire_dtype not in reference.WIRE_DTYPES:
+        *names, last = map(str, reference.WIRE_DTYPES)
         raise TypeError(f"wire_dtype: got {wire_dtype}, must be {', '.join(names)} or {last}")
     if bucket_cap_mb is not None:
         check_positive(bucket_cap_mb, "bucket_cap_mb", "number of MiB")
@@ -82,8 +82,7 @@ def check_positive(value: Any, name: str, what: str) -> None:
 
 
 def one_budget(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of an optimizer or a param group: None for that one of density and bytes_ratio which
-    the other replaces."""
+    """The options, with None for density or bytes_ratio where the other one is given."""
     density, ratio = options.get("density"), options.get("bytes_ratio")
     if ratio is not None:
         if density not in (None, DENSITY):
@@ -95,9 +94,10 @@ def one_budget(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_group(group: dict[str, Any], where: str) -> None:
-    """Called at every step, because schedulers and users write to param groups.
+    """Raises for options out of range. Each step calls it, since schedulers change options.
 
-    Args: where says which group, for the message.
+    Args:
+        where: names the group in errors.
     """
     unused = "density" if group.get("bytes_ratio") is not None else "bytes_ratio"
     for name, option in OPTIONS.items():
@@ -106,11 +106,12 @@ def check_group(group: dict[str, Any], where: str) -> None:
     if group.get(unused) is not None:
         raise ValueError(
             f"density {where}: got {group['density']} beside bytes_ratio={group['bytes_ratio']}, "
-            "must be None; to go by density set bytes_ratio to None"
+            "must be None; to use the density set bytes_ratio to None"
         )
 
 
 def check_param(param: Tensor, name: str) -> None:
+    """Raises unless a parameter can be trained. ``name`` is its name in errors."""
     if param.layout != torch.strided:
         raise TypeError(f"{name}: got layout {param.layout}, must be dense (torch.strided)")
     if param.dtype not in DTYPES:
@@ -125,7 +126,7 @@ def check_param(param: Tensor, name: str) -> None:
 
 
 def is_trainable(param: Tensor) -> bool:
-    """Whether a parameter of this kind passes :func:`check_param`."""
+    """Whether a parameter passes :func:`check_param`."""
     try:
         check_param(param, "")
     except (TypeError, ValueError):
@@ -134,7 +135,7 @@ def is_trainable(param: Tensor) -> bool:
 
 
 def refuse_gradient(grad: Tensor, name: str) -> None:
-    """Raises for a gradient that is no dense tensor of a known dtype."""
+    """Raises TypeError for a gradient that is sparse or of an unknown dtype."""
     what = f"gradient of {name}"
     if grad.layout != torch.strided:
         raise TypeError(
@@ -145,9 +146,13 @@ def refuse_gradient(grad: Tensor, name: str) -> None:
 
 
 def check_scaler(scaled: bool, together: bool, size: int, overlap: bool) -> None:
-    """A plain GradScaler keeps one scale for each worker, and the scales drift apart.
+    """Raises RuntimeError for a GradScaler that cannot work here.
 
-    Args: scaled: whether a scaler calls; together: whether it is one that all workers agree with.
+    torch's own keeps a scale on each worker, and the scales would drift apart.
+
+    Args:
+        scaled: whether a scaler calls step().
+        together: whether it is a gmc_cuda.GradScaler, which keeps the workers' scales equal.
     """
     if scaled and size > 1 and not together:
         raise RuntimeError(
@@ -174,12 +179,12 @@ def _check_range(value: Any, option: Option, name: str, where: str) -> None:
 
 
 def as_float(value: Any) -> Any:
-    """An option as the operators take it: a tensor that holds an integer as floating point."""
+    """An option as the operators take it: an integer tensor becomes a floating-point one."""
     if isinstance(value, Tensor) and not value.is_floating_point():
         return value.double()
     return value
 
 
 def _is_number(value: Any) -> bool:
-    # First what it nearly always is: asking an abstract class takes ten times as long.
+    # isinstance of an abstract class takes ten times as long as this first test.
     return type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))

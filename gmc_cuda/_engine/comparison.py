@@ -1,7 +1,7 @@
-"""The start-up check that all ranks hold the same model and hyperparameters.
+"""Compares the model and hyperparameters of all ranks.
 
-Ranks that differ would wait for each other for ever, or read each other's payloads wrongly. Here
-each rank tells the others what it has, and what went wrong on it, so that every rank raises.
+Ranks that differ would wait for each other for ever, or misread each other's payloads. So each rank
+sends the others its facts, or the error that it met, and if they differ every rank raises.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _COMPARABLE = (int, float, complex, str, tuple, Tensor, type(None))
 def describe(
     optimizer: torch.optim.Optimizer, options: Iterable[str] | None = None
 ) -> dict[str, Any]:
-    """What must be equal on all ranks, by the name under which a difference is reported.
+    """The facts that must be equal on all ranks, by the name under which errors report them.
 
     Args:
-        options: which of a param group's are compared; what else is in it is the user's own. None
-            for an optimizer that is not of gmc_cuda: all that can be compared.
+        options: names of the param group's options to compare; other keys are the user's own.
+            None, for an optimizer that is not gmc_cuda's: all options that can be compared.
     """
     facts: dict[str, Any] = {
         "optimizer": type(optimizer).__name__,
@@ -49,7 +49,7 @@ def describe(
 
 
 def parameter_name(group: dict[str, Any], i: int) -> str:
-    """How errors call the i-th parameter of a group."""
+    """The name of a group's i-th parameter in errors."""
     names = group.get("param_names")
     return f"parameter {i} ('{names[i]}')" if names else f"parameter {i}"
 
@@ -57,15 +57,19 @@ def parameter_name(group: dict[str, Any], i: int) -> str:
 def require_equal(
     exchange: Exchange, facts: dict[str, Any] | Exception, device: torch.device, own: int = 0
 ) -> int:
-    """Raises on every rank unless all ranks hand in equal facts. Collective.
+    """Raises on every rank unless all ranks pass equal facts. Collective.
 
     Args:
-        facts: from :func:`describe`, or the exception that this rank met on the way there.
+        facts: from :func:`describe`, or the exception that this rank met before.
         device: where the parameters are.
         own: a number that need not be equal.
 
     Returns:
-        rank 0's own.
+        Rank 0's ``own``.
+
+    Raises:
+        ValueError: the facts differ.
+        RuntimeError: another rank met an exception; this rank's own is raised as it is.
     """
     failed = repr(facts) if isinstance(facts, Exception) else None
     answers = exchange.gather_objects((failed or facts, own), device)
@@ -86,7 +90,7 @@ def require_equal(
 
 
 def differences(everyone: list[dict[str, Any]]) -> str:
-    """In what the ranks' facts differ from rank 0's, a line each; empty if they do not."""
+    """One line for each fact that differs from rank 0's; empty if none does."""
     found = [
         f"{name}: {_show(everyone[0], name)} on rank 0, {_show(other, name)} on rank {rank}"
         for rank, other in enumerate(everyone)

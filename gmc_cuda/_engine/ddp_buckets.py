@@ -1,4 +1,4 @@
-"""Buckets as DistributedDataParallel cuts them, which may be another way from step to step."""
+"""Buckets as DistributedDataParallel cuts them, which may change from step to step."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from gmc_cuda._engine.rules import Rule
 
 
 class DDPBuckets:
-    """What gmc_hook keeps of each parameter, in whatever bucket that is.
+    """Each parameter's memory and momentum for gmc_hook, whatever bucket the parameter is in.
 
     Args:
-        rule: what a worker keeps.
+        rule: the method, which says what state a worker keeps.
     """
 
     def __init__(self, rule: Rule) -> None:
         self._rule = rule
         self._bucket_of: dict[Tensor, Bucket] = {}
-        self._held: states.Held = {}  # of parameters that are in no bucket now
+        self._held: states.Held = {}  # state of parameters that are in no bucket now
 
     def all(self) -> list[Bucket]:
         return list(dict.fromkeys(self._bucket_of.values()))
@@ -35,11 +35,11 @@ class DDPBuckets:
         options: dict[str, Any],
         owner: tuple[int, int] | None,
     ) -> Bucket | None:
-        """The bucket of these parameters; None if they have no elements.
+        """The bucket of exactly these parameters, made if need be; None if they have no elements.
 
         Args:
-            buffer: the bucket's gradients.
-            options: those of a bucket that is new.
+            buffer: DDP's flat buffer with the gradients.
+            options: the options of a new bucket.
             owner: this worker's rank and the world size, with two-sided compression; else None.
         """
         params = [p for p in params if p.numel()]
@@ -73,7 +73,7 @@ class DDPBuckets:
 
     @torch.no_grad()
     def load(self, held: states.Held) -> None:
-        """Replaces all of that."""
+        """Replaces each parameter's memory and momentum; zero where there is none."""
         states.install(self.all(), self._rule, held)
         self._held = {
             p: {k: v.to(p.device, copy=True) for k, v in tensors.items()}

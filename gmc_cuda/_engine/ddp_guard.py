@@ -1,4 +1,4 @@
-"""Whether a DistributedDataParallel averages the gradients that an optimizer is to compress."""
+"""Finds a DistributedDataParallel that averages the gradients which an optimizer compresses."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def silence(ddp: torch.nn.Module) -> None:
 
 
 def is_silenced(ddp: torch.nn.Module) -> bool:
-    """Whether gmc_cuda.local_gradients was called on it."""
+    """Whether gmc_cuda.local_gradients was called on this DDP."""
     return getattr(ddp, _SILENCED, False)
 
 
 def refuse_communicating(params: Iterable[Tensor], group: Any) -> None:
-    """Raises if a DistributedDataParallel averages these parameters' gradients over this group.
+    """Raises RuntimeError if a DDP averages these parameters' gradients over this group.
 
-    One that averages over other workers is right: that is dense inside a node, sparse across.
+    A DDP over other workers is right: it makes the exchange dense inside a node, sparse across.
 
     Args:
-        group: the process group that the caller trains with; None for a single worker.
+        group: the optimizer's process group; None for a single worker.
     """
     if group is None or dist.get_world_size(group) == 1:
         return
@@ -48,16 +48,16 @@ def refuse_communicating(params: Iterable[Tensor], group: Any) -> None:
 def _communicating() -> Iterator[torch.nn.Module]:
     from torch.nn.parallel import DistributedDataParallel
 
-    for ddp in gc.get_objects():  # nothing leads from a parameter to the DDP around it
+    for ddp in gc.get_objects():  # a parameter has no reference to its DDP
         if not issubclass(type(ddp), DistributedDataParallel) or is_silenced(ddp):
             continue
-        # One whose constructor raised has no modules, or no such attribute, and averages nothing.
+        # A DDP whose constructor raised lacks modules or this attribute, and averages nothing.
         if "_modules" in vars(ddp) and vars(ddp).get("require_backward_grad_sync", False):
             yield ddp
 
 
 def _ranks_of(ddp: Any) -> set[int]:
-    """The workers that it averages over; none if its process group was destroyed."""
+    """The ranks over which a DDP averages; none if its process group was destroyed."""
     try:
         return set(dist.get_process_group_ranks(ddp.process_group))
     except (AttributeError, KeyError, ValueError, RuntimeError):

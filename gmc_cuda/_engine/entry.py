@@ -1,4 +1,4 @@
-"""A parameter's entry in optimizer.state, which notices that it is written to."""
+"""A parameter's entry in optimizer.state, which notices writes to it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 
 class Entry(dict[str, Any]):
-    """A dict, whose look-ups cost nothing extra.
+    """A dict that sets a flag when it is written to; reading it costs nothing extra.
 
-    Hundreds of entries need not be read at every step to find out that nobody has changed them.
-    Copies and pickles of it are ordinary dicts.
+    The flag spares each step a look at hundreds of entries that nobody has changed. Copies and
+    pickles of an entry are ordinary dicts.
 
     Attributes:
-        changed: one bool, which entries share, set when any of them is written to.
+        changed: a list of one bool, which all entries share.
     """
 
     __slots__ = ("changed",)

@@ -1,11 +1,11 @@
-"""Loads what was compiled, or says what is wrong with it and how to build it.
+"""Loads the compiled libraries, or raises ImportError with the command that builds them.
 
-Importing this module registers `torch.ops.gmc_cuda.*`, from a library that keeps to torch's stable
-binary interface and so serves every torch from 2.11 on, and imports `gmc_cuda._C`, which belongs to
-one Python version and does not know torch.
+Importing this module registers `torch.ops.gmc_cuda.*` from a library that uses only torch's stable
+binary interface, so that one build works with every torch from 2.11 on. It also imports
+`gmc_cuda._C`, which is built for one Python version and does not use torch.
 
     extension     the module gmc_cuda._C
-    build_config  how both were built: version, python, torch (whose headers), target_torch,
+    build_config  how both were built: version, python, torch (of the headers), target_torch,
                   with_cuda, cuda (toolkit version or None), arch_list, compiler, cxx_flags,
                   nvcc_flags, cplusplus, summary
 """
@@ -26,7 +26,7 @@ OLDEST_TORCH = (2, 11)
 
 
 def read_record(package: Path = _PACKAGE) -> dict[str, Any] | None:
-    """What the build wrote beside the libraries, or None if there was no build."""
+    """The record that the build wrote beside the libraries; None if there is no build."""
     try:
         record: dict[str, Any] = json.loads((package / "_build_config.json").read_text())
     except FileNotFoundError:
@@ -43,7 +43,7 @@ def build_command(package: Path = _PACKAGE) -> str:
 
 
 def check_torch(version: str) -> None:
-    """ImportError if this version of torch, "2.11.0+cpu", is too old."""
+    """Raises ImportError if this version of torch, such as "2.11.0+cpu", is too old."""
     if tuple(int(number) for number in version.split(".")[:2]) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise ImportError(
@@ -53,7 +53,7 @@ def check_torch(version: str) -> None:
 
 
 def explain(record: dict[str, Any] | None, reason: str = "") -> str:
-    """The text of the ImportError when the libraries are missing or do not load."""
+    """The text of the ImportError for libraries that are missing or do not load."""
     python = platform.python_version()
     if sys.platform != "linux":
         return (
@@ -70,7 +70,7 @@ def explain(record: dict[str, Any] | None, reason: str = "") -> str:
 
 
 def load() -> tuple[ModuleType, dict[str, Any]]:
-    """Loads both libraries; ImportError, with the way out, where that cannot work."""
+    """Loads both libraries, or raises ImportError with the command to run."""
     check_torch(torch.__version__)
     record = read_record()
     try:

@@ -1,8 +1,8 @@
-"""Parameters without a gradient: a step leaves them alone, as torch.optim.SGD does.
+"""Parameters without a gradient, which a step leaves alone, as torch.optim.SGD does.
 
-Where payloads are gathered each worker decides by itself: it adds nothing to such a parameter's
-memory. Where v is summed the workers count: only a parameter that none of them has a gradient for
-is left alone, momentum and all.
+In a sparse bucket each worker decides for itself: it adds nothing to such a parameter's memory. In
+a dense bucket the workers count gradients: a parameter is left alone, together with its momentum,
+only if no worker has a gradient for it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Arguments = dict[str, Any]
 
 
 def absent_in(grads: Sequence[Tensor | None]) -> list[int]:
-    """Which parameters of a bucket have no gradient."""
-    if all(map(is_not, grads, repeat(None))):  # ten times as fast, and nearly always so
+    """The indices of the parameters that have no gradient."""
+    if all(map(is_not, grads, repeat(None))):  # the usual case, ten times as fast as the loop
         return []
     return [i for i, grad in enumerate(grads) if grad is None]
 
 
 def needed_params(bucket: Bucket, absent: list[int], arguments: Arguments) -> list[Tensor] | None:
-    """The parameters, where an operator looks at them."""
+    """The ``params`` argument of an operator: None where it would not read them."""
     if absent:
         return bucket.flat_params()
     return bucket.param_places() if arguments["weight_decay"] != 0 else None
@@ -40,14 +40,14 @@ def needed_params(bucket: Bucket, absent: list[int], arguments: Arguments) -> li
 def left_alone(
     bucket: Bucket, grads: Sequence[Tensor | None], arguments: Arguments, by_range: bool = False
 ) -> Iterator[tuple[Arguments, list[Tensor] | None, Tensor | None]]:
-    """Within it ops.compress_ adds nothing for the parameters without a gradient.
+    """A context in which ops.compress_ adds nothing for parameters without a gradient.
 
     Args:
         by_range: whether ranges of the bucket are compressed one by one. That takes the parameters
             as tensors, and leaves the global momentum to their owners.
 
     Yields:
-        its arguments: those of the rule, params and aggregate.
+        arguments for ops.compress_: those of the rule, ``params`` and ``aggregate``.
     """
     absent = absent_in(grads)
     params = needed_params(bucket, absent, arguments)
@@ -56,10 +56,10 @@ def left_alone(
         params = bucket.flat_params() if by_range and params is not None else params
         yield arguments, params, bucket.sparse_aggregate() if momentum else None
         return
-    for i in absent:  # weight decay of zeros
+    for i in absent:  # so that weight decay adds zero
         params[i] = torch.zeros_like(params[i])
     decay = arguments["memory_decay"]
-    if decay != 1:  # of the others' memory only
+    if decay != 1:  # which must not decay the memory of absent ones: it is done here
         arguments = {**arguments, "memory_decay": 1.0}
         for view, grad in zip(bucket.memory.split(bucket.sizes), grads, strict=True):
             if grad is not None:
@@ -79,7 +79,7 @@ def left_alone(
 
 
 def _without(bucket: Bucket, absent: list[int]) -> Tensor | None:
-    """a_{t-1} as compress_ takes it, without the entries of some parameters."""
+    """a_{t-1} for ops.compress_, without the entries of these parameters."""
     dense = bucket.dense_aggregate()
     if dense is None or len(absent) == len(bucket.params):
         return None
@@ -91,7 +91,7 @@ def _without(bucket: Bucket, absent: list[int]) -> Tensor | None:
 
 
 class LeftAloneByAll:
-    """The parameters of a dense bucket that have no gradient here, and perhaps nowhere.
+    """Saves, and puts back, the parameters of a dense bucket that no worker has a gradient for.
 
     Args:
         grads: from ``bucket.flat_grads()``.
@@ -100,8 +100,9 @@ class LeftAloneByAll:
     def __init__(self, bucket: Bucket, grads: Sequence[Tensor | None]) -> None:
         self.absent = absent_in(grads)
         self._bucket = bucket
-        self._nowhere: list[Tensor] = []  # for each of them, bool on the device; no host sync
-        # What they have, should it turn out that nobody has a gradient.
+        # For each absent one, whether all workers lack its gradient: bool on the device.
+        self._nowhere: list[Tensor] = []
+        # Copies of their state, for those that turn out to have no gradient on any worker.
         self._had = {
             name: [bucket.views(flat)[i].clone() for i in self.absent]
             for name, flat in bucket.vectors().items()
@@ -109,19 +110,19 @@ class LeftAloneByAll:
         }
 
     def announce(self, present: Tensor) -> None:
-        """Writes which gradients are here: float32 [parameters], to be summed over all ranks."""
+        """Writes 1 for each gradient that this worker has: float32 [parameters], to be summed."""
         present.fill_(1.0)
         for i in self.absent:
             present[i] = 0.0
         self._present = present
 
     def leave(self, v: Tensor) -> None:
-        """Takes them out of the sum: call it once that is complete."""
+        """Zeroes them in v. Call it once the sum over all ranks is complete."""
         self._nowhere = [self._present[i] == 0 for i in self.absent]
         self._write(v, None)
 
     def without(self, previous: Tensor | None) -> Tensor | None:
-        """a_{t-1} as ops.apply_ takes it, without them."""
+        """a_{t-1} for ops.apply_, without their entries."""
         if previous is None:
             return None
         if self.absent:
@@ -130,11 +131,11 @@ class LeftAloneByAll:
         return ops.sparsify(previous)
 
     def put_back(self, v: Tensor, previous: Tensor | None) -> None:
-        """Gives them their memory and momentum again.
+        """Puts their memory and momentum back.
 
         Args:
-            v: the next step's a_{t-1}, where momentum is global.
-            previous: this step's.
+            v: the next step's a_{t-1}, with global momentum.
+            previous: this step's a_{t-1}.
         """
         for name, flat in self._bucket.vectors().items():
             self._write(flat, self._had.get(name))
@@ -143,7 +144,7 @@ class LeftAloneByAll:
             self._write(v, [views[i] for i in self.absent])
 
     def _write(self, flat: Tensor, old: list[Tensor] | None) -> None:
-        """Where nobody has a gradient, flat becomes what it was (None: zero)."""
+        """Overwrites flat with old (None: zero) for those that no worker has a gradient for."""
         views = self._bucket.views(flat) if self.absent else []
         for n, i in enumerate(self.absent):
             before = 0.0 if old is None else old[n]

@@ -1,4 +1,4 @@
-"""Sending during the backward pass: whose gradients have arrived, and in which order buckets go."""
+"""Sending during the backward pass: which gradients have arrived, and which bucket goes next."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from gmc_cuda._engine.bucket import Bucket
 
-# Who sends a parameter's gradient during the backward pass: the newest that listens to it. By the
-# parameter's id: torch.utils.swap_tensors refuses tensors that have weak references.
+# The Overlap that sends a parameter's gradient, the newest if there are several. The key is the
+# parameter's id, because torch.utils.swap_tensors refuses tensors that have weak references.
 _listeners: dict[int, weakref.ref[Overlap]] = {}
 
 
 class Overlap:
-    """Follows the gradients of a backward pass by hooks, which end with it.
+    """Follows the gradients of backward passes by hooks, which are removed with this object.
 
     Args:
-        on_gradient: a method, called for each parameter whose gradient has been accumulated. Its
+        on_gradient: a method, called with each parameter whose gradient has been accumulated. Its
             object is not kept alive.
 
     Attributes:
@@ -41,8 +41,8 @@ class Overlap:
     def listen(self, params: Iterable[Tensor]) -> None:
         """Registers hooks on these parameters, and removes all others.
 
-        Registers them anew where they were: torch.utils.swap_tensors leaves a parameter with a dict
-        of hooks that the backward pass does not know any more, until it is set again.
+        Existing hooks are registered again too: after torch.utils.swap_tensors the backward pass
+        ignores a parameter's dict of hooks until the attribute is set again.
         """
         _remove(self._handles)
         for param in params:
@@ -61,34 +61,36 @@ class Overlap:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within it gradients are accumulated only."""
+        """A context in which gradients are accumulated but not sent."""
         before, self._paused = self._paused, True
         try:
             yield
         finally:
             self._paused = before
 
-    def hear(self, param: Tensor) -> None:
+    def pass_on(self, param: Tensor) -> None:
+        """Calls on_gradient, unless this is paused."""
         on_gradient = self._on_gradient()
         if on_gradient is not None and not self._paused:
             on_gradient(param)
 
     def follow(self, buckets: Iterable[Bucket]) -> None:
-        """A backward pass begins: no gradient of these has arrived."""
+        """Begins a backward pass, in which no gradient of these buckets has arrived yet."""
         self.following = True
         self._missing = {bucket: set(bucket.params) for bucket in buckets}
         self._order = deque(self._missing)
 
     def arrived(self, param: Tensor, bucket: Bucket) -> bool:
-        """Notes a gradient. False if that bucket had all of its gradients before."""
+        """Notes a gradient. Returns False if the bucket already had all of its gradients."""
         had_all = not self._missing[bucket]
         self._missing[bucket].discard(param)
         return not had_all
 
     def complete(self) -> Iterator[Bucket]:
-        """The buckets that can go now.
+        """Yields the buckets to send now.
 
-        In bucket order, whatever order gradients arrive in, so that ranks cannot deadlock.
+        They come in bucket order on all ranks, whatever order gradients arrive in: ranks that issue
+        collectives in different orders would deadlock.
         """
         while self._order and not self._missing[self._order[0]]:
             yield self._order.popleft()
@@ -97,7 +99,7 @@ class Overlap:
 def _arrived(listener: weakref.ref[Overlap], param: Tensor) -> None:
     overlap = listener()
     if overlap is not None:
-        overlap.hear(param)
+        overlap.pass_on(param)
 
 
 def _remove(handles: dict[Tensor, Any]) -> None:

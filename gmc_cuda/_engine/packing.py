@@ -1,8 +1,8 @@
 """The buckets of an optimizer: a cache of its param_groups and state, which are the truth.
 
-torch.optim lets users reorder, extend and replace what is in them, freeze, convert and move
-parameters, clear, replace and offload state. So what the buckets were made from is compared with
-what is there, before every step, and the buckets are made anew where it differs.
+torch.optim lets users reorder, extend and replace param groups; freeze, convert and move
+parameters; clear, replace and offload state. So before every step param_groups and state are
+compared with what the buckets were made from, and the buckets are rebuilt if they differ.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ class Packing:
     """Buckets over the parameters that require a gradient, filled from the optimizer's state.
 
     Args:
-        groups, state: the optimizer's. Afterwards state shows the buckets: each parameter's memory
-            and momentum are views of them. Other entries, and those of frozen parameters, stay.
-        rule: what state a worker keeps.
-        cap_numel: most elements of a bucket.
+        groups, state: the optimizer's param_groups and state. Each parameter's memory and momentum
+            in state become views of the buckets. Other entries, and those of frozen parameters,
+            stay.
+        rule: the method, which says what state a worker keeps.
+        cap_numel: the most elements of a bucket.
         owner: this worker's rank and the world size, with two-sided compression; else None.
 
     Attributes:
-        buckets: in the order in which the backward pass fills them.
-        bucket_of: by parameter.
+        buckets: the buckets, in the order in which the backward pass fills them.
+        bucket_of: the bucket of each parameter that requires a gradient.
         moved: whether parameters were found in another storage since this was last set to False.
     """
 
@@ -58,9 +59,9 @@ class Packing:
             self.buckets += make_buckets(params, group, cap_numel, rule.local_momentum, owner)
         self.bucket_of = {p: bucket for bucket in self.buckets for p in bucket.params}
         states.install(self.buckets, rule, held)
-        self._changed = [False]  # whether a shown entry was written to
+        self._changed = [False]  # see Entry
         states.show(self.buckets, rule, state, self._changed)
-        # A frozen parameter's state must not be a view of buckets that are gone.
+        # A frozen parameter's state must not be a view that keeps an old bucket alive.
         for param in held.keys() - self.bucket_of.keys():
             state[param].update({name: t.clone() for name, t in held[param].items()})
         self._remember(groups, state)
@@ -72,7 +73,7 @@ class Packing:
         self._requires_grad = list(map(_requires_grad, self._params))
         self._names = list(map(self._rule.momentum_name, groups))
         self._packed = list(self.bucket_of)
-        # A DTensor's storage is that of its local part.
+        # A DTensor's storage is that of its shard.
         self._sharded = any(map(is_sharded, self._packed))
         self._pointers, self._layouts = self._places(), self._layouts_now()
         self._contiguous = self._all_contiguous()
@@ -81,13 +82,14 @@ class Packing:
             (state[param], {k: v for k, v in state[param].items() if k in states.SHOWN})
             for param in self._packed
         ]
-        # Whose storage is exchanged (tensor.data = ...) exchanges all: one of a bucket tells.
+        # Code that replaces storages (tensor.data = ...) replaces them all, so one tensor of each
+        # bucket is enough to notice it.
         self._memories = [state[bucket.params[-1]]["memory"] for bucket in self.buckets]
         self._storage = _storage(self._memories)
         self._changed[0] = False
 
     def holds(self, groups: list[Group], state: Mapping[Any, Any]) -> bool:
-        """Whether groups and state still are what the buckets were made from."""
+        """Whether groups and state are still what the buckets were made from."""
         params = list(chain.from_iterable(map(_params_of, groups)))
         if not (_same(groups, self._groups) and _same(params, self._params)):
             return False
@@ -98,11 +100,11 @@ class Packing:
         if self._names != [self._rule.momentum_name(group) for group in groups]:
             return False
         pointers = self._places()
-        # Where all were and are contiguous, none is laid out anew in the same place.
+        # Strides need no look if all parameters were contiguous and still are.
         if pointers != self._pointers or not (self._contiguous and self._all_contiguous()):
             if self._layouts_now() != self._layouts:
                 return False
-            self._pointers = pointers  # another storage, in which all lies as before
+            self._pointers = pointers  # another storage, with the same layout
             self.moved = True
             for bucket in self.buckets:
                 bucket.forget_places()
@@ -121,7 +123,7 @@ class Packing:
         return True
 
     def _places(self) -> list[int] | None:
-        """Where the packed parameters lie: elsewhere once they are moved or converted."""
+        """The packed parameters' addresses, which change when they are moved or converted."""
         return _storage(map(shard_of, self._packed) if self._sharded else self._packed)
 
     def _all_contiguous(self) -> bool:
@@ -133,7 +135,7 @@ class Packing:
 
 
 def _storage(tensors: Iterable[Tensor]) -> list[int] | None:
-    """The addresses of these tensors; None where they have none."""
+    """The addresses of these tensors; None if one has no storage."""
     try:
         return list(map(Tensor.data_ptr, tensors))
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Loss scaling where no optimizer of ours is called by the scaler: behind a communication hook."""
+"""Loss scaling with a communication hook, where the scaler calls another optimizer than ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def only_grad_scaler() -> torch.amp.GradScaler | None:
     """
     scalers = [
         found
-        for found in gc.get_objects()  # nothing leads from a gradient to the scaler of its loss
+        for found in gc.get_objects()  # a gradient has no reference to the scaler of its loss
         if issubclass(type(found), torch.amp.GradScaler)
         and found.is_enabled()
         and found._scale is not None  # it has scaled a loss
@@ -30,7 +30,7 @@ def only_grad_scaler() -> torch.amp.GradScaler | None:
 
 
 def scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:
-    """The scale that a loss has now, one number on the device; None if it has none."""
+    """The present scale of the loss, one number on the device; None without scaling."""
     if scaler is None or not scaler.is_enabled() or scaler._scale is None:
         return None
     return scaler._scale.to(device)

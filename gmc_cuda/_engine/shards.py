@@ -1,8 +1,8 @@
-"""Parameters that are sharded inside a node: their local part, and who the workers are.
+"""Parameters that are sharded inside a node: this worker's shard, and the groups of workers.
 
 FSDP2 and tensor parallelism keep each parameter as a DTensor over the workers of a node. GMC then
-works on the local shards, with the workers that hold the same shard in other nodes. The parameters
-of FSDP's first version (use_orig_params=True) are their local parts.
+works on each worker's shard, together with the workers that hold the same shard in other nodes.
+With FSDP's first version (use_orig_params=True) the parameters are themselves the shards.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def shard_of(tensor: Tensor) -> Tensor:
-    """A DTensor's local part, sharing its storage; any other tensor as it is."""
+    """A DTensor's shard on this worker, sharing its storage; any other tensor unchanged."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local().detach()
 
@@ -26,12 +26,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def is_flattened(tensor: Tensor) -> bool:
-    """Whether it is a parameter of FSDP's first version, whose shards are of a flat tensor."""
+    """Whether FSDP's first version owns this parameter, and cuts shards out of a flat tensor."""
     return getattr(tensor, "_fsdp_flattened", False)
 
 
 def groups_of(process_group: Any) -> tuple[Any, Any]:
-    """(workers to train with, workers that share the verdict) of a process group or device mesh.
+    """The group to train with, and the group whose workers hold the other shards (or None).
 
     Args:
         process_group: a process group, None, a 1-D mesh, or a 2-D mesh whose first dimension goes
@@ -49,10 +49,10 @@ def groups_of(process_group: Any) -> tuple[Any, Any]:
 
 
 def check(params: Sequence[Tensor], process_group: Any, overlap: bool) -> Any:
-    """The process group over which these parameters are sharded; None if they are not.
+    """The process group over which these parameters are sharded; None if they are not sharded.
 
     Raises:
-        ValueError: shards that an optimizer over this group cannot work on, with the reason.
+        ValueError: an optimizer over this group cannot train such shards.
     """
     if any(is_sharded(p) for p in params):
         inside = _group_of_dtensors(params)
@@ -64,8 +64,8 @@ def check(params: Sequence[Tensor], process_group: Any, overlap: bool) -> Any:
         raise ValueError(
             "process_group: got None for sharded parameters, must say which workers hold the same "
             "shard: process_group=mesh, with mesh = init_device_mesh(device, (nodes, workers in a "
-            "node), mesh_dim_names=('replicate', 'shard')). Sharded over all workers there is "
-            "nothing to compress"
+            "node), mesh_dim_names=('replicate', 'shard')). A model that is sharded over all "
+            "workers has no replicas, so there is nothing to compress"
         )
     ranks = set(dist.get_process_group_ranks(process_group))
     if len(ranks & set(dist.get_process_group_ranks(inside))) > 1:
@@ -97,9 +97,9 @@ def _group_of_dtensors(params: Sequence[Tensor]) -> Any:
     if mesh.ndim == 1 and 0 < len(replicated) < len(sharded):
         raise ValueError(
             "params: got DTensors of which some are sharded and some replicated inside the node, "
-            "as tensor parallelism has them. What is sent of a parameter depends on the others of "
-            "its bucket, so that the replicas would come apart: give these an optimizer of their "
-            "own:\n"
+            "as in tensor parallelism. What is sent of a parameter depends on the others in its "
+            "bucket, so the replicas would drift apart: give the replicated ones an optimizer of "
+            "their own:\n"
             "    whole = [p for p in model.parameters() if p.placements[0].is_replicate()]\n"
             "    gmc_cuda.GMC(whole, lr, process_group=mesh)"
         )
@@ -124,7 +124,7 @@ def _group_of_fsdp1(params: Sequence[Tensor]) -> Any:
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
     own, group = {id(p) for p in params}, None
-    for fsdp in gc.get_objects():  # nothing leads from a parameter to the module around it
+    for fsdp in gc.get_objects():  # a parameter has no reference to its module
         if not issubclass(type(fsdp), FullyShardedDataParallel):
             continue
         if not any(id(p) in own for p in fsdp.parameters()):
@@ -141,12 +141,14 @@ def _group_of_fsdp1(params: Sequence[Tensor]) -> Any:
                 "    gmc_cuda.GMC(model.parameters(), lr, process_group=mesh)"
             )
     if group is None:
-        raise ValueError("params: got those of a FullyShardedDataParallel that is there no more")
+        raise ValueError(
+            "params: the FullyShardedDataParallel that owned these parameters was deleted"
+        )
     return group
 
 
 def shard_of_gradient(param: Tensor, grad: Tensor) -> Tensor:
-    """A gradient's part on this worker, where the parameter has its part."""
+    """The shard of a gradient that belongs to the parameter's shard on this worker."""
     if is_sharded(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
     return shard_of(grad)

@@ -1,5 +1,5 @@
-"""What a run must not go on without noticing: damaged payloads, workers that all send the same, and
-replicas that differ.
+"""Watches for what must not go unnoticed: damaged payloads, workers that all send the same, long
+runs of skipped steps, and replicas that differ.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from gmc_cuda._engine.exchange import Exchange
 
 
 class DamageWatch:
-    """Whether any step so far received payloads that cannot be used.
+    """Notices, without waiting for the device, that a GPU received payloads it could not use.
 
-    On the CPU that raises where it is read. Kernels cannot raise: they leave the parameters alone
-    and set bits in one word on the device that nothing clears. It is copied to the host after each
-    step, which looks at it before the next one: usually one step late, never waiting.
+    CPU operators raise at once. Kernels cannot raise: they leave the parameters alone and set bits
+    in one word on the device, which nothing clears. Each step copies that word to the host and
+    looks at it before the next step, so a damaged payload is usually reported one step late.
     """
 
     def __init__(self) -> None:
         self._flags: Tensor | None = None
-        self._seen: Tensor | None = None  # what has arrived of it in page-locked memory
+        self._seen: Tensor | None = None  # its copy in page-locked memory
 
     def flags(self, skip: Tensor, size: int) -> Tensor | None:
-        """Where kernels report: int32 [1], made at the first step; None where nothing arrives."""
+        """The word for kernels, int32 [1], made at the first step; None without GPU or peers."""
         if self._flags is None and skip.is_cuda and size > 1:
             self._flags = torch.zeros(1, dtype=torch.int32, device=skip.device)
             self._seen = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
         return self._flags
 
     def report(self) -> None:
-        """Starts copying the word to the host. A graph's replay copies it too."""
+        """Copies the word to the host without waiting. A CUDA graph's replay copies it too."""
         if self._seen is not None and self._flags is not None:
             self._seen.copy_(self._flags, non_blocking=True)
 
     def check(self, rank: int) -> None:
-        """Raises RuntimeError if a step that has ended met such payloads."""
+        """Raises RuntimeError if a step before met such payloads."""
         seen = 0 if self._seen is None else int(self._seen)
         if seen & ops.DAMAGED:
             raise RuntimeError(
@@ -56,7 +56,7 @@ class DamageWatch:
 
 
 class DuplicateWatch:
-    """Warns if in the first steps all workers send the same, which no two shards of data give.
+    """Warns if all workers send the same in the first steps, since different data never gives that.
 
     It reads the payloads on the host, in these few steps only.
     """
@@ -64,18 +64,18 @@ class DuplicateWatch:
     STEPS = 3
 
     def __init__(self) -> None:
-        self._same = 0  # steps seen so far, all of them alike; negative: looks no more
+        self._same = 0  # steps so far, in all of which the workers sent the same; -1: has ended
 
     def look(self, gathered: list[Tensor], aggregates: list[tuple[Tensor, int]], size: int) -> None:
         """Looks at one step.
 
         Args:
             gathered: every rank's payloads, uint8 [p, n], of each sparse bucket.
-            aggregates: what they were merged into, with the bucket's numel.
+            aggregates: each bucket's aggregate and numel.
         """
         if size == 1 or self._same < 0 or not gathered or _capturing(gathered[0]):
             return
-        # Gradients of zero are alike and mean nothing.
+        # Gradients of zero are equal on all workers without a mistake.
         sent = any(a.any() and ops.densify(a, numel).any() for a, numel in aggregates)
         if not sent:
             return
@@ -93,24 +93,24 @@ class DuplicateWatch:
 
 
 class SkipWatch:
-    """Warns when many steps in a row are skipped, which a run does not recover from by itself.
+    """Warns when many steps in a row are skipped, since such a run rarely recovers by itself.
 
-    A GPU's count of skipped steps is copied to the host after each step, and looked at one step
-    late; only when there is something to say does the host wait for the device.
+    Each step copies a GPU's count of skipped steps to the host, and the next step looks at it. The
+    host waits for the device only to write the warning.
     """
 
     IN_A_ROW = 10
 
     def __init__(self) -> None:
         self._steps = self._seen_before = 0
-        self._seen: Tensor | None = None  # what has arrived of the count in page-locked memory
+        self._seen: Tensor | None = None  # the count's copy in page-locked memory
 
     def look(self, skipped: Tensor, nonfinite: Callable[[], Tensor]) -> None:
         """Looks at the step that was just made.
 
         Args:
-            skipped: how many steps were skipped so far, int64 [1].
-            nonfinite: gives every rank's count of non-finite values in this step, int64 [p].
+            skipped: number of skipped steps so far, int64 [1].
+            nonfinite: returns every rank's count of non-finite values in this step, int64 [p].
         """
         if _capturing(skipped):
             return
@@ -130,9 +130,9 @@ class SkipWatch:
             met = [f"{n} on rank {rank}" for rank, n in enumerate(counts) if n] or ["none here"]
             warnings.warn(
                 f"{self.IN_A_ROW} steps in a row were skipped, because gradients hold values that "
-                f"are not finite ({', '.join(met)} in this step): nothing is learnt any more. "
-                "Look for what makes them so on these ranks: the loss, the data, the learning "
-                "rate; nonfinite='raise' raises at the first such step",
+                f"are not finite ({', '.join(met)} in this step): the model no longer learns. Look "
+                "for the cause on these ranks: the loss, the data, the learning rate; "
+                "nonfinite='raise' raises at the first such step",
                 stacklevel=4,
             )
 
@@ -140,11 +140,11 @@ class SkipWatch:
 def check_replicas(
     exchange: Exchange, params: list[Tensor], name: Callable[[int], str], step: int
 ) -> None:
-    """Compares the parameters' bits on all ranks, by one 8-byte collective; reads the device.
+    """Compares the parameters' bits on all ranks by one collective of 8 bytes. Reads the device.
 
     Args:
         params: contiguous tensors.
-        name: says how errors call the i-th of them.
+        name: returns the name of the i-th of them in errors.
 
     Raises:
         RuntimeError: on every rank, naming the first parameter that differs.
@@ -156,20 +156,20 @@ def check_replicas(
     if _all_equal(exchange, (prints * weights).sum().view(1)) is None:
         return
     differing = _all_equal(exchange, prints)
-    if differing is None:  # the sums met in another way; the next check will tell
+    if differing is None:  # a replica changed between the two collectives; the next check sees it
         return
     i = int(differing.any(0).nonzero()[0])
     ranks = ", ".join(str(rank) for rank in differing[:, i].nonzero().view(-1).tolist())
     raise RuntimeError(
         f"replicas differ after step {step}: {name(i)} has other bits on rank {ranks} than "
-        "on rank 0. Something besides this optimizer changed it there (weights loaded after the "
-        "optimizer was constructed, for one), or memory is faulty: construct the optimizer after "
-        "that, or restart from a checkpoint"
+        "on rank 0. Either something besides this optimizer changed it there, such as weights that "
+        "were loaded after the optimizer was constructed (construct it after that), or memory is "
+        "faulty (restart from a checkpoint)"
     )
 
 
 def _all_equal(exchange: Exchange, numbers: Tensor) -> Tensor | None:
-    """None if int64 [n] is the same on all ranks, else where rank 0's differ: bool [p, n]."""
+    """None if int64 [n] is equal on all ranks, else where it differs from rank 0's: bool [p, n]."""
     gathered, work = exchange.all_gather(numbers.view(torch.uint8))
     work.wait()
     rows = gathered.view(torch.int64)
