@@ -1,4 +1,4 @@
-"""Beside DistributedDataParallel: gradients left local, or compression as DDP's communication hook.
+"""GMC beside DistributedDataParallel: with DDP silenced, or as DDP's communication hook.
 
 Either the optimizer communicates and DDP does not (``local_gradients``), or DDP does, through
 ``gmc_hook``, and the optimizer is an ordinary one.
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
 def local_gradients(ddp_model: torch.nn.Module) -> torch.nn.Module:
     """Makes a DistributedDataParallel stop communicating, so that a GMC or DGC can do it alone.
 
-    For frameworks that wrap the model anyway; a training loop of one's own needs no DDP. Call it
-    once on every worker, right after the model is wrapped; calling it again does nothing. It holds
-    for all options of DDP and inside ``no_sync()``, whose use it makes unnecessary. Buffers are not
-    broadcast any more either: average BatchNorm's before you evaluate.
+    It is for frameworks that wrap the model in DDP; your own training loop needs no DDP. Call it
+    once on every worker, right after the model is wrapped; a second call does nothing. It works
+    with all options of DDP, and makes ``no_sync()`` unnecessary. DDP then no longer broadcasts
+    buffers either: call :func:`gmc_cuda.broadcast_buffers` before you evaluate or save.
 
     Args:
-        ddp_model: a DistributedDataParallel, also inside other modules, such as torch.compile's
-            and Lightning Fabric's. Of several in it, all.
+        ddp_model: a DistributedDataParallel, or a module that contains one or more (as those of
+            torch.compile and Lightning Fabric do).
 
     Returns:
         ``ddp_model``.
 
     Raises:
-        TypeError: there is no DistributedDataParallel in it.
-        RuntimeError: it has a communication hook already.
+        TypeError: ddp_model contains no DistributedDataParallel.
+        RuntimeError: a DistributedDataParallel has a communication hook already.
     """
     from torch.nn.parallel import DistributedDataParallel
 
@@ -67,15 +67,15 @@ def local_gradients(ddp_model: torch.nn.Module) -> torch.nn.Module:
             continue
         ddp.register_comm_hook(None, noop_hook)
         silence(ddp)
-        # As inside no_sync() for ever: DDP leaves gradients alone, which it would also copy into
-        # its buckets and back. The hook is for who switches this on again, as Lightning does.
+        # This is no_sync() for ever: DDP neither averages gradients nor copies them into its
+        # buckets. The hook above keeps it silent where a framework sets the flag to True again.
         ddp.require_backward_grad_sync = False
-        ddp.static_graph = False  # whose first backward reduces all the same
+        ddp.static_graph = False  # because its first backward pass ignores the flag
     return ddp_model
 
 
 class GMCHookState:
-    """What :func:`gmc_hook` keeps from step to step: every parameter's memory and a_{t-1}.
+    """The state of :func:`gmc_hook` between steps: each parameter's memory and a_{t-1}.
 
     ::
 
@@ -84,17 +84,20 @@ class GMCHookState:
         optimizer = torch.optim.SGD(ddp_model.parameters(), lr=0.1)  # momentum=0
 
     Args:
-        process_group: the one that the DistributedDataParallel was given.
+        process_group: the process_group argument of the DistributedDataParallel.
         momentum, density, bytes_ratio, wire_dtype, exchange: as in :class:`gmc_cuda.GMC`, with K
             for each of DDP's buckets. Momentum, density and bytes_ratio may be changed between
             steps.
-        nonfinite: "skip" makes the gradient zero on every worker when any of them met a NaN or
-            Inf; what is finite comes with the next step. "raise" raises FloatingPointError out of
-            ``backward()`` on every worker, after which DDP cannot go on.
-        named_parameters: ``model.named_parameters()``, for state_dict() alone.
-        grad_scaler: the ``torch.amp.GradScaler`` of the loss, if there is one. Default: the only
-            one that there is when the first gradients arrive. Memory never holds scaled values,
-            and a skipped step reaches the scaler as an overflow.
+        nonfinite: "skip" makes the gradient zero on every worker if any of them met a NaN or Inf;
+            the finite values come with the next step. "raise" raises FloatingPointError out of
+            ``backward()`` on every worker, after which DDP cannot continue.
+        named_parameters: ``model.named_parameters()``, which only state_dict() needs.
+        grad_scaler: the ``torch.amp.GradScaler`` of the loss, if there is one. Default: the one
+            that exists when the first gradients arrive. Memory never holds scaled values, and the
+            scaler sees a skipped step as an overflow.
+
+    Raises:
+        ValueError, TypeError: an argument cannot be used.
     """
 
     def __init__(
@@ -123,16 +126,16 @@ class GMCHookState:
         self._known_round: Round | None = None
         self._buckets = DDPBuckets(self._rule)
         self._scaler = grad_scaler
-        self._scale: Tensor | None = None  # of this backward pass's loss
+        self._scale: Tensor | None = None  # of the loss of this backward pass
         self._plans: list[Plan] = []  # of this backward pass
-        self._plans_before: list[Plan] = []  # of the last one that was whole
+        self._plans_before: list[Plan] = []  # of the last complete backward pass
         self._waiting: list[tuple[Future[Tensor], Tensor]] = []
         self._buffers: dict[Bucket, Tensor] = {}
         self._grads: dict[Tensor, Tensor] = {}
 
     @property
     def _round(self) -> Round:
-        # Not made before it is needed: a state may be older than the default process group.
+        # It is made late, because a state may be constructed before the default process group.
         if self._known_round is None:
             exchange = Exchange(self._group)
             self._known_round = Round(exchange, self.wire_dtype, self.nonfinite, 0, self._facts)
@@ -180,7 +183,7 @@ class GMCHookState:
         return future
 
     def _begin(self, buffer: Tensor) -> None:
-        if self._round.is_open:  # a backward pass ended half-way
+        if self._round.is_open:  # the backward pass before broke off
             self._cancel()
         round = self._round
         round.exchange.check()
@@ -213,9 +216,9 @@ class GMCHookState:
         self._grads |= grads
 
     def _compare_options(self, bucket: Bucket, options: dict[str, Any], plan: Plan) -> None:
-        """Has the workers compare options that change the size of what is sent.
+        """Makes the workers compare options that change the size of what is sent.
 
-        DDP itself may cut other buckets, but does so on all workers alike.
+        DDP may also change its buckets between steps, but it does so on all workers alike.
         """
         before, bucket.group = bucket.group, options
         expected = self._round.plan(self._rule, bucket, 0, before, {})
@@ -224,12 +227,12 @@ class GMCHookState:
             self._round.compare([expected, *rest], plan.size())
 
     def _finish(self) -> None:
-        """The verdict needs all buckets, so every bucket's gradient is ready with the last one."""
+        """Applies all buckets at once, because the verdict needs all of them."""
         late: list[BaseException] = []
         if self._plans:
             late = self._round.finish(self._target)
             if self._scale is not None and self._round.verdict is not None:
-                # What is skipped must look to the scaler like the overflow that it is.
+                # The scaler must see a skipped step as an overflow.
                 for buffer in self._buffers.values():
                     buffer.masked_fill_(self._round.verdict != 0, float("inf"))
             self._write_grads()
@@ -241,13 +244,14 @@ class GMCHookState:
 
     def _target(self, bucket: Bucket) -> tuple[list[Tensor], float | Tensor]:
         self._buffers[bucket].zero_()
-        # 0 - (-1) a_t is a_t, bit for bit. A scaler will divide it by its scale.
+        # With lr = -1 the zeroed buffer becomes 0 + a_t, bit for bit; a scaler then divides it by
+        # its scale.
         return bucket.flat_values(self._grads), -1.0 if self._scale is None else -self._scale
 
     def _write_grads(self) -> None:
-        """What DDP does next, but also where no worker used a parameter, which DDP leaves out.
+        """Writes the gradients as DDP would, but also of parameters that no worker used.
 
-        Such a parameter's memory is sent nevertheless, and must not be lost.
+        DDP leaves those out, and what was sent of their memory would be lost.
         """
         views = any(_aliases(param.grad, grad) for param, grad in self._grads.items())
         for param, grad in self._grads.items():
@@ -257,7 +261,7 @@ class GMCHookState:
                 param.grad.copy_(grad)
 
     def _cancel(self) -> None:
-        """Ends a backward pass half-way. The workers that wait for the rest of it learn so."""
+        """Ends an incomplete backward pass, and tells the workers that wait for its rest."""
         for bucket in self._buckets.all()[:1]:
             for plan in self._plans_before[len(self._plans) :]:
                 self._round.add(bucket, plan)
@@ -271,7 +275,7 @@ class GMCHookState:
         """This worker's state by parameter name. Each worker must save its own.
 
         Raises:
-            ValueError: constructed without named_parameters.
+            ValueError: this state was constructed without named_parameters.
         """
         self._check_names()
         held = self._buckets.held()
@@ -284,13 +288,14 @@ class GMCHookState:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` gave, between two steps. No collective.
+        """Loads what :meth:`state_dict` returned, between two steps. No collective.
 
         Raises:
-            ValueError: it does not fit the model, or constructed without named_parameters.
+            ValueError: it does not fit the model, or this state was constructed without
+                named_parameters.
 
         Warns:
-            UserWarning: it is another worker's.
+            UserWarning: another worker saved it.
         """
         self._check_names()
         stamp = states.Stamp(**state_dict["saved_by"])
@@ -312,7 +317,7 @@ class GMCHookState:
         self._round.damage = DamageWatch()
 
     def stats(self) -> dict[str, Any]:
-        """As :meth:`gmc_cuda.GMC.stats`."""
+        """Statistics so far, as from :meth:`gmc_cuda.GMC.stats`."""
         round = self._round
         return figures(self._buckets.all(), round.steps, round.skipped, round.exchange.size)
 
@@ -337,16 +342,16 @@ def _aliases(grad: Tensor | None, view: Tensor) -> bool:
 
 @torch.no_grad()
 def gmc_hook(state: GMCHookState, bucket: GradBucket) -> Future[Tensor]:
-    """Communication hook for DistributedDataParallel: the gradient becomes GMC's a_t.
+    """A communication hook for DistributedDataParallel that makes the gradient GMC's a_t.
 
     ``ddp_model.register_comm_hook(GMCHookState(...), gmc_hook)``. The outer optimizer must have no
-    momentum of its own: with ``torch.optim.SGD(momentum=0)`` the step is :class:`gmc_cuda.GMC`'s,
-    with DDP's buckets. A bfloat16 or float16 gradient rounds a_t, which the optimizer does not.
-    Memory, exchange and the skipping of non-finite steps are the optimizer's.
+    momentum of its own: with ``torch.optim.SGD(momentum=0)`` the step is that of
+    :class:`gmc_cuda.GMC` with DDP's buckets, except that gradients in bfloat16 or float16 round
+    a_t. Memory, exchange and the skipping of non-finite steps are as in the optimizer.
     """
     return state._on_bucket(bucket)
 
 
-# DDP compares a hook's annotations with classes, which these are only where torch.distributed is.
+# DDP compares a hook's annotations with classes that exist only where torch.distributed does.
 gmc_hook.__annotations__.clear()
 getattr(gmc_hook, "__wrapped__", gmc_hook).__annotations__.clear()

@@ -29,18 +29,18 @@ class GMC(CompressedSGD):
 
     Args:
         params: parameters, named parameters or param groups: float32, bfloat16 or float16, all on
-            one device. Those that do not require a gradient are left alone.
-        lr: learning rate eta, a number or a tensor holding one.
+            one device. Parameters that do not require a gradient are left alone.
+        lr: learning rate eta, a number or a tensor that holds one.
         momentum: beta, 0 <= beta < 1.
         density: share of the entries that are sent, 0 < density <= 1; K = ceil(density * N) for
             each bucket. A param group with density=1.0 is sent dense.
         bytes_ratio: instead of density: how many times fewer bytes a link carries than with a ring
-            all-reduce of a float32 gradient, framing counted, at least 1. K is the largest that
-            fits, for each bucket; density is then None. A worker alone counts as one of two.
+            all-reduce of a float32 gradient, framing counted, at least 1. Each bucket sends the
+            largest K that fits, and density is None. A single worker counts as one of two.
         weight_decay: lambda >= 0, added as lambda * w to the gradient.
-        memory_decay: d, 0 <= d <= 1: memory counts d * u_k in v_k. With d = 1 nothing is ever lost;
-            below, what is not sent fades out (SparseLoCo, "Communication Efficient LLM Pre-training
-            with SparseLoCo", uses .95 with momentum 0).
+        memory_decay: d, 0 <= d <= 1: v_k has d * u_k in the place of u_k. With d = 1 nothing is
+            ever lost; with less, what is not sent fades out ("Communication Efficient LLM
+            Pre-training with SparseLoCo" uses 0.95 with momentum 0).
         maximize: ascend instead of descend.
         nesterov: w = w - lr * ((1 + momentum) * a_t - momentum * a_{t-1}), at density 1 equal to
             ``torch.optim.SGD(nesterov=True)``. A skipped step moves nothing.
@@ -51,34 +51,40 @@ class GMC(CompressedSGD):
             float4_e2m1fn_x2 (the last two with one scale for each payload). What rounding and
             saturation lose stays in memory.
         exchange: "all_gather" gathers the payloads of all workers, so that a link carries p - 1 of
-            them. "reduce_scatter" is two-sided compression: each worker owns 1/p of every bucket.
-            It keeps an owner memory r for its range, to which it adds the mean of what the workers
-            send it of that and momentum * a_{t-1}, and sends the K entries of r of largest
-            magnitude on to all; a link then carries the same however many workers there are. K
+            them. "reduce_scatter" is two-sided compression, with which a link carries the same
+            however many workers there are: each worker owns 1/p of every bucket, and keeps an owner
+            memory r for this range. It adds the mean of what the workers send it for the range, and
+            momentum * a_{t-1}, to r, and sends the K entries of r of largest magnitude to all. K
             counts in each direction, and memory_decay applies to r as well. With one worker the two
-            are the same.
-        process_group: workers to train with, a process group or a 1-D device mesh; default: all, or
-            only this one where torch.distributed is not initialised. For parameters that are
-            sharded inside a node (FSDP2), a 2-D mesh: across nodes, then inside a node, where only
-            the verdict on non-finite values is shared. Memory is then of the local shard's shape.
+            exchanges are the same.
+        process_group: workers to train with, a process group or a 1-D device mesh. Default: all
+            workers, or only this one if torch.distributed is not initialised. For parameters that
+            are sharded inside a node (FSDP2), a 2-D mesh: across nodes, then inside a node, whose
+            workers share only the verdict on non-finite values. Memory then has the shard's shape.
         overlap: compress and send during the backward pass. Gradients are set to None once they
             are sent, so clipping and GradScaler need overlap=False.
         bucket_cap_mb: largest float32 memory of a bucket, in MiB. Default: 256; with overlap a
             quarter of the model if that is less, and at least 1.
-        nonfinite: "skip" leaves a step out on every worker when any of them met a NaN or Inf;
-            "raise" raises FloatingPointError on every worker.
-        broadcast_parameters: start from rank 0's parameters.
-        check_replicas_every: compare the bits of all workers' parameters after every so many steps
+        nonfinite: "skip" skips a step on every worker if any of them met a NaN or Inf; "raise"
+            raises FloatingPointError on every worker.
+        broadcast_parameters: begin with rank 0's parameters on every worker.
+        check_replicas_every: compare the bits of all workers' parameters after every so many steps,
             and raise RuntimeError on every worker if they differ; 0: never. Reads the device.
 
     ``optimizer.state[p]["memory"]`` is u, float32, shaped like p. With two-sided compression
-    ``optimizer.state[p]["owner_memory"]`` is r, zero where another worker is the owner. ``lr``,
+    ``optimizer.state[p]["owner_memory"]`` is r, which is zero outside this worker's range. ``lr``,
     ``momentum``, ``density`` or ``bytes_ratio``, ``weight_decay`` and ``memory_decay`` are read
     from the param group at every step.
 
     Raises:
-        ValueError, TypeError: an argument out of range, or workers that differ in their model or
+        ValueError, TypeError: an argument cannot be used, or the workers differ in their model or
             hyperparameters (on every worker, naming the difference).
+
+    Example::
+
+        optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1, momentum=0.9, density=0.01)
+        loss_fn(model(x), y).backward()
+        optimizer.step()
 
     Source: Zhao, Xie, Gao, Li, "Global Momentum Compression for Sparse Communication in
     Distributed SGD".
@@ -119,11 +125,11 @@ class GMC(CompressedSGD):
 
     @torch.no_grad()
     def sgd_state_dict(self) -> dict[str, Any]:
-        """The state as ``torch.optim.SGD.load_state_dict`` takes it, to go on without compression.
+        """The state for ``torch.optim.SGD.load_state_dict``, to continue without compression.
 
         Raises:
-            ValueError: there are gradients in memory that were not sent yet; the message says how
-                to send them.
+            ValueError: memory holds gradients that were not sent yet (the message says how to send
+                them), or momentum_form is "iterate".
         """
         return states.for_sgd(self.state_dict())
 
@@ -140,10 +146,10 @@ class DGC(CompressedSGD):
 
     Args:
         nesterov: v_k = u_k + g_k + momentum * m_k.
-        momentum_masking: m_k = 0 where c_k is not, so that old momentum does not carry on in a
-            direction that was just sent (paper, section 3.3). Buckets sent dense are not masked.
-        clip_norm: scales a worker's gradient to norm clip_norm / sqrt(p) where it is larger
-            (section 3.2). Needs overlap=False.
+        momentum_masking: m_k = 0 wherever c_k is not 0, so that old momentum does not carry on in a
+            direction that was just sent (paper, section 3.3). Dense buckets are not masked.
+        clip_norm: scale a worker's gradient to the norm clip_norm / sqrt(p) if its norm is larger
+            (paper, section 3.2). Needs overlap=False. Default: None, no clipping.
 
     All other arguments are those of :class:`GMC`. ``optimizer.state[p]`` holds "memory" and
     "momentum_buffer", both float32 and shaped like p.
@@ -188,5 +194,5 @@ class DGC(CompressedSGD):
 
 
 def _in_group(arguments: dict[str, Any], rule: type[Rule]) -> dict[str, Any]:
-    """Those of a constructor's arguments that are options of a param group."""
+    """The constructor's arguments that become options of the param groups."""
     return {name: arguments[name] for name in rule.compared}
