@@ -1,4 +1,4 @@
-"""The collectives of a step, over one process group."""
+"""The collectives of a process group, and the group of the other shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class GroupLost(RuntimeError):
     """A collective failed: another rank ended, or the time-out of the group passed."""
 
     def with_context(self, when: str, rank: int, outcome: str) -> GroupLost:
-        """The same for users: when it happened, to whom, and what that means for the state."""
+        """The error for users: when it happened, on which rank, and what became of the state."""
         return GroupLost(
             f"{when}, rank {rank} lost the group: {outcome}, state_dict() is usable; start again "
             f"with a new process group ({self})"
@@ -29,22 +29,23 @@ class GroupLost(RuntimeError):
 
 
 class Work:
-    """A collective that has ended, as those of a single worker have.
+    """A collective that has ended. Those of a single worker end at once.
 
     Attributes:
-        arrived: whether it was waited for, and has not failed.
+        arrived: whether wait() has returned without an error.
     """
 
     arrived = True
 
     def wait(self) -> None:
-        """Raises GroupLost if it failed, be it as late as now or when it was to be started."""
+        """Waits for the end; raises GroupLost if the collective failed or could not be issued."""
 
 
 class _Pending(Work):
-    """A collective on its way.
+    """A collective that has been issued.
 
-    It fails in wait() alone, so that all buckets of a step take in their gradients before.
+    Errors are raised in wait() only, so that all buckets of a step add their gradients to memory
+    before any error ends the step.
     """
 
     def __init__(
@@ -70,35 +71,35 @@ class _Pending(Work):
 
 
 def _all_gather(gathered: Tensor, payload: Tensor, **options: Any) -> Any:
-    # torch 2.15 renamed it and warns about the old name; 2.11 has only that one.
+    # torch 2.15 renamed all_gather_into_tensor and warns about the old name.
     collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return collective(gathered, payload, **options)
 
 
 @cache
 def _let_threads_finish_at_exit() -> None:
-    """A thread of gloo lets go of a collective's tensors behind the back of wait(), and needs the
-    interpreter for it. If that ends before, the thread aborts the whole process, as late as after
-    the last line of a script; so the end of the interpreter leaves it some time.
+    """Delays the end of the interpreter by 0.1 s.
+
+    A thread of gloo frees a collective's tensors after wait() has returned, and needs the
+    interpreter for it. If the interpreter has ended by then, the thread aborts the process.
     """
     atexit.register(time.sleep, 0.1)
 
 
 class Exchange:
-    """How workers reach each other: a process group, or a single worker without one.
+    """The workers that exchange payloads: those of a process group, or this one alone.
 
     Attributes:
-        given: the process group that was asked for; None for the default.
-        group: the one behind it; None for a single worker.
-        shard_group: workers that hold other shards of the same step; None if there are none.
-        size, rank: world size p, the number of payloads that a step merges, and which is this
-            worker's.
+        given: the process group that the user passed; None for the default.
+        group: the process group that is used; None for a single worker.
+        shard_group: the workers that hold the other shards; None if parameters are not sharded.
+        size, rank: the world size p, and this worker's rank.
     """
 
     def __init__(self, process_group: Any) -> None:
         """Args: process_group: a group, None, or a device mesh, see shards.groups_of."""
         self.given, self.shard_group = groups_of(process_group)
-        self._missing = False  # a copy without the group that it was made with
+        self._missing = False  # whether this copy came from a process with another group
         self._find()
 
     def _find(self) -> None:
@@ -133,7 +134,7 @@ class Exchange:
             )
 
     def all_gather(self, payload: Tensor) -> tuple[Tensor, Work]:
-        """Starts gathering uint8 [n] from every rank; uint8 [p, n] is filled once it has ended."""
+        """Gathers every rank's uint8 [n] into uint8 [p, n], complete once the work has ended."""
         if self.size == 1:
             return payload.unsqueeze(0), Work()
         gathered = payload.new_empty(self.size * payload.numel())
@@ -141,14 +142,14 @@ class Exchange:
         return gathered.view(self.size, -1), work
 
     def all_to_all(self, payloads: list[Tensor], nbytes: int) -> tuple[Tensor, Work]:
-        """Starts sending uint8 payloads, one to each rank.
+        """Sends one uint8 payload to each rank.
 
         Args:
-            payloads: in rank order; ranks may get payloads of different sizes.
-            nbytes: size of those for this rank.
+            payloads: in rank order; they may differ in size.
+            nbytes: the size of each payload that this rank receives.
 
         Returns:
-            uint8 [p, nbytes], what all ranks have sent to this one once it has ended; the work.
+            The received payloads, uint8 [p, nbytes], complete once the work has ended; the work.
         """
         received = payloads[0].new_empty(self.size * nbytes)
         work = _Pending(
@@ -159,19 +160,19 @@ class Exchange:
         return received.view(self.size, nbytes), work
 
     def all_reduce(self, tensor: Tensor) -> Work:
-        """Starts summing a tensor over all ranks in place. All ranks get the same bits."""
+        """Sums a tensor over all ranks in place. All ranks get the same bits."""
         if self.size == 1:
             return Work()
         return _Pending(dist.all_reduce, tensor, group=self.group)
 
     def strictest(self, verdict: Tensor) -> Tensor:
-        """The strictest verdict, int32 [1], among the workers that hold a part of this step."""
+        """The largest of the verdicts (int32 [1]) of all shards."""
         if self.shard_group is not None:
             _Pending(dist.all_reduce, verdict, dist.ReduceOp.MAX, group=self.shard_group).wait()
         return verdict
 
     def sum_over_shards(self, number: Tensor) -> Tensor:
-        """The sum over the workers that hold a part of this step, of a scalar tensor."""
+        """The sum of a scalar tensor over all shards."""
         if self.shard_group is not None:
             _Pending(dist.all_reduce, number, group=self.shard_group).wait()
         return number
@@ -187,11 +188,11 @@ class Exchange:
                 work.wait()
 
     def gather_objects(self, value: Any, device: torch.device) -> list[Any]:
-        """Every rank's small picklable object, in rank order. device: where the tensors are."""
+        """Every rank's small picklable object, in rank order. ``device`` is the parameters'."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        # Over NCCL the objects travel through the current device, which may be another rank's.
+        # NCCL sends objects through the current device, which may belong to another rank.
         with torch.cuda.device(device if device.type == "cuda" else -1):
             try:
                 dist.all_gather_object(values, value, group=self.group)
@@ -205,7 +206,7 @@ class Exchange:
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        # Rank and world size say what it owns, until it is given a group again.
+        # A copy needs rank and world size, which say what it owns, until it gets a group.
         return {
             "given": None, "group": None, "shard_group": None, "rank": self.rank, "size": self.size,
             "_missing": self.given is not None or self._missing,

@@ -1,4 +1,4 @@
-"""What a bucket keeps for all its parameters together, as tensors in optimizer.state."""
+"""Tensors in optimizer.state that read what a bucket keeps for all its parameters together."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gmc_cuda._engine.shards import shard_of
 
 
 class LazyView(Tensor):
-    """One parameter's part of something that a bucket keeps, float32 and shaped like it.
+    """One parameter's part of a vector that a bucket keeps: float32, and shaped like the parameter.
 
-    This tensor has no storage: an operation on it is done on a dense copy. One that writes to it
-    writes that copy back to the bucket.
+    This tensor has no storage. An operation on it acts on a dense copy, and an operation that
+    writes hands that copy to the bucket.
     """
 
     _bucket: Bucket
@@ -35,20 +35,20 @@ class LazyView(Tensor):
 
     @staticmethod
     def read(bucket: Bucket) -> Tensor:
-        """What the bucket keeps, float32 [N]."""
+        """The bucket's vector, float32 [N]."""
         raise NotImplementedError
 
     @staticmethod
     def write(bucket: Bucket, flat: Tensor) -> None:
-        """Makes this what the bucket keeps."""
+        """Sets the bucket's vector."""
         raise NotImplementedError
 
     def place(self) -> tuple[Bucket, int]:
-        """Its bucket, and which of the bucket's parameters it is of."""
+        """The bucket, and the parameter's index in it."""
         return self._bucket, self._index
 
     def dense(self) -> Tensor:
-        """The values."""
+        """The values as an ordinary tensor."""
         return self._bucket.views(self.read(self._bucket))[self._index]
 
     @classmethod
@@ -78,7 +78,7 @@ class LazyView(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        if value.numel() or not self.numel():  # who empties it to save memory has saved none
+        if value.numel() or not self.numel():  # emptying .data saves no memory here
             self.copy_(value)
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -95,7 +95,7 @@ class LazyView(Tensor):
 
 
 class MomentumView(LazyView):
-    """a_{t-1}, of which a bucket keeps the few entries that are not zero."""
+    """a_{t-1}, which a bucket keeps as a sparse aggregate."""
 
     @staticmethod
     def read(bucket: Bucket) -> Tensor:
@@ -107,10 +107,10 @@ class MomentumView(LazyView):
 
 
 class OwnerView(LazyView):
-    """The owner memory r, of which a bucket keeps the range that this worker owns.
+    """The owner memory r, zero outside the range that this worker owns.
 
-    It is zero elsewhere. What is written elsewhere goes to this worker's own memory, where it
-    counts as much.
+    What is written outside the range is moved to this worker's memory, times p, so that the mean
+    over all workers is the same.
     """
 
     @staticmethod

@@ -10,22 +10,22 @@ from gmc_cuda._engine.ranges import Range
 
 
 class Owner:
-    """What this worker keeps of the range that it owns, for all workers.
+    """The owner memory r of the range that this worker owns.
 
-    The other workers send it their part of the range. It adds their mean to the owner memory r, and
-    sends the largest entries of that on to all.
+    All workers send their entries of the range to its owner. The owner adds the mean of them to r,
+    and sends the largest entries of r to all.
 
     Attributes:
-        range: the elements of the bucket that it owns.
-        memory: r, float32, one for each of them.
-        rank, size: this worker's rank and the world size p that the range was cut for.
+        range: the range of the bucket.
+        memory: r, float32 [elements of the range].
+        rank, size: this worker's rank, and the world size p for which the range was cut.
     """
 
     def __init__(self, of: Range, rank: int, size: int, device: torch.device) -> None:
         self.range, self.rank, self.size = of, rank, size
         self.memory = torch.zeros(of.numel, dtype=torch.float32, device=device)
         self._aggregate: Tensor | None = None  # a_{t-1} within the range
-        self._whole: Tensor | None = None  # the bucket's, which that is a part of
+        self._whole: Tensor | None = None  # the bucket's aggregate, of which it is a part
 
     def part(self, flat: Tensor) -> Tensor:
         """A flat tensor's elements in the range."""
@@ -38,11 +38,11 @@ class Owner:
         return whole
 
     def take_over(self, whole: Tensor, memory: Tensor) -> None:
-        """Makes a tensor of the bucket's size r.
+        """Sets r from a tensor of the bucket's size, and moves what is outside the range to memory.
 
         Args:
-            whole: what is outside the range in it is moved to ``memory``, and it becomes zero.
-            memory: this worker's, which counts 1/p in the mean of all memories.
+            whole: the new r, float32 [N]; its elements in the range are zeroed.
+            memory: this worker's memory, which counts 1/p in the mean of all memories.
         """
         self.memory.copy_(self.part(whole))
         self.part(whole).zero_()
@@ -56,10 +56,10 @@ class Owner:
             self.memory.zero_()
 
     def aggregate_of(self, whole: Tensor | None, numel: int) -> Tensor | None:
-        """a_{t-1} within the range, as ops.compress_ takes it.
+        """a_{t-1} within the range, as an aggregate for ops.compress_.
 
         Args:
-            whole: the bucket's: opaque uint8, or float32 [numel], or None.
+            whole: the bucket's a_{t-1}: opaque uint8, or float32 [numel], or None.
         """
         if whole is None or not self.memory.numel():
             return None
@@ -69,9 +69,9 @@ class Owner:
         return self._aggregate
 
     def keep(self, aggregate: Tensor, whole: Tensor | None) -> None:
-        """Makes this what :meth:`aggregate_of` answers for the bucket's aggregate ``whole``."""
+        """Makes this what :meth:`aggregate_of` returns for the bucket's aggregate ``whole``."""
         if aggregate.is_cuda and torch.cuda.is_current_stream_capturing():
             assert self._aggregate is not None and whole is self._whole
-            self._aggregate.copy_(aggregate)  # where a replay will look for it
+            self._aggregate.copy_(aggregate)  # a graph's replay reads it there
         else:
             self._aggregate, self._whole = aggregate, whole

@@ -8,13 +8,13 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-UNIT = 8  # ranges begin at multiples of it, so that 16-byte loads of 16-bit gradients stay aligned
+UNIT = 8  # ranges begin at multiples of it, which keeps 16-byte loads of 16-bit values aligned
 
 T = TypeVar("T", bound="Tensor | None")
 
 
 class Range(NamedTuple):
-    """Elements begin to end - 1 of a bucket's index space; empty ones have begin == end."""
+    """Elements begin to end - 1 of a bucket's index space; empty if begin == end."""
 
     begin: int
     end: int
@@ -28,8 +28,8 @@ class Range(NamedTuple):
 def cut(numel: int, size: int) -> tuple[Range, ...]:
     """Cuts N elements into one contiguous range for each rank.
 
-    All have the same number of elements, a multiple of UNIT, but for the last that is not empty,
-    which may be shorter, and what comes after it, which is empty.
+    The ranges have the same number of elements, a multiple of UNIT, except that the last ones may
+    be shorter or empty.
 
     Args:
         numel: N.
@@ -41,13 +41,14 @@ def cut(numel: int, size: int) -> tuple[Range, ...]:
 
 
 def within(sizes: Sequence[int], of: Range) -> list[tuple[int, int, int]]:
-    """Which tensors of a list have elements in a range, and which of theirs.
+    """The tensors that have elements in a range.
 
     Args:
         sizes: the tensors' numels, in the order of the index space.
 
     Returns:
-        for each of them its place in the list, and its first and last element but one.
+        For each such tensor its index in the list, and the bounds first and last: its elements
+        first to last - 1 lie in the range.
     """
     found, begin = [], 0
     for i, size in enumerate(sizes):
@@ -59,7 +60,7 @@ def within(sizes: Sequence[int], of: Range) -> list[tuple[int, int, int]]:
 
 
 def slices(tensors: Sequence[T], sizes: Sequence[int], of: Range) -> list[T]:
-    """The parts of flat tensors, or None, that lie in a range."""
+    """The elements of a list of contiguous tensors that lie in a range; None stays None."""
     return [
         tensor if tensor is None else tensor.view(-1)[first:last]  # type: ignore[misc]
         for i, first, last in within(sizes, of)
