@@ -17,7 +17,7 @@ from gmc_cuda._engine.ranges import Range, cut
 from gmc_cuda._engine.shards import shard_of, shard_of_gradient
 
 MAX_NUMEL = 2**31 - 1
-# Of parameters and gradients.
+# The dtypes that parameters and gradients may have.
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 _grad_of, _dtype_of = attrgetter("grad"), attrgetter("dtype")
@@ -28,17 +28,16 @@ class Bucket:
     """Parameters of one group and dtype with their float32 state, flat in storage order.
 
     Attributes:
-        params: the parameters, in the order of the index space. Of a DTensor, the local shard is
-            meant everywhere.
-        group: the options of their param group, the very dict that the user changes.
+        params: the parameters, in the order of the index space. A DTensor counts as its shard.
+        group: their param group, the very dict that the user changes.
         sizes, numel: the parameters' numels, and their sum N.
         memory: u, float32 [N].
         momentum_buffer: m, float32 [N], with local momentum; else None.
         aggregate: a_{t-1} for global momentum: opaque uint8 after a sparse step, float32 [N] after
             a dense one, None before the first step and with local momentum.
         owner: the range of the bucket that this worker owns, with two-sided compression; else None.
-        sent_nbytes, sent_entries: put into the collectives at the last step.
-        link_nbytes: what was sent to other workers of that, and what was received from them.
+        sent_nbytes, sent_entries: bytes and entries that the last step put into collectives.
+        link_nbytes: bytes of the last step that were sent to, and received from, other workers.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class Bucket:
         self.params = list(params)
         self.group = group
         self.sizes = [shard_of(p).numel() for p in self.params]
-        # As they are now: a parameter may be laid out anew while its state is still as before.
+        # A parameter may get another layout later, while its state still has the present one.
         self._layouts = [(shard_of(p).shape, shard_of(p).stride()) for p in self.params]
         self.numel = sum(self.sizes)
         self.device = shard_of(self.params[0]).device
@@ -60,7 +59,7 @@ class Bucket:
         self.memory = torch.zeros(self.numel, dtype=torch.float32, device=self.device)
         self.momentum_buffer = torch.zeros_like(self.memory) if local_momentum else None
         self.aggregate: Tensor | None = None
-        self._spare: Tensor | None = None  # the one before it
+        self._spare: Tensor | None = None  # the aggregate before that, for reuse
         self.owner: Owner | None = None
         if owner is not None:
             rank, size = owner
@@ -71,7 +70,7 @@ class Bucket:
         self._states_k: dict[Range | None, int] = {}
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """A flat tensor's parts, each with the shape and layout of its parameter."""
+        """Views of a flat tensor, each with the shape and layout of a parameter."""
         parts = flat.split(self.sizes)
         return [
             part.as_strided(*layout, part.storage_offset())
@@ -79,7 +78,7 @@ class Bucket:
         ]
 
     def vectors(self) -> dict[str, Tensor]:
-        """The flat tensors that a worker keeps for itself, by the name of their views in state."""
+        """Each worker's own flat tensors, by the name of their views in optimizer.state."""
         if self.momentum_buffer is None:
             return {"memory": self.memory}
         return {"memory": self.memory, "momentum_buffer": self.momentum_buffer}
@@ -92,34 +91,34 @@ class Bucket:
         return [p if p.is_contiguous() else in_storage_order(p.detach()) for p in params]
 
     def param_places(self, look: bool = True) -> list[Tensor]:
-        """The same for an operator, perhaps as the places where they are.
+        """The parameters as an operator's argument: as their addresses, where that is possible.
 
         Args:
-            look: False where the parameters are known to be where they were.
+            look: False if the parameters cannot have moved since the last call.
         """
         places = None if self._places is None else self._places.of(self.params, look)
         return self.flat_params() if places is None else places
 
     def forget_places(self) -> None:
-        """The parameters lie elsewhere."""
+        """Forgets the addresses, because parameters have moved."""
         if self._places is not None:
             self._places.forget()
 
     def plain_grads(self) -> list[Tensor | None] | None:
-        """The gradients as they are, if each of the parameters, which are plain, has one.
+        """The gradients, unchecked; None if one is missing or a parameter needs a view.
 
-        They were not looked at: an operator may find that it cannot take them.
+        The operator that gets them checks them.
         """
         grads: list[Tensor | None] = list(map(_grad_of, self.params))
         return grads if self._plain and all(map(is_not, grads, repeat(None))) else None
 
     def flat_grads(self, refuse: Callable[[Tensor], None]) -> list[Tensor | None]:
-        """The gradients as an operator takes them.
+        """The gradients as an operator takes them: contiguous, in storage order.
 
-        refuse(param) is called where a gradient is no dense tensor of a known dtype, and raises.
+        Args:
+            refuse: raises; called with a parameter whose gradient is sparse or of an unknown dtype.
         """
-        # There are hundreds at every step, so the common case is recognised without a line of
-        # Python for each.
+        # A step has hundreds of gradients, so the usual case takes no Python code for each.
         grads: list[Tensor | None] = list(map(_grad_of, self.params))
         if self._plain and _all_plain(grads):
             return grads
@@ -131,28 +130,28 @@ class Bucket:
         return grads
 
     def bump_versions(self) -> None:
-        """That the parameters were changed in place, which an operator cannot."""
+        """Tells autograd that the parameters were changed in place, which operators do not."""
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(self.params)
 
     def forget_grads(self) -> None:
-        """What was taken in must not be taken in again."""
+        """Sets gradients to None, so that what is in memory is not added again."""
         for param in self.params:
             param.grad = None
 
     def flat_values(self, values: Mapping[Tensor, Tensor]) -> list[Tensor]:
-        """Tensors shaped like the parameters, in the same order, sharing storage if they can."""
+        """The tensors in the bucket's order, flat, sharing their storage where possible."""
         return [_flat_grad(p, values[p]) for p in self.params]
 
     def select_state(self, k: int, of: Range | None = None) -> Tensor:
-        """The selection's state, with room for this k; what it has learnt outlives a change of k.
+        """The selection's state, with room for this k. Its guess survives a change of k.
 
         Args:
             of: the range that is selected from. None: the whole bucket or, with two-sided
-                compression, what this worker owns of it.
+                compression, this worker's own range.
 
         Raises:
-            RuntimeError: while a graph is captured and k is larger than ever before.
+            RuntimeError: a CUDA graph is being captured, and k is larger than ever before.
         """
         state = self._states.get(of)
         if state is None or k > self._states_k[of]:
@@ -166,29 +165,29 @@ class Bucket:
         return sum(map(ops.repairs, self._states.values()))
 
     def fold_owner(self) -> None:
-        """Moves what this worker owns of the bucket into its own memory."""
+        """Moves the owner memory into this worker's memory."""
         if self.owner is not None:
             self.owner.fold_into(self.memory)
 
     def keep_aggregate(self, aggregate: Tensor) -> None:
         """Makes this a_{t-1} of the next step."""
         if not (aggregate.is_cuda and torch.cuda.is_current_stream_capturing()):
-            if aggregate.is_cpu:  # a GPU's allocator has it at hand by itself
+            if aggregate.is_cpu:  # CUDA's caching allocator makes reuse needless
                 self._spare = self.aggregate
             self.aggregate = aggregate
         elif self.aggregate is None or self.aggregate.shape != aggregate.shape:
             raise RuntimeError("make a step of the same density before capturing one in a graph")
-        else:  # a replay reads what the capture read, so it must be in the same place
+        else:  # a replay reads the tensor that the capture read
             self.aggregate.copy_(aggregate)
 
     def spare_aggregate(self, nbytes: int) -> Tensor | None:
-        """An aggregate of this size that nothing reads any more, to be overwritten."""
+        """An aggregate of this size that may be overwritten, or None."""
         spare, self._spare = self._spare, None
         fits = spare is not None and spare.dtype == torch.uint8 and spare.numel() == nbytes
         return spare if fits else None
 
     def sparse_aggregate(self) -> Tensor | None:
-        """a_{t-1} as compress_ takes it."""
+        """a_{t-1} as an aggregate for ops.compress_."""
         if self.aggregate is not None and self.aggregate.dtype == torch.float32:
             self.aggregate = ops.sparsify(self.aggregate)
         return self.aggregate
@@ -200,7 +199,7 @@ class Bucket:
         return self.aggregate
 
     def momentum(self) -> Tensor:
-        """The same, zero where there is none yet."""
+        """a_{t-1} as float32 [N], zero before the first step."""
         dense = self.dense_aggregate()
         return torch.zeros_like(self.memory) if dense is None else dense
 
@@ -208,7 +207,7 @@ class Bucket:
 def figures(
     buckets: Sequence[Bucket], steps: int, skipped: Tensor | None, size: int
 ) -> dict[str, Any]:
-    """What ``GMC.stats`` returns; reads the device. size: world size p."""
+    """The statistics for ``GMC.stats``; reads the device. ``size`` is the world size p."""
     sent = sum(bucket.sent_nbytes for bucket in buckets)
     numel = sum(bucket.numel for bucket in buckets)
     return {
@@ -225,9 +224,9 @@ def figures(
 
 
 def _bytes_ratio(buckets: Sequence[Bucket], dense_nbytes: int, size: int) -> float:
-    """How many times fewer bytes a link has carried than of a ring all-reduce of the gradient.
+    """How many times fewer bytes a link carried than for a ring all-reduce of the gradient.
 
-    A worker alone has no link and is taken for one of two.
+    A single worker has no link, and counts as one of two.
     """
     sent = sum(bucket.sent_nbytes for bucket in buckets)
     if size == 1 or not sent:
@@ -245,8 +244,8 @@ def make_buckets(
 ) -> list[Bucket]:
     """Packs parameters into buckets of at most cap_numel elements, the last parameters first.
 
-    Backward produces gradients from the last layer to the first, so the buckets come in the order
-    in which they fill. A parameter larger than the cap has a bucket of its own.
+    The backward pass produces gradients from the last layer to the first, so the buckets come in
+    the order in which they fill. A parameter larger than the cap gets a bucket of its own.
 
     Args:
         owner: this worker's rank and the world size, with two-sided compression.
@@ -267,12 +266,12 @@ def make_buckets(
 
 
 def _aligned_first(params: list[Tensor]) -> list[Tensor]:
-    # A numel that is no multiple of 8 would push all tensors behind it off their 16-byte loads.
+    # After a numel that is not a multiple of 8, no tensor could be read by 16-byte loads.
     return sorted(params, key=lambda p: shard_of(p).numel() % 8 != 0)
 
 
 def is_dense_layout(tensor: Tensor) -> bool:
-    """Whether the elements fill their storage without gaps or overlap, in any order."""
+    """Whether the elements fill their storage without gaps or overlaps, in any order."""
     expected = 1
     for size, stride in sorted(
         zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]
@@ -284,14 +283,15 @@ def is_dense_layout(tensor: Tensor) -> bool:
 
 
 def in_storage_order(tensor: Tensor) -> Tensor:
-    """A tensor of dense layout as one-dimensional contiguous, sharing its storage."""
+    """A tensor of dense layout as a contiguous 1-D view of its storage."""
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
 class _Places:
-    """Where the parameters of a bucket lie, for an operator.
+    """The addresses of a bucket's parameters, for an operator.
 
-    There are hundreds of them at every step, and handing over a tensor takes half a microsecond.
+    A step passes hundreds of parameters, and to pass a tensor takes half a microsecond; a list of
+    addresses is one tensor.
 
     Args:
         params: contiguous parameters.
@@ -315,10 +315,10 @@ class _Places:
         self._written: list[Tensor] = []
 
     def of(self, params: Sequence[Tensor], look: bool) -> list[Tensor] | None:
-        """None where the operator must look at the tensors themselves.
+        """The addresses and the dtypes, as two tensors; None if the tensors must be passed.
 
         Args:
-            look: whether they may have moved.
+            look: whether the parameters may have moved.
         """
         if not self._use or torch.compiler.is_compiling():
             return None
@@ -335,10 +335,10 @@ class _Places:
 
 
 def _all_plain(grads: list[Any]) -> bool:
-    """Whether all are contiguous tensors of a known dtype; None is not."""
+    """Whether all are contiguous tensors of a known dtype; False if one is None."""
     try:
         return DTYPES.issuperset(map(_dtype_of, grads)) and all(map(Tensor.is_contiguous, grads))
-    except (AttributeError, TypeError, RuntimeError):  # None; some sparse layouts have no strides
+    except (AttributeError, TypeError, RuntimeError):  # a None, or a sparse layout without strides
         return False
 
 

@@ -1,7 +1,7 @@
-"""An optimizer's state parameter by parameter: for state_dict, for copies and for repacking.
+"""An optimizer's state parameter by parameter: for state_dict, for copies, and for new buckets.
 
-torch.optim casts loaded state to the parameter's dtype, which would round the float32 memory of a
-bfloat16 parameter, and knows nothing of buckets or of ranks. So GMC and DGC load by themselves.
+GMC and DGC load state by themselves, because torch.optim casts it to the parameter's dtype, which
+would round the float32 memory of a bfloat16 parameter, and does not know buckets or ranks.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ ParamState = dict[str, Tensor]
 Held = dict[Tensor, ParamState]
 
 _MEMORY, _OWNER = "memory", "owner_memory"
-MOMENTUM_NAMES = ("momentum_buffer", "aggregate")  # the latter where it is not what SGD calls so
+MOMENTUM_NAMES = ("momentum_buffer", "aggregate")  # "aggregate" for momentum_form="iterate"
 
 SHOWN = (_MEMORY, _OWNER, *MOMENTUM_NAMES)
 
 FORMAT = 1
-_STAMP = "saved_by"  # in each param group of a state_dict: the one place every framework keeps
+_STAMP = "saved_by"  # key in each param group of a state_dict, which every framework keeps
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """Whose state it is.
+    """Says whose state a state_dict holds.
 
     Attributes:
-        optimizer: name of its class.
-        rank, world_size: of the worker that saved it.
-        averaged: whether memory is the mean over all workers, which then had the same.
-        format: of the state; raised when what a key means changes.
-        frozen: which frozen parameters have something in memory or momentum, as "group.place" of
-            each, with blanks between. torch's set_optimizer_state_dict leaves their state out.
+        optimizer: the name of its class.
+        rank, world_size: those of the worker that saved it.
+        averaged: whether memory is the mean over all workers, and so the same on all of them.
+        format: the state's format, raised when the meaning of a key changes.
+        frozen: the frozen parameters with non-zero memory or momentum, as "group.index", separated
+            by blanks. torch's set_optimizer_state_dict leaves their state out.
     """
 
     optimizer: str
@@ -64,7 +64,7 @@ def held(groups: Iterable[Group], state: Mapping[Any, Any], rule: Rule) -> Held:
     """Each parameter's memory and momentum as optimizer.state has them, a_{t-1} as a dense tensor.
 
     Raises:
-        ValueError, TypeError: an entry that does not fit its parameter.
+        ValueError, TypeError: an entry does not fit its parameter.
     """
     found: Held = {}
     dense: dict[tuple[type, Bucket], list[Tensor]] = {}
@@ -73,7 +73,7 @@ def held(groups: Iterable[Group], state: Mapping[Any, Any], rule: Rule) -> Held:
             for name, value in (state.get(param) or {}).items():
                 if not isinstance(value, Tensor) or name not in SHOWN:
                     continue
-                if value.is_meta and not param.is_meta:  # from before the model was materialised
+                if value.is_meta and not param.is_meta:  # the model was on "meta" when it was made
                     continue
                 if isinstance(value, LazyView):
                     bucket, index = value.place()
@@ -91,7 +91,7 @@ def held(groups: Iterable[Group], state: Mapping[Any, Any], rule: Rule) -> Held:
 
 
 def export(buckets: Iterable[Bucket], rule: Rule) -> Held:
-    """The same of these buckets; a_{t-1} is zero before the first step."""
+    """Each parameter's memory and momentum in these buckets; a_{t-1} is zero at the beginning."""
     found: Held = {}
     for bucket in buckets:
         vectors = bucket.vectors()
@@ -106,8 +106,10 @@ def export(buckets: Iterable[Bucket], rule: Rule) -> Held:
 
 
 def install(buckets: Iterable[Bucket], rule: Rule, saved: Held) -> None:
-    """Copies what was held into buckets, which must have owners for what was owned; zero where
-    there is nothing."""
+    """Copies saved state into buckets, zero where there is none.
+
+    Buckets must have owners where owner memory was saved; see :func:`for_owner`.
+    """
     for bucket in buckets:
         for name, flat in bucket.vectors().items():
             flat.copy_(_packed(bucket, name, saved))
@@ -120,14 +122,14 @@ def install(buckets: Iterable[Bucket], rule: Rule, saved: Held) -> None:
 
 
 def for_owner(saved: Held, size: int, owner: tuple[int, int] | None) -> Held:
-    """What was held, for a worker that may own other ranges.
+    """Saved state for a worker that may own another range.
 
-    Where the ranges are cut for another world size, or not at all, what a worker owned goes to its
-    own memory. That counts 1/p in the mean of all memories, so it is multiplied by p.
+    If ranges are now cut for another world size, or not at all, owner memory moves to the worker's
+    memory. It is multiplied by p, because a memory counts 1/p in the mean over all workers.
 
     Args:
-        size: world size p of the workers that held it.
-        owner: rank and world size of this worker, with two-sided compression; else None.
+        size: the world size p when the state was saved.
+        owner: this worker's rank and the world size, with two-sided compression; else None.
     """
     if owner is not None and owner[1] == size:
         return saved
@@ -141,7 +143,7 @@ def for_owner(saved: Held, size: int, owner: tuple[int, int] | None) -> Held:
 
 
 def show(buckets: Iterable[Bucket], rule: Rule, state: dict[Any, Any], changed: list[bool]) -> None:
-    """Makes optimizer.state show the buckets; what else is in it stays.
+    """Makes the entries of optimizer.state views of the buckets. Other keys stay.
 
     Args:
         changed: see Entry.
@@ -153,8 +155,8 @@ def show(buckets: Iterable[Bucket], rule: Rule, state: dict[Any, Any], changed: 
             shown[rule.momentum_name(bucket.group)] = views
         if bucket.owner is not None:
             shown[_OWNER] = [OwnerView(bucket, i) for i in range(len(bucket.params))]
-        # The stamp has its place in each group from the start: a flattened state_dict of torch's is
-        # read by the keys of the groups that it is loaded into.
+        # Each group has the key from the beginning, because torch reads a flattened state_dict by
+        # the keys of the groups that it is loaded into.
         bucket.group.setdefault(_STAMP, None)
         for i, param in enumerate(bucket.params):
             kept = {k: v for k, v in (state.get(param) or {}).items() if k not in SHOWN}
@@ -162,7 +164,7 @@ def show(buckets: Iterable[Bucket], rule: Rule, state: dict[Any, Any], changed: 
 
 
 def _packed(bucket: Bucket, name: str, saved: Held) -> Tensor:
-    # A new tensor: what was saved may be views of the very vector that it is copied into.
+    # A new tensor, because saved may hold views of the vector that this is copied into.
     flat = torch.zeros_like(bucket.memory)
     for param, view in zip(bucket.params, bucket.views(flat), strict=True):
         if name in saved.get(param, {}):
@@ -183,7 +185,7 @@ def _check_fits(value: Tensor, what: str, param: Tensor) -> None:
 
 
 def add(state_dict: dict[str, Any], params: list[Tensor], held: Held, stamp: Stamp) -> None:
-    """Completes torch's state_dict by what is not in optimizer.state, and by whose it is."""
+    """Adds dense memory and momentum, and the stamp, to torch's state_dict."""
     for i, param in enumerate(params):
         if param in held:
             state_dict["state"][i] = {**state_dict["state"].get(i, {}), **held[param]}
@@ -201,24 +203,24 @@ def add(state_dict: dict[str, Any], params: list[Tensor], held: Held, stamp: Sta
 
 
 def _plain(value: Any) -> Any:
-    """Python's number for one of numpy's, which torch.load(weights_only=True) refuses."""
+    """A NumPy number as Python's, because torch.load(weights_only=True) refuses NumPy's."""
     if type(value).__module__ == "builtins" or not isinstance(value, Real):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
 
 
 def assemble(state: dict[int, ParamState], groups: list[Group], stamp: Stamp) -> dict[str, Any]:
-    """The state_dict of these parts; groups as in a state_dict."""
+    """Makes a state_dict from each parameter's state and the groups of a state_dict."""
     groups = [{**group, _STAMP: asdict(stamp)} for group in groups]
     return {"state": state, "param_groups": groups}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A state_dict that was found to fit.
+    """A state_dict that fits the optimizer.
 
     Attributes:
-        groups: param groups, with the optimizer's own parameters.
+        groups: its param groups, with the optimizer's own parameters.
         held: each parameter's tensors.
         stamp: whose state it is; None for torch.optim.SGD's.
     """
@@ -232,7 +234,7 @@ def read(state_dict: dict[str, Any], groups: list[Group], rule: Rule, name: str)
     """Checks a state_dict against an optimizer's groups, and changes nothing.
 
     Raises:
-        ValueError: it belongs to another optimizer, format or model.
+        ValueError: it is of another optimizer, format or model.
     """
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
@@ -268,7 +270,7 @@ def read(state_dict: dict[str, Any], groups: list[Group], rule: Rule, name: str)
 
 
 def _warn_of_dropped(stamp: Stamp, groups: list[Group], state: dict[Any, Any]) -> None:
-    """Warns where a frozen parameter's memory was saved and did not come along."""
+    """Warns if a frozen parameter's memory was saved but is not in the state_dict."""
     dropped = []
     for place in stamp.frozen.split():
         g, i = map(int, place.split("."))
@@ -285,7 +287,7 @@ def _warn_of_dropped(stamp: Stamp, groups: list[Group], state: dict[Any, Any]) -
 
 
 def warn_of_another_ranks(loaded: Loaded, rank: int, size: int) -> None:
-    """Warns where memory comes from another worker than the one that loads it."""
+    """Warns if another worker saved the memory that this one loads."""
     stamp = loaded.stamp
     if stamp is None or stamp.averaged or (stamp.rank, stamp.world_size) == (rank, size):
         return
@@ -302,10 +304,10 @@ def warn_of_another_ranks(loaded: Loaded, rank: int, size: int) -> None:
 
 
 def for_sgd(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """GMC's state as torch.optim.SGD takes it.
+    """GMC's state for torch.optim.SGD.load_state_dict.
 
     Raises:
-        ValueError: memory is not empty, or a_{t-1} is not SGD's momentum buffer.
+        ValueError: memory is not zero, or momentum_form is "iterate".
     """
     state: dict[Any, ParamState] = {}
     for i, tensors in state_dict["state"].items():
@@ -369,11 +371,11 @@ def _from_sgd(saved: Group, own: Group) -> Group:
 
 
 def _merged(own: Group, saved: Group) -> Group:
-    """The saved options; an option that the state is too old to have keeps its present value."""
+    """The saved options; an option that an old state lacks keeps its present value."""
     saved = {key: deepcopy(value) for key, value in saved.items() if key not in ("params", _STAMP)}
     for key, value in saved.items():
         if isinstance(value, Tensor) and isinstance(own.get(key), Tensor):
-            saved[key] = value.to(own[key].device)  # a checkpoint's are on the CPU
+            saved[key] = value.to(own[key].device)  # a checkpoint's tensors are on the CPU
     return {**own, **one_budget(saved)}
 
 
