@@ -167,7 +167,7 @@ class NodeAverage(Wrapper):
             for i, param in enumerate(group["params"]):
                 name = f"params: {comparison.parameter_name(group, i)} of group {g}"
                 if param in seen:
-                    raise ValueError(f"{name} is in them twice")
+                    raise ValueError(f"{name} appears twice")
                 seen[param] = name
                 if param.requires_grad:
                     if hasattr(param, "to_local"):

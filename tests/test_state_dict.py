@@ -352,7 +352,7 @@ WRONG_STATES = {
     ),
     "a parameter twice": (
         changed(lambda state, groups: groups[1].update(params=[0, 1])),
-        "parameter 0 stands in it twice",
+        "parameter 0 appears twice",
     ),
     "no memory": (
         changed(lambda state, groups: state[2].pop("memory")),

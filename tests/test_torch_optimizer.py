@@ -322,10 +322,10 @@ def test_parameters_that_cannot_be_optimized():
 def test_a_parameter_twice_in_a_group(make):
     """torch.optim.SGD steps twice and warns; here one of two memories would be in no state_dict."""
     param, other = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="params: parameter 2 of group 0 is in them twice"):
+    with pytest.raises(ValueError, match="params: parameter 2 of group 0 appears twice"):
         make([param, other, param], lr=0.1)
     optimizer = make([other], lr=0.1)
-    with pytest.raises(ValueError, match="params: parameter 1 of group 1 is in them twice"):
+    with pytest.raises(ValueError, match="params: parameter 1 of group 1 appears twice"):
         optimizer.add_param_group({"params": [param, param]})
     assert len(optimizer.param_groups) == 1
 

@@ -1,4 +1,4 @@
-"""What stands behind GMC and DGC: the buckets of an optimizer, kept in line with what users see."""
+"""The engine of GMC and DGC: an optimizer's buckets, and the order of events in its steps."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from gmc_cuda._engine.rules import Group, Rule
 from gmc_cuda._engine.shards import shard_of
 from gmc_cuda._engine.watch import check_replicas
 
-FIRST_STEPS = 2  # in which the tags of payloads also say whether the parameters are equal
-OVERLAPPED_BUCKETS = 4  # unless bucket_cap_mb says otherwise
+FIRST_STEPS = 2  # in these steps the tags of payloads also compare the parameters' bits
+OVERLAPPED_BUCKETS = 4  # in how many buckets overlap cuts a model, unless bucket_cap_mb is given
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Settings:
         )  # fmt: skip
 
     def owner(self, exchange: Exchange) -> tuple[int, int] | None:
-        """This worker's rank and the world size with two-sided compression; else None."""
+        """This worker's rank and the world size, with two-sided compression; else None."""
         return owner_of(self.exchange, exchange)
 
     def cap_numel(self, numel: int) -> int:
@@ -53,8 +53,8 @@ class Settings:
         mb = self.bucket_cap_mb
         if mb is None:
             mb = 256.0
-            # The last bucket's exchange alone comes after the backward pass; but each one costs a
-            # latency.
+            # Only the last bucket's exchange is not hidden by the backward pass, so small buckets
+            # are better; but each bucket costs the network's latency.
             if self.overlap:
                 mb = min(mb, max(1.0, numel * 4 / 2**20 / OVERLAPPED_BUCKETS))
         return min(int(mb * 2**20 / 4), MAX_NUMEL)
@@ -67,17 +67,17 @@ class Engine:
     """Makes an optimizer's steps.
 
     Args:
-        optimizer: whose param_groups and state say what is to be done. It is not kept alive.
-        rule: how v is made.
+        optimizer: the optimizer, whose param_groups and state are read. It is not kept alive.
+        rule: the method.
         settings: options of the whole optimizer.
         exchange: the workers.
-        number: the optimizer's among those of the run, the same on all workers.
+        number: the optimizer's number in this run, the same on all workers.
 
     Attributes:
-        round: the step that is being made, and what is known of those before.
-        averaged: whether memory is the mean over all workers since the last step.
-        scaled_together: whether a scaler that all workers agree with calls step().
-        compares_bits: whether parameters must be equal on all workers from the start.
+        round: the present step, and what is known of those before.
+        averaged: whether memory is still the mean over all workers.
+        scaled_together: whether a gmc_cuda.GradScaler is calling step().
+        compares_bits: whether parameters must be bit-equal on all workers in the first steps.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Engine:
         self.round = Round(exchange, settings.wire_dtype, settings.nonfinite, number, self._facts)
         self.averaged = self.scaled_together = False
         self.compares_bits = True
-        self._just_checked = False  # whether the step has begun with what it ends with
+        self._just_checked = False  # whether begin() has compared the parameters' places
         self._overlap = Overlap(self._on_gradient) if settings.overlap else None
         self.pack()
 
@@ -111,9 +111,9 @@ class Engine:
         return describe(self.optimizer, self.rule, self.settings) | self._bits()
 
     def _bits(self) -> dict[str, int]:
-        """In the first steps, a fingerprint of each parameter. Reads the device.
+        """In the first steps, a fingerprint of each parameter; then nothing. Reads the device.
 
-        Weights may have been loaded on one worker only, after the optimizer was constructed.
+        It finds weights that were loaded on one worker only after the optimizer was constructed.
         """
         if self.exchange.size == 1 or self.round.steps >= FIRST_STEPS or not self.compares_bits:
             return {}
@@ -126,18 +126,18 @@ class Engine:
 
     @property
     def buckets(self) -> list[Bucket]:
-        """The buckets, in line with param_groups and state."""
+        """The buckets, rebuilt if param_groups or state have changed."""
         if not self.round.is_open:
             self.refresh()
         return self._packing.buckets
 
     @property
     def bucket_of(self) -> dict[Tensor, Bucket]:
-        """The bucket of each parameter; frozen ones have none."""
+        """The bucket of each parameter that requires a gradient."""
         return self._packing.bucket_of
 
     def refresh(self) -> None:
-        """Packs anew if param_groups or state are not what the buckets were made from."""
+        """Rebuilds the buckets if param_groups or state have changed."""
         optimizer = self.optimizer
         if not self._packing.holds(optimizer.param_groups, optimizer.state):
             check_params(optimizer, self.rule, self.settings, self.exchange)
@@ -160,7 +160,7 @@ class Engine:
     # ------------------------------------------------------------------------------ the step
 
     def begin(self) -> None:
-        """Sends what was not sent yet. What can be refused is refused before."""
+        """Sends the buckets that were not sent during the backward pass, after all checks."""
         optimizer = self.optimizer
         self.exchange.check()
         self.round.damage.check(self.exchange.rank)
@@ -181,10 +181,12 @@ class Engine:
             self.round.send(its_grads)
 
     def _send_unchecked(self, bucket: Bucket) -> bool:
-        """Lets the operator check the gradients of an only bucket, which saves two looks at each.
+        """Sends a single bucket, and leaves the checks of its gradients to the operator.
+
+        This saves two passes over all gradients.
 
         Returns:
-            False if it cannot take them as they are. Nothing was sent or changed then.
+            False if the operator cannot take the gradients; then nothing was sent or changed.
         """
         grads = bucket.plain_grads()
         if grads is None:
@@ -217,10 +219,10 @@ class Engine:
         )
 
     def finish(self) -> list[BaseException]:
-        """Waits for what all sent, and applies it.
+        """Waits for what all workers have sent, and applies it.
 
         Returns:
-            errors that must not keep the step from being made, to be raised now.
+            Errors that did not keep the step from being made, to be raised now.
         """
         late = self.round.finish(self._target)
         for bucket in self._packing.buckets:
@@ -242,7 +244,7 @@ class Engine:
         return places, checks.as_float(bucket.group["lr"])
 
     def cancel(self) -> None:
-        """Ends a step that is not to be made; what was sent of it returns to memory."""
+        """Gives a step up; what was sent of it returns to memory."""
         if self._overlap is not None:
             self._overlap.following = False
         self.round.cancel()
@@ -257,11 +259,11 @@ class Engine:
             raise self.round.with_context(error, "the step was applied here") from error
 
     def _scaling(self) -> dict[str, Tensor | None]:
-        """What a GradScaler leaves at an optimizer while it calls step()."""
+        """The attributes that a GradScaler sets on an optimizer while it calls step()."""
         found_inf = getattr(self.optimizer, "found_inf", None)
         return {
             "grad_scale": getattr(self.optimizer, "grad_scale", None),
-            # The integer zero if no parameter has a gradient.
+            # A GradScaler sets the integer 0 if no parameter has a gradient.
             "found_inf": found_inf if isinstance(found_inf, Tensor) else None,
         }
 
@@ -287,11 +289,11 @@ class Engine:
     # ---------------------------------------------------------- overlap with the backward pass
 
     def paused(self) -> AbstractContextManager[None]:
-        """A context within which gradients are accumulated only."""
+        """A context in which gradients are accumulated but not sent."""
         return nullcontext() if self._overlap is None else self._overlap.paused()
 
     def release(self) -> None:
-        """Ends the overlap: gradients are sent in step() only."""
+        """Ends the overlap: from now on gradients are sent in step() only."""
         self.cancel()
         if self._overlap is not None:
             self._overlap.listen([])
@@ -324,20 +326,20 @@ class Engine:
                         check_group(group, g, self.rule)
                     self._open()
                 self.round.send(grads)
-                ready.forget_grads()  # clipping them afterwards would have no effect
+                ready.forget_grads()  # to clip them now would have no effect
         except BaseException:
             self.cancel()
             raise
 
     def refuse_open_round(self, what: str) -> None:
-        """Raises RuntimeError while gradients are on their way."""
+        """Raises RuntimeError if gradients were sent and not applied yet."""
         if self.round.is_open:
             raise RuntimeError(f"{what} between backward() and step() with overlap=True")
 
     # ------------------------------------------------------------------------ state as a whole
 
     def held(self) -> states.Held:
-        """Each parameter's memory and momentum; zero where a trained one has none."""
+        """Each parameter's memory and momentum; zero for trained parameters without them."""
         optimizer = self.optimizer
         held = states.held(optimizer.param_groups, optimizer.state, self.rule)
         for group in optimizer.param_groups:
@@ -349,22 +351,22 @@ class Engine:
         return held
 
     def install(self, held: states.Held, size: int | None = None) -> None:
-        """Replaces all of that; zero where there is nothing.
+        """Replaces each parameter's memory and momentum; zero where there is none.
 
         Args:
-            size: world size of the workers that held it; None: the same as here.
+            size: the world size when the state was saved. Default: the present one.
         """
         optimizer, buckets = self.optimizer, self.buckets
         own = self.exchange.size
         held = states.for_owner(held, size or own, self.settings.owner(self.exchange))
         states.install(buckets, self.rule, held)
         for param, tensors in held.items():
-            if param not in self.bucket_of:  # frozen: it waits until that changes
+            if param not in self.bucket_of:  # a frozen parameter: its state waits
                 copies = {k: v.to(shard_of(param).device, copy=True) for k, v in tensors.items()}
                 optimizer.state.setdefault(param, {}).update(copies)
 
     def progress(self) -> dict[str, Any]:
-        """What a copy goes on from, besides state."""
+        """What a copy needs besides param_groups and state."""
         skipped = self.round.skipped
         return {
             "steps": self.round.steps,
@@ -374,7 +376,7 @@ class Engine:
         }
 
     def set_exchange(self, exchange: Exchange) -> None:
-        """Goes on with these workers."""
+        """Makes these the workers."""
         own = self.settings.owner(self.exchange)
         if own != self.settings.owner(exchange):
             for bucket in self.buckets:
@@ -388,7 +390,7 @@ class Engine:
         self.averaged = progress["averaged"]
 
     def average_memory(self) -> None:
-        """Replaces memory, and momentum that each worker has for itself, by the workers' mean."""
+        """Replaces memory, and local momentum, by the mean over all workers."""
         own = sorted(self.rule.own_state())
         for bucket in self.buckets:
             bucket.fold_owner()
@@ -410,7 +412,7 @@ class Engine:
 
 
 def owner_of(way: str, exchange: Exchange) -> tuple[int, int] | None:
-    """This worker's rank and the world size if ranges of buckets have owners; else None.
+    """This worker's rank and the world size, if ranges of buckets have owners; else None.
 
     Args:
         way: "all_gather" or "reduce_scatter".
@@ -421,20 +423,20 @@ def owner_of(way: str, exchange: Exchange) -> tuple[int, int] | None:
 
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All parameters, of all groups; none yet where the arguments were refused."""
+    """The parameters of all groups; none if the constructor has refused its arguments."""
     groups = optimizer.__dict__.get("param_groups", [])
     return [param for group in groups for param in group["params"]]
 
 
 def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
-    """Where the parameters are that are trained."""
+    """The device of the parameters that are trained."""
     params = params_of(optimizer)
     params = [p for p in params if p.requires_grad] or params
     return shard_of(params[0]).device if params else torch.device("cpu")
 
 
 def describe(optimizer: torch.optim.Optimizer, rule: Rule, settings: Settings) -> dict[str, Any]:
-    """What must be equal on all workers."""
+    """The facts that must be equal on all workers."""
     return comparison.describe(optimizer, rule.compared) | settings.facts() | rule.facts()
 
 
@@ -447,9 +449,9 @@ def check_group(group: Group, g: int, rule: Rule) -> None:
 def check_params(
     optimizer: torch.optim.Optimizer, rule: Rule, settings: Settings, exchange: Exchange
 ) -> None:
-    """Raises unless these parameters can be trained. Frozen ones are left alone.
+    """Raises unless the parameters that require a gradient can be trained.
 
-    Sets exchange.shard_group where the parameters are sharded.
+    Sets exchange.shard_group if the parameters are sharded.
     """
     names: dict[Tensor, str] = {}
     for g, group in enumerate(optimizer.param_groups):
@@ -459,7 +461,7 @@ def check_params(
                 name = f"params: {comparison.parameter_name(group, i)} of group {g}"
                 checks.check_param(shard_of(param), name)
                 if param in names:
-                    raise ValueError(f"{name} is in them twice")
+                    raise ValueError(f"{name} appears twice")
                 names[param] = name
     devices = {shard_of(p).device for p in names}
     if len(devices) > 1:
@@ -472,7 +474,7 @@ def check_params(
 
 
 def broadcast(exchange: Exchange, groups: list[Group], device: torch.device) -> None:
-    """Gives all workers rank 0's parameters; frozen ones of another kind or place stay."""
+    """Gives all workers rank 0's parameters, except those of another device or kind."""
     params = [shard_of(p).detach() for group in groups for p in group["params"]]
     params = [p for p in params if p.numel() and p.device == device and checks.is_trainable(p)]
     exchange.broadcast([in_storage_order(p) for p in params])

@@ -1,4 +1,4 @@
-"""The torch.optim face of the engine: what GMC and DGC share."""
+"""The torch.optim.Optimizer around an engine, which GMC and DGC share."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from gmc_cuda._engine.watch import DamageWatch
 
 
 class CompressedSGD(torch.optim.Optimizer):
-    """A torch.optim.Optimizer that makes its steps by an engine. Not used on its own.
+    """A torch.optim.Optimizer whose steps an engine makes: the base class of GMC and DGC.
 
     Attributes:
-        engine: for the other modules of gmc_cuda.
+        engine: the engine, for other modules of gmc_cuda.
     """
 
     engine: Engine
@@ -77,7 +77,7 @@ class CompressedSGD(torch.optim.Optimizer):
 
     @property
     def process_group(self) -> Any:
-        """The workers that this optimizer trains with. Set it on a copy from another process."""
+        """The process group to train with. Set it on a copy that came from another process."""
         return self.engine.exchange.group
 
     @process_group.setter
@@ -86,7 +86,12 @@ class CompressedSGD(torch.optim.Optimizer):
         self.engine.set_exchange(Exchange(group))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group. With several workers all of them must call it."""
+        """Adds a param group, with rank 0's parameters. All workers must call it.
+
+        Raises:
+            ValueError, TypeError: the group cannot be used, or the workers differ; nothing was
+                changed.
+        """
         param_group = checks.one_budget(param_group)
         own = self.__dict__.get("engine")
         if own is None:  # torch's constructor calls it too
@@ -113,7 +118,7 @@ class CompressedSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Compresses, exchanges and applies. With several workers all of them must call it.
+        """Compresses, exchanges and applies. All workers must call it.
 
         Args:
             closure: reevaluates the model and returns the loss, as in torch.optim.
@@ -122,9 +127,9 @@ class CompressedSGD(torch.optim.Optimizer):
             What the closure returned.
 
         Raises:
-            ValueError, TypeError: a parameter, option, state or gradient that cannot be used, and
-                nothing was sent; or workers whose options differ, on every worker.
-            FloatingPointError: with ``nonfinite="raise"``, on every worker, when one of them met a
+            ValueError, TypeError: a parameter, option, state or gradient cannot be used, and
+                nothing was sent; or, on every worker, the workers' options differ.
+            FloatingPointError: on every worker, with ``nonfinite="raise"``, if one of them met a
                 non-finite gradient. The finite gradients of the step stay in memory.
             RuntimeError: another worker left the step by an exception, a damaged payload arrived,
                 or the process group was lost. The step was not made on this worker.
@@ -141,16 +146,19 @@ class CompressedSGD(torch.optim.Optimizer):
             steps.raise_first(self.engine.finish())
         except BaseException:
             self.engine.cancel()
-            # A scaler takes these back after a step that went well only; the next one would
-            # multiply its scale with what it finds.
+            # A scaler deletes these only after a step without an error, and the next scaler.step()
+            # would multiply its scale by what it finds.
             for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)
             raise
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch.optim's. With ``overlap=True`` it also ends a backward pass that no step() came
-        after: what was sent of it returns to memory, and goes with the next step."""
+        """Clears gradients as torch.optim does.
+
+        With ``overlap=True`` it also ends a backward pass that no step() has followed: what was
+        sent of it returns to memory, for the next step.
+        """
         self.engine.cancel()
         super().zero_grad(set_to_none)
 
@@ -164,22 +172,22 @@ class CompressedSGD(torch.optim.Optimizer):
             yield
 
     def release(self) -> None:
-        """Lets go of the parameters: no hook of this optimizer acts any more (``overlap=True``).
+        """Removes this optimizer's hooks from the parameters (``overlap=True``).
 
-        For who goes on with another optimizer while this one is still referred to.
+        Call it before another optimizer trains the same parameters, if this one stays alive.
         """
         self.engine.release()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # A scaler must call step() on every worker, even if only one met an overflow. Other readers
-        # (Lightning) take it as a reason to refuse gradient clipping, also where nothing is scaled.
+        # It is True only for torch's scaler, which must call step() on every worker, even if only
+        # one met an overflow. Lightning would refuse gradient clipping because of it.
         return sys._getframe(1).f_globals.get("__name__") == torch.amp.grad_scaler.__name__
 
     def last_step_skipped(self) -> Tensor | None:
         """Whether the last step was skipped: bool [1] on the device.
 
-        None before the first step, and after one that failed before the workers had agreed.
+        None before the first step, and after a step that failed before there was a verdict.
         """
         verdict = self.engine.round.verdict
         return None if verdict is None else verdict != 0
@@ -188,16 +196,16 @@ class CompressedSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict()`` of the same optimizer gave, or torch.optim.SGD's.
+        """Loads a ``state_dict()`` of the same optimizer class, or of torch.optim.SGD.
 
-        No collective. Memory stays float32 whatever the parameters' dtype. Options that the saved
-        state is too old to have keep their present values.
+        No collective. Memory stays float32 whatever the parameters' dtype. Options that an old
+        state lacks keep their present values.
 
         Raises:
-            ValueError, TypeError: a state that does not fit; nothing was changed.
+            ValueError, TypeError: the state does not fit; nothing was changed.
 
         Warns:
-            UserWarning: the memory is another rank's and not the average of all.
+            UserWarning: another rank saved the memory, and it is not the mean of all.
         """
         own, exchange = self.engine, self.engine.exchange
         own.refuse_open_round("load_state_dict")
@@ -220,11 +228,11 @@ class CompressedSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def average_memory_(self) -> None:
-        """Replaces every worker's memory (and local momentum) by the mean over all workers.
+        """Replaces each worker's memory (and local momentum) by the mean over all workers.
 
-        All workers must call it. What is unsent in all, and so the run, is kept: afterwards the
-        state of one worker is the state of all, for checkpoints that keep rank 0's only. Takes a
-        second copy of the memory for as long as it runs.
+        All workers must call it. The sum of what is unsent stays, and with it the run: afterwards
+        all workers have the same state, for checkpoints that keep rank 0's only. It needs a second
+        copy of the memory while it runs.
 
         Raises:
             RuntimeError: the process group was lost; this worker's memory is what it was.
@@ -249,7 +257,7 @@ class CompressedSGD(torch.optim.Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "progress" not in state:  # torch's own, which says nothing of an engine
+        if "progress" not in state:  # a state of torch.optim, without an engine
             super().__setstate__(state)
             return
         state = dict(state)
@@ -264,15 +272,18 @@ class CompressedSGD(torch.optim.Optimizer):
     # --------------------------------------------------------------------------------- figures
 
     def stats(self) -> dict[str, Any]:
-        """Figures of the run so far; reads the device.
+        """Statistics of the run so far. Reads the device.
 
         Returns:
-            steps, skipped_steps; bytes_per_step, what this worker handed to the collectives of the
-            last step (a single worker's stays there); link_bytes_sent and link_bytes_received, what
-            its link carried of the step in each direction; dense_bytes_per_step, a float32
-            gradient's bytes; bytes_ratio, how many times fewer bytes the link carried than a ring
-            all-reduce of that gradient needs, and density, the share of entries sent (both 0 before
-            the first step); repairs, selections that had to read all of memory again.
+            A dict with
+            steps, skipped_steps: their numbers so far;
+            bytes_per_step: bytes that this worker passed to the collectives of the last step;
+            link_bytes_sent, link_bytes_received: bytes of the last step on its link, by direction;
+            dense_bytes_per_step: bytes of a float32 gradient;
+            bytes_ratio: how many times fewer bytes the link carried than a ring all-reduce of that
+            gradient needs; 0 before the first step;
+            density: the share of entries sent; 0 before the first step;
+            repairs: selections that had to read all of memory again.
         """
         own = self.engine
         return figures(own.buckets, own.round.steps, own.round.skipped, own.exchange.size)

@@ -248,7 +248,7 @@ def read(state_dict: dict[str, Any], groups: list[Group], rule: Rule, name: str)
             )
         for i, param in zip(saved["params"], own["params"], strict=True):
             if i in ids:
-                raise ValueError(f"state_dict: parameter {i!r} stands in it twice")
+                raise ValueError(f"state_dict: parameter {i!r} appears twice")
             ids[i] = param
     stamp = _read_stamp(saved_groups, state_dict["state"], name)
     loaded_groups = [
