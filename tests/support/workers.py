@@ -107,9 +107,13 @@ class WorkerPool:
 
     The function is called as ``function(process_group, *args)`` and its results come back in rank
     order. An exception on a rank comes back as that rank's result, as a ``Failure``.
+
+    Args:
+        sizes: the world sizes that run() can be asked for; the default group has the largest.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Iterable[int] = POOL_SIZES) -> None:
+        self._sizes = tuple(sizes)
         self._workers: Workers | None = None
         self._pipes: list[Any] = []
 
@@ -143,12 +147,12 @@ class WorkerPool:
         self._workers = None
 
     def _start(self) -> None:
-        pipes = [context.Pipe() for _ in range(max(POOL_SIZES))]
+        pipes = [context.Pipe() for _ in range(max(self._sizes))]
         self._pipes = [ours for ours, _ in pipes]
         self._folder = tempfile.TemporaryDirectory(prefix="gmc_cuda-pool-")
         self._workers = Workers(
-            max(POOL_SIZES), Path(self._folder.name), _serve, [theirs for _, theirs in pipes],
-            seconds=1800,
+            max(self._sizes), Path(self._folder.name), _serve, [theirs for _, theirs in pipes],
+            self._sizes, seconds=1800,
         )  # fmt: skip
         for _, theirs in pipes:
             theirs.close()
@@ -185,10 +189,10 @@ def _work(
     os._exit(0)  # the interpreter's shutdown may wait for peers that are gone
 
 
-def _serve(say: Callable[[Any], None], pipes: list[Any]) -> None:
+def _serve(say: Callable[[Any], None], pipes: list[Any], sizes: tuple[int, ...]) -> None:
     """What a worker of the pool does until the pool is gone."""
     pipe = pipes[dist.get_rank()]
-    groups = {size: dist.new_group(range(size)) for size in POOL_SIZES}
+    groups = {size: dist.new_group(range(size)) for size in sizes}
     while True:
         try:
             size, function, args = pipe.recv()
