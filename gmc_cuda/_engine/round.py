@@ -1,9 +1,9 @@
-"""One step of all buckets: what was sent, what arrived, what is applied, and what an error leaves.
+"""One step of all buckets: send, receive, apply; and what an error leaves behind.
 
-A step is a transaction. All that can be refused is refused before a round is opened. While this
-worker still has something to send, an error calls the step off on every worker: the others learn
-it from notices in the place of what they wait for. Once all is sent, the others may go on, so this
-worker does too, and raises when the step is complete.
+A step is a transaction. Whatever can be refused is refused before a round is opened. While this
+worker still has something to send, an error calls the step off on every worker: the others get
+notices in the place of the payloads that they wait for. Once all is sent, the other workers may
+apply the step, so this worker completes it too, and raises afterwards.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from gmc_cuda._engine.exchange import Exchange, GroupLost
 from gmc_cuda._engine.rules import Group, Plan, Rule, tag_of
 from gmc_cuda._engine.watch import DamageWatch, DuplicateWatch, SkipWatch
 
-numbers = itertools.count(1)  # of the optimizers and hooks of this process
-_rounds: weakref.WeakSet[Round] = weakref.WeakSet()  # of this process
+numbers = itertools.count(1)  # numbers the optimizers and hooks of this process
+_rounds: weakref.WeakSet[Round] = weakref.WeakSet()  # all rounds of this process
 
 
 class Round:
@@ -37,14 +37,14 @@ class Round:
         exchange: the workers.
         wire_dtype: dtype of the values sent.
         nonfinite: "skip" or "raise".
-        number: this optimizer's among those of the run, the same on all workers.
-        facts: a method that tells what must be equal on all workers, by the name under which a
-            difference is reported. Its object is not kept alive.
+        number: this optimizer's number in the run, the same on all workers.
+        facts: a method that returns the facts which must be equal on all workers, by the name under
+            which errors report them. Its object is not kept alive.
 
     Attributes:
-        steps: how many steps the workers have agreed on, skipped ones among them.
-        skipped: how many of them were skipped, int64 [1] on the device; None before the first.
-        verdict: of the last step, int32 [1], as of ops.verdict; None if it failed before that.
+        steps: number of steps so far, skipped ones included.
+        skipped: number of skipped steps, int64 [1] on the device; None before the first step.
+        verdict: the last step's verdict, int32 [1], from ops.verdict; None if it failed before.
         device: where the parameters are.
     """
 
@@ -66,13 +66,13 @@ class Round:
         self._facts = weakref.WeakMethod(facts)
         self._waiting: deque[tuple[Bucket, Plan]] = deque()
         self._sent: list[tuple[Bucket, steps.Step, steps.Sent]] = []
-        self._last_plans: list[Plan] | None = None  # with which the workers' collectives last met
-        self._tags: set[int] = set()  # of what was last sent
+        self._last_plans: list[Plan] | None = None  # of the workers' last collectives
+        self._tags: set[int] = set()  # the tags that were last sent
         _rounds.add(self)
 
     @property
     def is_open(self) -> bool:
-        """Whether something was sent and the step not made yet."""
+        """Whether something was sent, and the step was not made yet."""
         return bool(self._sent)
 
     @property
@@ -89,12 +89,13 @@ class Round:
         scaling: Mapping[str, Tensor | None],
         also: Sequence[int] = (),
     ) -> Plan:
-        """The next step of the bucket of that index.
+        """The plan of a bucket's next step.
 
         Args:
+            index: the bucket's place in the order of sending.
             group: the bucket's options.
-            scaling: grad_scale and found_inf, what a GradScaler has found.
-            also: what else must be equal on all workers.
+            scaling: the arguments grad_scale and found_inf, from a GradScaler.
+            also: further numbers that must be equal on all workers.
         """
         plan = rule.plan(group, bucket, self.wire_dtype, self.exchange)
         plan = plan._replace(arguments={**scaling, **plan.arguments})
@@ -110,10 +111,10 @@ class Round:
         """Begins a step of these buckets.
 
         Args:
-            known: False if there will be others, see :meth:`add`, so that sizes are not compared.
+            known: False if more buckets will follow by :meth:`add`; then sizes are not compared.
 
         Raises:
-            ValueError: on all workers, if they differ; nothing was sent of the step.
+            ValueError: on all workers, if their sizes differ; nothing of the step was sent.
         """
         before, plans = self._last_plans, [plan for _, plan in work]
         sizes = [plan.size() for plan in plans]
@@ -125,18 +126,17 @@ class Round:
         self._waiting = deque(work)
 
     def compare(self, before: Sequence[Plan], *sizes: tuple[int, ...]) -> None:
-        """Has the workers compare the sizes of what they are about to send.
+        """Makes the workers compare the sizes of what they are about to send. Reads the device.
 
-        Messages of different sizes must not meet: gloo ends the process, NCCL waits for ever. So
-        a worker whose sizes change asks the others first, in a message of the size before. It
-        reads the device.
+        Messages of different sizes must not meet: gloo ends the process, NCCL waits for ever. So a
+        worker whose sizes change first sends a message of the old size, with a tag of the new ones.
 
         Args:
-            before: the step that workers without a change are about to make.
-            sizes: what this one is about to send.
+            before: the plans that workers without a change are about to follow.
+            sizes: the sizes that this worker is about to send.
 
         Raises:
-            ValueError: on all workers, if they differ.
+            ValueError: on all workers, if their sizes differ.
         """
         if self.exchange.size == 1:
             return
@@ -150,7 +150,7 @@ class Round:
             raise self.with_context(error, "nothing was applied") from error
 
     def forget_sizes(self) -> None:
-        """Call it where the workers have just compared everything."""
+        """Spares the next step the comparison of sizes, because the workers have just made it."""
         self._last_plans = None
 
     def add(self, bucket: Bucket, plan: Plan) -> None:
@@ -159,7 +159,7 @@ class Round:
         self._waiting.append((bucket, plan))
 
     def send(self, grads: list[Tensor | None]) -> Bucket:
-        """Sends the next bucket's part. An error calls the step off.
+        """Sends the next bucket. An error calls the step off.
 
         Args:
             grads: from ``bucket.flat_grads()``.
@@ -179,18 +179,18 @@ class Round:
     def finish(
         self, target_of: Callable[[Bucket], tuple[list[Tensor], float | Tensor]]
     ) -> list[BaseException]:
-        """Waits for all payloads, and applies them where the workers agree to.
+        """Waits for all payloads, and applies them unless the verdict is to skip.
 
         Args:
-            target_of: gives a bucket's contiguous parameters and its lr.
+            target_of: returns a bucket's contiguous parameters and its lr.
 
         Returns:
-            errors that came up when the step could not be called off any more; to be raised now
+            Errors that came when the step could no longer be called off. They are to be raised now
             that it is made, see steps.raise_first.
 
         Raises:
-            FloatingPointError: with nonfinite="raise", on every worker.
-            ValueError: what arrived does not belong together; on every worker.
+            FloatingPointError: on every worker, with nonfinite="raise", for a non-finite gradient.
+            ValueError: on every worker, if what arrived does not belong together.
             RuntimeError: another worker has called the step off, a payload is damaged, or the
                 group was lost. Nothing was applied, and what was sent is in memory.
         """
@@ -214,7 +214,7 @@ class Round:
         return late
 
     def with_context(self, error: GroupLost, outcome: str) -> GroupLost:
-        """The same error for users."""
+        """The error for users; see GroupLost.with_context."""
         return error.with_context(f"step {self.steps}", self.exchange.rank, outcome)
 
     def _receive(self, late: list[BaseException]) -> tuple[Tensor, list[Tensor]]:
@@ -223,8 +223,8 @@ class Round:
             steps.insist(sent.work.wait, late)
         verdict = self._judge(sents, late)
         if any(sent.two_sided for sent in sents):
-            # A damaged payload is seen by the one owner that it was sent to, and the others learn
-            # of it from what that sends them.
+            # Only the owner that got a damaged payload sees the damage. The other workers learn of
+            # it from the owner's answer.
             self._raise_on(verdict, unless=ops.DAMAGED)
             answers = [step.send(verdict) for _, step, sent in self._sent if sent.two_sided]
             for answer in answers:
@@ -238,7 +238,7 @@ class Round:
         return verdict, [step.send(verdict) for _, step, _ in self._sent]
 
     def _judge(self, sents: Sequence[steps.Sent], late: list[BaseException]) -> Tensor:
-        """What all workers that hold a part of this step think of what has arrived."""
+        """The verdict on what has arrived, over all buckets and all shards."""
         verdict = steps.insist(lambda: _verdict(sents), late)
         return self.exchange.strictest(verdict)
 
@@ -256,7 +256,7 @@ class Round:
         for bucket, step, _ in sent:
             try:
                 params, lr = steps.insist(partial(target_of, bucket), late)
-                # Counted once for all buckets.
+                # Only the first bucket counts the skipped step.
                 step.send(steps.Target(params, lr, count if first else None, flags))
             except StopIteration:
                 pass
@@ -271,10 +271,10 @@ class Round:
         self.steps += 1
 
     def _raise_on(self, skip: Tensor, unless: int = 0) -> None:
-        """Raises for a verdict that must not be passed over.
+        """Raises for a verdict that ends the step here.
 
         Args:
-            unless: bits that are passed over for now.
+            unless: bits to ignore for now.
         """
         self.verdict = skip
         if not self._reads_verdicts(skip.is_cpu):
@@ -302,16 +302,16 @@ class Round:
             )
 
     def _reads_verdicts(self, on_cpu: bool) -> bool:
-        """Reading one would make the host wait for a GPU."""
+        """Whether the host reads verdicts; to read a GPU's makes it wait for the device."""
         return on_cpu or self.nonfinite == "raise"
 
     def _stops(self, verdict: int, on_cpu: bool) -> bool:
-        """Whether all workers leave a step that gets this verdict half-way."""
+        """Whether this verdict, before the owners' answers, makes all workers leave the step."""
         bits = ops.MISMATCH | ops.OFF | (ops.NONFINITE if self.nonfinite == "raise" else 0)
         return self._reads_verdicts(on_cpu) and bool(verdict & bits)
 
     def _raise_mismatch(self) -> None:
-        """Finds out in what the workers differ; every worker calls it."""
+        """Raises ValueError with the facts in which the workers differ. Collective."""
         describe = self._facts()
         assert describe is not None
         own = {"step": self.steps + 1, **describe()}
@@ -339,10 +339,10 @@ class Round:
         )
 
     def _crossed(self, senders: list[dict[int, int]]) -> str:
-        """Which optimizers' messages met, if they are not of one. Optimizers are numbered.
+        """The numbers of the optimizers whose messages met; empty if it was one optimizer.
 
         Args:
-            senders: for each rank, the number of the optimizer by each of its tags.
+            senders: for each rank, the optimizer's number by tag.
         """
         for _, _, sent in self._sent:
             numbers = [known.get(tag) for known, tag in zip(senders, sent.tags(), strict=True)]
@@ -369,10 +369,10 @@ class Round:
     # --------------------------------------------------------------------------- calling off
 
     def cancel(self) -> None:
-        """Ends a step that is not to be made. What was sent of it returns to memory.
+        """Gives a step up; what was sent of it returns to memory.
 
-        Where other workers wait for the rest of it, they learn that there is none. All workers may
-        cancel a step at once, each at another place.
+        Other workers get notices in the place of the payloads that they wait for. All workers may
+        cancel a step at once, each at another point of it.
         """
         waiting, self._waiting = self._waiting, deque()
         if not self._sent:
@@ -391,14 +391,14 @@ class Round:
         self._count_as_skipped(verdict)
 
     def _call_off_answers(self, waiting: Sequence[Plan], verdict: int) -> int:
-        """Sends notices in the place of what the other workers wait for from owners, if they do.
+        """Sends notices in the place of this owner's answers, if the other workers wait for them.
 
         Args:
-            waiting: buckets of which nothing was sent.
-            verdict: of what all workers have sent to the owners.
+            waiting: plans of the buckets of which nothing was sent.
+            verdict: the verdict on what all workers have sent to the owners.
 
         Returns:
-            the verdict of the answers.
+            The verdict on the answers.
         """
         if self._stops(verdict, self.device.type == "cpu"):
             return 0
@@ -415,10 +415,11 @@ class Round:
             step.close()
 
     def _count_as_skipped(self, verdict: int = ops.OFF) -> None:
-        """Counts a step that this worker has not made, if the others have not either.
+        """Counts a step that no worker has made as skipped.
 
-        If they have, they are one ahead, and the next step says so. Steps that do not belong
-        together are not counted, so that the workers can meet again.
+        If the others have made it, it is not counted: they are one step ahead, and the next step
+        raises for that. Steps that did not belong together are not counted either, so that workers
+        which were one step apart can meet again.
         """
         if self.exchange.size > 1 and (verdict == 0 or verdict & ops.MISMATCH):
             return
@@ -431,14 +432,14 @@ class Round:
         return [steps.notice(self.exchange, plan, tag, self.device) for plan in plans]
 
     def _verdict_of(self, sents: list[steps.Sent]) -> int:
-        """Waits for these and tells what the workers think of them; reads the device."""
+        """Waits for these, and returns the verdict on them. Reads the device."""
         for sent in sents:
             sent.work.wait()
         return int(self.exchange.strictest(_verdict(sents))) if sents else 0
 
 
 def _verdict(sents: Sequence[steps.Sent]) -> Tensor:
-    """Over all buckets, int32 [1], as of ops.verdict."""
+    """The verdict over all buckets, int32 [1], from ops.verdict."""
     return ops.verdict(
         [payloads for sent in sents for payloads in sent.payloads],
         [sent.counts for sent in sents if sent.counts is not None],

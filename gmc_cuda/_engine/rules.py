@@ -1,7 +1,7 @@
-"""What distinguishes GMC from DGC: options, how v is made, what is masked; and a step's plan.
+"""How GMC and DGC differ: options, how v is made, what is masked. Also the plan of a step.
 
-Everything else (buckets, exchange, verdict, overlap) is common to both. A rule of one's own is a
-subclass of :class:`Rule` and an optimizer (``gmc_cuda/optim.py``) that uses it.
+Everything else (buckets, exchange, verdict, overlap) is common to both. Another method needs a
+subclass of :class:`Rule`, and an optimizer that uses it, as in ``gmc_cuda/optim.py``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Part(NamedTuple):
     """A range of a bucket in two-sided compression, and what is sent of it.
 
     Attributes:
-        begin, end: its elements.
-        k: entries sent.
+        begin, end: the range is elements begin to end - 1.
+        k: number of entries sent.
         nbytes: size of their payload.
     """
 
@@ -51,14 +51,15 @@ class Plan(NamedTuple):
     """How one bucket makes a step.
 
     Attributes:
-        numel, k, wire_dtype: what fixes the payload's size: N, entries sent, dtype of the values.
-        dense: whether v itself is summed, instead of gathering payloads.
-        nbytes: what this worker hands to the collectives: the payload's size where it is sparse.
-        link_nbytes: what it sends to other workers of that, and what it receives from them.
+        numel, k, wire_dtype: N, the entries sent, and the dtype of their values. They determine the
+            payload's size.
+        dense: whether v itself is summed by an all-reduce, instead of exchanging payloads.
+        nbytes: bytes that this worker passes to the collectives.
+        link_nbytes: bytes that it sends to other workers, and bytes that it receives from them.
         arguments: keyword arguments of ops.compress_ that say how v is made.
         masking: DGC's momentum factor masking.
-        look_ahead: Nesterov's beta where a_t is applied; None without.
-        tag: says whose step this is, see :func:`tag_of`; 0 where there is nobody to compare with.
+        look_ahead: Nesterov's beta; None without Nesterov momentum.
+        tag: identifies the step, see :func:`tag_of`; 0 for a single worker.
         parts: each rank's range of the bucket with two-sided compression; else empty.
     """
 
@@ -75,24 +76,24 @@ class Plan(NamedTuple):
     parts: tuple[Part, ...] = ()
 
     def size(self) -> tuple[int, int, bool, int, int]:
-        """What the workers must agree on before their collectives can meet."""
+        """The sizes that must be equal on all workers before their collectives meet."""
         return self.numel, self.k, self.dense, self.nbytes, len(self.parts)
 
 
-_FIRST_TAG, _TAGS = 2, 2**24  # below: not tagged, called off; above: not exact in a float32
+_FIRST_TAG, _TAGS = 2, 2**24  # 0: no tag; 1: called off; float32 is exact below 2**24
 
 
 def tag_of(*facts: Any) -> int:
-    """A number by which payloads that do not belong together are told apart, the same everywhere.
+    """A number that differs, very probably, between payloads that do not belong together.
 
     Args:
-        facts: numbers, strings, None and tensors, those on a GPU without their values.
+        facts: numbers, strings, None, and tensors (the values of those on a GPU do not count).
     """
     return _FIRST_TAG + hash(tuple(map(_as_number, facts))) % (_TAGS - _FIRST_TAG)
 
 
 def _as_number(fact: Any) -> float:
-    # Not hash(): of strings and None it is another one in each process.
+    # hash() of strings and None differs from process to process.
     if isinstance(fact, (int, float)):
         return fact
     if isinstance(fact, Tensor):
@@ -104,13 +105,13 @@ _HOW_V_IS_MADE = (*(name for name, option in OPTIONS.items() if option.of_the_ru
 
 
 class Rule:
-    """The part of a method that the optimizer does not share with others.
+    """The part of a method that GMC and DGC do not share.
 
     Attributes:
-        options: its options in a param group, with their defaults.
-        agreed: the options that all workers must have alike at every step.
-        local_momentum: whether each worker keeps a momentum buffer m. If not, the last aggregate
-            a_{t-1} is kept, which all workers have in common.
+        options: the method's own options in a param group, with their defaults.
+        compared: the options that must be equal on all workers at every step.
+        local_momentum: whether each worker keeps a momentum buffer m. If not, all workers keep the
+            last aggregate a_{t-1}.
     """
 
     options: ClassVar[dict[str, Any]] = {}
@@ -120,7 +121,7 @@ class Rule:
     def plan(
         self, group: Group, bucket: Bucket, wire_dtype: torch.dtype, exchange: Exchange
     ) -> Plan:
-        """A bucket's next step, still without its tag.
+        """The plan of a bucket's next step, without a tag.
 
         Args:
             group: the bucket's options.
@@ -143,7 +144,7 @@ class Rule:
             nbytes = budget.payload_nbytes(numel, k, wire_dtype)
             link = ((size - 1) * nbytes, (size - 1) * nbytes)
             dense = budget.dense_is_cheaper(numel, k, max(link), size)
-        if dense:  # v, two numbers for each rank and one for each parameter
+        if dense:  # v, then two numbers for each rank and one for each parameter
             k, nbytes, parts = numel, 4 * (numel + 2 * size + len(bucket.params)), ()
             link = (budget.ring_nbytes(nbytes, size),) * 2
         return Plan(
@@ -152,16 +153,18 @@ class Rule:
         )  # fmt: skip
 
     def check(self, group: Group, where: str) -> None:
-        """Raises ValueError or TypeError for options out of range; called at every step."""
+        """Raises ValueError or TypeError for options out of range. Each step calls it."""
 
     def prepare(
         self, grads: Iterable[Tensor], exchange: Exchange, grad_scale: Tensor | None
     ) -> None:
-        """Sees this worker's gradients before any of them is sent; without overlap only.
+        """Called with all of this worker's gradients before a step compresses any of them.
+
+        Not for overlap=True, where gradients arrive one after the other.
 
         Args:
-            grads: of a sharded parameter the local part.
-            grad_scale: what a GradScaler has multiplied them by.
+            grads: the gradients; those of sharded parameters as shards.
+            grad_scale: the factor by which a GradScaler has multiplied them; None: 1.
         """
 
     def arguments(self, group: Group) -> dict[str, Any]:
@@ -169,22 +172,22 @@ class Rule:
         return {name: as_float(group[name]) for name in _HOW_V_IS_MADE}
 
     def facts(self) -> dict[str, Any]:
-        """Its options besides those of param groups, which must be equal on all ranks."""
+        """Options outside param groups, which must be equal on all ranks."""
         return {}
 
     def check_facts(self, overlap: bool) -> None:
-        """Raises ValueError or TypeError for one of these that is out of range."""
+        """Raises ValueError or TypeError if an option of :meth:`facts` is out of range."""
 
     def look_ahead(self, group: Group) -> float | Tensor | None:
-        """Nesterov's beta where a_t is applied; None without."""
+        """Nesterov's beta; None without Nesterov momentum."""
         return None
 
     def masks(self, group: Group) -> bool:
-        """Whether momentum is zeroed where an entry was sent; with local momentum only."""
+        """Whether local momentum is zeroed where an entry was sent."""
         return False
 
     def finish(self, group: Group) -> None:
-        """Called for each group when a step has been made."""
+        """Called with each group after a step."""
 
     def own_state(self) -> set[str]:
         """Names of the state that differs from worker to worker."""
@@ -192,7 +195,7 @@ class Rule:
         return own | {"momentum_buffer"} if self.local_momentum else own
 
     def momentum_name(self, group: Group) -> str:
-        """The name in state of m or, where momentum is global, of a_{t-1}."""
+        """The key in optimizer.state of m or, with global momentum, of a_{t-1}."""
         return "momentum_buffer"
 
 
@@ -224,13 +227,13 @@ class GlobalMomentum(Rule):
         lr, previous = group["lr"], group["previous_lr"]
         if not isinstance(lr, Tensor):
             group["previous_lr"] = lr
-        elif isinstance(previous, Tensor):  # in place, so that a replayed graph does it too
+        elif isinstance(previous, Tensor):  # in place, so that a graph's replay does it too
             previous.copy_(lr)
         else:
             group["previous_lr"] = lr.clone()
 
     def momentum_name(self, group: Group) -> str:
-        # In the buffer form a_{t-1} is what torch.optim.SGD calls its momentum buffer.
+        # In the buffer form a_{t-1} is torch.optim.SGD's momentum buffer.
         return "momentum_buffer" if group["momentum_form"] == "buffer" else "aggregate"
 
 
@@ -238,7 +241,7 @@ class LocalMomentum(Rule):
     """DGC: m = beta * m + g, v = u + m.
 
     Args:
-        clip_norm: scales the worker's gradient to norm clip_norm / sqrt(p) where it is larger.
+        clip_norm: scale a worker's gradient to norm clip_norm / sqrt(p) if its norm is larger.
     """
 
     options: ClassVar[dict[str, Any]] = {"nesterov": False, "momentum_masking": True}
@@ -270,7 +273,7 @@ class LocalMomentum(Rule):
         norm = exchange.sum_over_shards(_finite_norm(grads).square()).sqrt()
         scale = torch.ones_like(norm) if grad_scale is None else grad_scale.to(norm)
         limit = self.clip_norm / math.sqrt(exchange.size)
-        # Dividing by norm / limit is the scaling; a smaller gradient is only unscaled.
+        # The operator divides by this: norm / limit clips, the loss scale alone unscales.
         self._clip_scale = torch.maximum(scale, norm / limit).float()
 
     def arguments(self, group: Group) -> dict[str, Any]:
@@ -287,7 +290,7 @@ class LocalMomentum(Rule):
 def _parts(
     density: float | None, ratio: float | None, numel: int, wire_dtype: torch.dtype, size: int
 ) -> tuple[Part, ...]:
-    """Every rank's range, with the entries that are sent of it in either direction."""
+    """Every rank's range, with the entries that are sent of it in each direction."""
     parts = []
     for of in cut(numel, size):
         k = budget.entries(density, ratio, of.numel, wire_dtype) if of.numel else 0
@@ -297,14 +300,14 @@ def _parts(
 
 
 def _ratio(previous_lr: float | Tensor, lr: float | Tensor) -> float | Tensor:
-    """eta_{t-1} / eta_t, zero where eta_t is."""
+    """eta_{t-1} / eta_t, or 0 if eta_t is 0."""
     if isinstance(lr, Tensor):
         return torch.where(lr == 0, 0.0, previous_lr / lr)
     return 0.0 if lr == 0 else previous_lr / lr
 
 
 def _finite_norm(grads: Iterable[Tensor]) -> Tensor:
-    """The Euclidean norm over all finite elements, float64, so that no square overflows."""
+    """The Euclidean norm of all finite elements, in float64, where no square overflows."""
     norms = [
         torch.linalg.vector_norm(grad.nan_to_num(0.0, 0.0, 0.0), dtype=torch.float64)
         for grad in grads

@@ -1,12 +1,13 @@
-"""One step of one bucket as a generator: what is done before the collective, between, and after.
+"""One step of one bucket as a generator, which yields at each collective.
 
-Every step yields three times (with two-sided compression four, as that sends twice):
+A step goes in three stages (with two-sided compression in four, because that sends twice):
 
-    sent = next(step)             v is made and on its way
-    aggregate = step.send(skip)   all payloads are here and the workers agree whether to skip
-    step.send(target)             moves the parameters, or in a skipped step gives back, and ends
+    sent = next(step)             makes v, and sends
+    aggregate = step.send(skip)   merges the payloads, which have arrived, by the workers' verdict
+    step.send(target)             moves the parameters, or returns a skipped step's payload to
+                                  memory, and ends
 
-Closing it earlier gives back: what was taken out of memory returns there, and a_t is zero.
+If it is closed earlier, what was taken out of memory returns there, and a_t is zero.
 """
 
 from __future__ import annotations
@@ -27,17 +28,16 @@ T = TypeVar("T")
 
 
 class Sent(NamedTuple):
-    """What a step has on its way.
+    """What a step has sent.
 
     Attributes:
         work: the collective.
-        payloads: every rank's payload, uint8 [p, n], those of one size each; empty where v itself
-            is summed.
+        payloads: every rank's payload, uint8 [p, n], one tensor for each size; empty if v itself is
+            summed.
         counts: every rank's count of non-finite values, then every rank's tag, float32 [2p]; None
-            where payloads are sent.
-        two_sided: whether the step has another half, which its next yield sends.
-        error: what keeps this worker from sending more than a notice; to be raised once the others
-            have it.
+            if payloads are sent.
+        two_sided: whether the next yield of the step sends again.
+        error: why this worker has sent a notice only; to be raised once the others have it.
     """
 
     work: Work
@@ -61,13 +61,13 @@ class Sent(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Where a_t goes.
+    """What a step moves by a_t.
 
     Attributes:
-        params: contiguous tensors in the bucket's order, from which lr * a_t is taken.
-        lr: a number or a tensor holding one.
-        skipped_steps: int64 [1], counted up in a skipped step; None: it is not.
-        flags: int32 [1], where a GPU reports damage; None: it does not.
+        params: contiguous tensors in the bucket's order, from which lr * a_t is subtracted.
+        lr: a number, or a tensor that holds one.
+        skipped_steps: int64 [1], to which a skipped step adds 1; None: it does not.
+        flags: int32 [1], in which a GPU sets bits for damaged payloads; None: it does not.
     """
 
     params: Sequence[Tensor]
@@ -83,7 +83,7 @@ class CalledOff(Exception):
     """Thrown into a two-sided step that this worker gives up after its first half.
 
     Attributes:
-        verdict: of what all workers have sent to the owners.
+        verdict: the verdict on what all workers have sent to the owners.
     """
 
     def __init__(self, verdict: int) -> None:
@@ -94,7 +94,7 @@ class CalledOff(Exception):
 def send(
     bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], plan: Plan
 ) -> tuple[Step, Sent]:
-    """Starts a bucket's step. If this raises, nothing was sent, and memory has all of v."""
+    """Begins a bucket's step. If this raises, nothing was sent, and memory has all of v."""
     step = _kind_of(plan)(bucket, exchange, grads, plan)
     sent: Sent = next(step)
     bucket.sent_nbytes, bucket.sent_entries = plan.nbytes, plan.k
@@ -107,7 +107,7 @@ def _kind_of(plan: Plan) -> Callable[..., Step]:
         return dense_step
     if not plan.parts:
         return sparse_step
-    from gmc_cuda._engine.two_sided import two_sided_step  # which is made of what stands below
+    from gmc_cuda._engine.two_sided import two_sided_step  # which imports this module
 
     return two_sided_step
 
@@ -115,7 +115,7 @@ def _kind_of(plan: Plan) -> Callable[..., Step]:
 def sparse_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], plan: Plan) -> Step:
     """Compresses a bucket and gathers the payloads of all ranks.
 
-    A parameter without a gradient on this worker is left alone by it: nothing is added to its
+    A parameter without a gradient on this worker is left alone here: nothing is added to its
     memory, neither momentum nor weight decay. What is in its memory can still be sent.
 
     Args:
@@ -183,9 +183,9 @@ def sparse_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], 
 def dense_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], plan: Plan) -> Step:
     """Sums v itself over all ranks.
 
-    After v travel each rank's count of non-finite values, its tag, and for each parameter how many
-    ranks have a gradient. A parameter that none has a gradient for is left alone, momentum and all,
-    as by torch.optim.SGD; if some have one, the others count as zero.
+    The message also holds each rank's count of non-finite values, each rank's tag, and for each
+    parameter how many ranks have a gradient. A parameter for which none has one is left alone with
+    its momentum, as by torch.optim.SGD; if some have one, a missing gradient counts as zero.
     """
     ranks, rank = exchange.size, exchange.rank
     bucket.fold_owner()
@@ -233,7 +233,7 @@ def dense_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], p
         insist_once(lambda: alone.put_back(v, previous), errors)
         insist_once(lambda: _keep(bucket, v), errors)
     finally:
-        if not applied:  # memory holds all of v until then
+        if not applied:  # until then memory holds all of v
             taken_back(bucket)
     raise_first(errors)
 
@@ -241,8 +241,8 @@ def dense_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], p
 def notice(exchange: Exchange, plan: Plan, tag: int, device: torch.device) -> Sent:
     """Sends a tag in the place of a bucket's step, in a message of the same size.
 
-    The workers find out from it that this one does not go on as they do. What else is in it is
-    never looked at.
+    The tag tells the other workers that this one does not make their step. They ignore the rest of
+    the message.
     """
     if plan.dense:
         total = torch.zeros(plan.nbytes // 4, dtype=torch.float32, device=device)
@@ -269,10 +269,10 @@ def answer_notice(exchange: Exchange, plan: Plan, device: torch.device) -> Sent:
 def send_answer(
     exchange: Exchange, plan: Plan, payload: Tensor, error: BaseException | None = None
 ) -> Sent:
-    """Sends an owner's payload to all; those of shorter ranges are padded."""
+    """Sends an owner's payload to all, padded to the size of the first range's."""
     padding = plan.parts[0].nbytes - payload.numel()
     gathered, work = exchange.all_gather(torch.nn.functional.pad(payload, (0, padding)))
-    last = plan.parts[-1].nbytes  # of the only range that may be shorter
+    last = plan.parts[-1].nbytes  # only the last range may be shorter
     if last == gathered.size(1):
         return Sent(work, (gathered,), None, error=error)
     return Sent(work, (gathered[:-1], gathered[-1:, :last]), None, error=error)
@@ -286,7 +286,7 @@ def empty_payload(
     device: torch.device,
     nonfinite: int = 0,
 ) -> Tensor:
-    """A payload with that tag and count whose values are all zero."""
+    """A payload of zeros, with this tag and count of non-finite values."""
     nothing = reference.encode(torch.zeros(k, dtype=torch.float32, device=device), wire_dtype)
     return reference.pack(
         torch.arange(k, dtype=torch.int64, device=device), nothing, numel, wire_dtype,
@@ -298,11 +298,14 @@ def empty_payload(
 
 
 def insist(action: Callable[[], T], errors: list[BaseException]) -> T:
-    """Does it again if it raised, since the other workers go on by now; may raise then.
+    """Repeats an action once if it raises, because the other workers complete the step by now.
 
     Args:
-        action: changes nothing if it raises, or the same when it is done again.
-        errors: gets what it raised the first time, for when the step is complete.
+        action: may be repeated: if it raises it has changed nothing, or what a repeat will set.
+        errors: gets the first error, to be raised when the step is complete.
+
+    Returns:
+        What the action returned. The second error, if there is one, is raised.
     """
     try:
         return action()
@@ -314,10 +317,10 @@ def insist(action: Callable[[], T], errors: list[BaseException]) -> T:
 
 
 def insist_once(action: Callable[[], None], errors: list[BaseException]) -> None:
-    """The same for what must not be done twice.
+    """Repeats an action that must not be done twice, only if it has changed nothing.
 
-    An operator that raises has changed nothing; but an interrupt of the user's, which the
-    interpreter raises after an operator has returned, has let it do its work.
+    An operator that raises an Exception has changed nothing. The interpreter raises an interrupt of
+    the user's after an operator has returned, that is after it has done its work.
     """
     try:
         action()
@@ -329,7 +332,7 @@ def insist_once(action: Callable[[], None], errors: list[BaseException]) -> None
 
 
 def attempt(action: Callable[[], None], errors: list[BaseException]) -> None:
-    """Does what a step can do without, such as a warning, which may have been made an error."""
+    """Does something optional, such as a warning, which a filter may turn into an error."""
     try:
         action()
     except BaseException as error:
@@ -341,8 +344,8 @@ def raise_first(errors: list[BaseException]) -> None:
         raise errors[0]
 
 
-# Nesterov: w -= lr * ((1 + beta) a_t - beta' a_{t-1}), where beta' is the factor of a_{t-1} in v,
-# so that exactly what was looked ahead is taken back. Each term is applied by itself.
+# Nesterov: w -= lr * ((1 + beta) a_t - beta' a_{t-1}), where beta' is the factor of a_{t-1} in v.
+# The second term undoes the last step's look-ahead, and each term is applied by itself.
 
 
 def moved_lr(plan: Plan, lr: float | Tensor) -> float | Tensor:
@@ -352,7 +355,7 @@ def moved_lr(plan: Plan, lr: float | Tensor) -> float | Tensor:
 def look_back(
     target: Target, previous: Callable[[], Tensor | None], plan: Plan, skip: Tensor
 ) -> None:
-    """Takes back what the step before looked ahead."""
+    """Undoes the look-ahead of the step before."""
     aggregate = None if plan.look_ahead is None else previous()
     if aggregate is not None:
         ops.apply_(target.params, aggregate, -target.lr * plan.arguments["momentum"], skip=skip)
@@ -364,13 +367,13 @@ def _keep(bucket: Bucket, aggregate: Tensor) -> None:
 
 
 def taken_back(bucket: Bucket) -> None:
-    """Memory has v again, and with it the momentum and the gradients, which must not come twice."""
+    """Drops a_{t-1} and the gradients, which are in memory again as parts of v."""
     bucket.aggregate = None
     bucket.forget_grads()
 
 
 def use_on_this_stream(*tensors: Tensor) -> None:
-    """With overlap they were made on the backward pass's stream, and are used and freed on this."""
+    """Keeps the allocator from reusing tensors of another stream, as overlap has, too early."""
     for tensor in tensors:
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -8,12 +8,11 @@
 
 With r added to the mean of all u, the equations of the papers hold as they do for an all-gather,
 and each link carries (p-1)/p of two payloads, however many workers there are. The owner adds the
-global momentum, so that a worker need not spend entries on what all know. Local momentum (DGC) is
-each worker's, as ever.
+global momentum, so that no worker spends entries on what all workers know. Local momentum (DGC)
+stays with each worker.
 
-A payload that has arrived at its owner stays with it, even if the step is skipped then; only what
-the owners have sent is taken back. What was sent to an owner that could not use it returns to the
-sender's memory.
+In a skipped step an owner keeps what it has received, in r, and only what it has sent returns to
+r. A payload that its owner could not use returns to the sender's memory.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from gmc_cuda._engine.steps import CalledOff, Sent, Step, Target, insist, insist
 def two_sided_step(
     bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], plan: Plan
 ) -> Step:
-    """As :func:`steps.sparse_step`, with one more yield, of what the owners send to all."""
+    """A step like :func:`steps.sparse_step`, with one more yield for what the owners send."""
     payloads = _towards_owners(bucket, grads, plan)
     owning = _Owning(bucket, missing.absent_in(grads), plan, exchange.rank)
     back = Work()
@@ -76,7 +75,7 @@ def two_sided_step(
         insist_once(move, errors)
         applied = True
         insist_once(lambda: owning.take_back(skip), errors)
-        if not skip.is_cpu:  # on the CPU a step that was called off has raised
+        if not skip.is_cpu:  # on the CPU, calling a step off has raised before
             insist_once(lambda: owning.give_back(payloads, verdict), errors)
         insist_once(lambda: _mask(bucket, payloads, plan, skip), errors)
         insist_once(lambda: owning.keep(aggregate, own), errors)
@@ -89,10 +88,9 @@ def two_sided_step(
 
 
 def _towards_owners(bucket: Bucket, grads: list[Tensor | None], plan: Plan) -> list[Tensor]:
-    """Compresses each range by itself: c_kj for every owner j, as payloads.
+    """Compresses each range by itself: the payloads c_kj for all owners j.
 
-    Each header has the count of non-finite values in the whole bucket, so that every owner knows
-    all that the workers have met.
+    Each header counts the non-finite values of the whole bucket, so that every owner knows of all.
     """
     arguments, buffer = plan.arguments, bucket.momentum_buffer
     if buffer is None:
@@ -115,7 +113,7 @@ def _towards_owners(bucket: Bucket, grads: list[Tensor | None], plan: Plan) -> l
                     **arguments,
                 )
 
-            # Once the first range is compressed, the others must be.
+            # After the first range has been compressed, the others must be too.
             payloads.append(insist(compress, []) if payloads else compress())
     _share_counts(payloads)
     return payloads
@@ -136,7 +134,7 @@ def _share_counts(payloads: Sequence[Tensor]) -> None:
 def _side_by_side(
     bucket: Bucket, replies: Sequence[Tensor], plan: Plan, skip: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """a_t, all d_j side by side: of the whole bucket, and within this worker's own range."""
+    """a_t (all d_j side by side) of the whole bucket, and within this worker's own range."""
     dense, own = torch.zeros_like(bucket.memory), None
     for j, (reply, part) in enumerate(zip(replies, plan.parts, strict=True)):
         aggregate = ops.merge(reply.unsqueeze(0), part.numel, part.k, plan.wire_dtype, skip=skip)
@@ -156,14 +154,14 @@ def _mask(bucket: Bucket, payloads: Sequence[Tensor], plan: Plan, skip: Tensor) 
 
 
 class _Owning:
-    """This worker's part of a step as the owner of a range, and what undoes the step.
+    """The owner's side of a step, and what undoes it.
 
     Args:
-        absent: which parameters of the bucket have no gradient on this worker.
-        rank: this worker's.
+        absent: indices of the bucket's parameters that have no gradient on this worker.
+        rank: this worker's rank.
 
     Attributes:
-        part: its range, and what is sent of that.
+        part: this worker's range, and what is sent of it.
     """
 
     def __init__(self, bucket: Bucket, absent: list[int], plan: Plan, rank: int) -> None:
@@ -176,15 +174,16 @@ class _Owning:
         self._answer: Tensor | None = None
 
     def answer(self, received: Tensor, verdict: Tensor) -> tuple[Tensor, BaseException | None]:
-        """Takes in what has arrived and selects what goes to all.
+        """Adds what has arrived to r, and selects what goes to all.
 
         Args:
             received: the workers' payloads, uint8 [p, nbytes].
-            verdict: of all of them.
+            verdict: the verdict on all of them.
 
         Returns:
-            d_j, and what went wrong, such as a damaged payload. The other workers wait, so there is
-            always something to send: a payload that calls the step off, or lets all skip it.
+            The payload d_j, and the error if there was one, such as a damaged payload. The other
+            workers wait for an answer, so after an error the payload calls the step off, or makes
+            all skip it.
         """
         part, plan = self.part, self._plan
         self._none_took_in = False
@@ -196,7 +195,7 @@ class _Owning:
         except Exception as error:
             self._answer = self._nothing(ops.CALLED_OFF)
             return self._answer, error
-        except BaseException as error:  # an interrupt, which lets an operator do its work
+        except BaseException as error:  # an interrupt, raised after an operator has done its work
             self._took_in = True
             self._answer = self._nothing(plan.tag, nonfinite=1)
             return self._answer, error
@@ -207,10 +206,11 @@ class _Owning:
         """Calls the step off.
 
         Args:
-            verdict: of what all workers have sent; it may have kept the owners from taking that in.
+            verdict: the verdict on what all workers have sent, which may have kept the owners from
+                adding it to r.
 
         Returns:
-            what to send.
+            The payload to send.
         """
         self._none_took_in = bool(verdict & (ops.MISMATCH | ops.OFF))
         self._answer = self._nothing(ops.CALLED_OFF)
@@ -238,7 +238,7 @@ class _Owning:
         )
 
     def _add_momentum(self) -> None:
-        """r = memory_decay * r + beta * a_{t-1}, but for parameters without a gradient here."""
+        """r = memory_decay * r + beta * a_{t-1}, except for parameters without a gradient here."""
         if self._has_momentum:
             return
         bucket, owner, rule = self._bucket, self._owner, self._plan.arguments
@@ -260,19 +260,19 @@ class _Owning:
         self._has_momentum = True
 
     def _pieces(self, flat: Tensor) -> list[tuple[int, Tensor]]:
-        """Each parameter's place in the bucket, with its piece of a tensor of the range."""
+        """Each parameter's index in the bucket, with its piece of a tensor of the range."""
         found = within(self._bucket.sizes, self._owner.range)
         pieces = flat.split([last - first for _, first, last in found])
         return [(i, piece) for (i, _, _), piece in zip(found, pieces, strict=True)]
 
     def take_back(self, skip: Tensor | None) -> None:
-        """What was sent to all returns to r where the step is skipped; None: it is."""
+        """Returns what was sent to all to r if skip is not zero, or None."""
         if self._took_in and self._answer is not None:
             part, memory = self.part, self._owner.memory
             ops.restore_(memory, self._answer, part.k, self._plan.wire_dtype, skip=skip)
 
     def give_back(self, payloads: Sequence[Tensor], verdict: Tensor) -> None:
-        """What no owner has taken in returns to this worker's memory, without the host's help."""
+        """Returns to memory what no owner has added to r, as decided on the device."""
         called_off = verdict & (ops.MISMATCH | ops.OFF)
         for part, payload in zip(self._plan.parts, payloads, strict=True):
             self._return(part, payload, called_off)
@@ -282,22 +282,22 @@ class _Owning:
         ops.restore_(memory, payload, part.k, self._plan.wire_dtype, skip=skip)
 
     def keep(self, aggregate: Tensor, own: Tensor | None) -> None:
-        """Makes these a_{t-1} of the next step, where momentum is global."""
+        """Makes these a_{t-1} of the next step, with global momentum."""
         if self._bucket.momentum_buffer is None and own is not None:
             self._bucket.keep_aggregate(aggregate)
             self._owner.keep(own, self._bucket.aggregate)
 
     def cancel(self, payloads: Sequence[Tensor], replies: Sequence[Tensor] | None) -> None:
-        """Undoes a step that is not made: what owners have not taken in returns to memory.
+        """Undoes a step that is given up: what owners have not added to r returns to memory.
 
         Args:
             payloads: what this worker has sent to the owners.
-            replies: what they have sent to all; None if it did not arrive.
+            replies: what the owners have sent to all; None if it did not arrive.
         """
         self._add_momentum()
         if self._none_took_in:
             taken = [False] * len(payloads)
-        elif replies is None:  # the group was lost; the other owners are taken to have been faster
+        elif replies is None:  # the group was lost: the other owners are assumed to have added it
             taken = [True] * len(payloads)
             taken[self._owner.rank] = self._took_in
         else:
