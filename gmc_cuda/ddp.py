@@ -192,7 +192,7 @@ class GMCHookState:
         if round.steps == 0:
             facts = self._facts() | {"elements of the first bucket": buffer.numel()}
             round.number = comparison.require_equal(
-                round.exchange, facts, buffer.device, next(numbers)
+                round.exchange, facts, buffer.device, next(numbers), "backward() with gmc_hook"
             )
             self._scaler = self._scaler or only_grad_scaler()
         self._scale = scale_of(self._scaler, buffer.device)

@@ -16,6 +16,7 @@ from gmc_cuda._engine import comparison, ddp_guard, engine
 from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import DTYPES, in_storage_order
 from gmc_cuda._engine.exchange import Exchange
+from gmc_cuda._engine.meeting import meet
 from gmc_cuda._engine.optimizer import CompressedSGD
 from gmc_cuda._engine.wrapper import Failed, Wrapper, raised_by_constructor
 from gmc_cuda.optim import GMC
@@ -98,6 +99,7 @@ class LocalUpdates(Wrapper):
         try:
             _check_arguments(inner_optimizer, outer, every)
             self._begin_life()
+            states.make_place(self.inner.param_groups, _KEY)
             self._check_kinds()
             trained = [p for p in self._params() if p.requires_grad]
             self._copies = {p: nn.Parameter(_float32(p)) for p in trained}
@@ -110,7 +112,12 @@ class LocalUpdates(Wrapper):
         self.outer = _make_outer(functools.partial(GMC, **self.DEFAULTS), outer, copies)
         exchange = self.outer.engine.exchange
         facts = {"every": every, "overlap": overlap, "inner optimizer": type(self.inner).__name__}
-        comparison.require_equal(exchange, facts | self._model(), engine.device_of(self.inner))
+        comparison.require_equal(
+            exchange,
+            facts | self._model(),
+            engine.device_of(self.inner),
+            call="the constructor of LocalUpdates",
+        )
         frozen = [p for p in self._params() if not p.requires_grad]
         engine.broadcast(exchange, [{"params": frozen}], engine.device_of(self.inner))
         self._follow()
@@ -266,6 +273,7 @@ class LocalUpdates(Wrapper):
         try:
             try:
                 self.inner.add_param_group(param_group)
+                states.make_place(self.inner.param_groups, _KEY)
                 self._check_kinds()
                 facts: dict[str, Any] | Exception = self._model()
             except Exception as error:
@@ -375,7 +383,13 @@ class LocalUpdates(Wrapper):
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """Ends the round now: afterwards all workers have the same parameters. All must call it."""
+        """Ends the round now: afterwards all workers have the same parameters. All must call it.
+
+        Raises:
+            RuntimeError: another worker did not call it within the time-out of the process group;
+                this worker's round goes on. Others as :meth:`step`.
+        """
+        meet(self.outer.engine.exchange, "synchronize()")
         self._follow()
         if self._steps % self.every != 0:
             self._end_round()
@@ -431,7 +445,9 @@ class LocalUpdates(Wrapper):
         """Loads what :meth:`state_dict` gave. No collective. The model is loaded by itself.
 
         Raises:
-            ValueError: it is not a LocalUpdates' state, or not of this model; nothing was changed.
+            ValueError: it is not a LocalUpdates' state, or not of this model, or torch's
+                ``flatten_optimizer_state_dict`` has left the outer optimizer's part out; nothing
+                was changed.
             RuntimeError: with ``overlap``, while an exchange is on its way.
 
         Warns:
@@ -489,6 +505,7 @@ class LocalUpdates(Wrapper):
         # The same as load_state_dict() looks at, while nothing has been changed.
         states.read(outer_dict, outer_groups, self.outer.engine.rule, type(self.outer).__name__)
         self.inner.load_state_dict(_inner_part(state_dict, state, groups))
+        states.make_place(self.inner.param_groups, _KEY)
         for param in starts:
             if param not in self._copies:
                 self._put(param, copies[param].detach())
@@ -519,6 +536,13 @@ class LocalUpdates(Wrapper):
                         f"state_dict: parameter {i} had shape {tuple(starts[param].shape)}, must "
                         f"be {tuple(param.shape)}: got parameters of other shapes than this model's"
                     )
+        if not starts and any(param.requires_grad for param in params):
+            raise ValueError(
+                "state_dict: it has no 'outer.start' of any parameter. torch reads a flattened "
+                "state by what optimizer.state holds, which is the inner optimizer's: use "
+                "StateDictOptions(flatten_optimizer_state_dict=False), or optimizer.state_dict() "
+                "and load_state_dict()"
+            )
         return outer_state, starts
 
 
@@ -616,7 +640,9 @@ def _tell(error: Exception, outer: Any) -> NoReturn:
     group = outer.process_group if isinstance(outer, CompressedSGD) else None
     if isinstance(outer, functools.partial):
         group = outer.keywords.get("process_group")
-    comparison.require_equal(Exchange(group), error, torch.device("cpu"))
+    comparison.require_equal(
+        Exchange(group), error, torch.device("cpu"), call="the constructor of LocalUpdates"
+    )
     raise error
 
 
@@ -646,7 +672,7 @@ def _read(
             state[i] = {**state.get(i, {}), **own, _START: start}
         value = {"outer": old["outer"]["param_groups"], "steps": old["steps"]}
         groups = [{**group, _KEY: value} for group in groups]
-    if not groups or not all(_KEY in group for group in groups):
+    if not groups or not all(group.get(_KEY) for group in groups):
         other = next((g["saved_by"]["optimizer"] for g in groups if "saved_by" in g), None)
         if other is not None:
             raise ValueError(f"state_dict: got the state of {other}, must be of LocalUpdates")

@@ -18,6 +18,7 @@ from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import DTYPES
 from gmc_cuda._engine.engine import Engine
 from gmc_cuda._engine.exchange import Exchange
+from gmc_cuda._engine.meeting import meet
 from gmc_cuda._engine.optimizer import CompressedSGD
 from gmc_cuda._engine.wrapper import Wrapper, raised_by_constructor
 
@@ -58,6 +59,16 @@ class _Share(NamedTuple):
     params: list[Tensor]
     own: Tensor
     pieces: list[tuple[Tensor, _Part]]
+
+
+class _LayersDiffer(ValueError):
+    """Layers or param groups are not the same on the workers of a node."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            "the workers of a node must change param groups and layers in the same step, but they "
+            f"differ in:{found}"
+        )
 
 
 class NodeAverage(Wrapper):
@@ -115,7 +126,8 @@ class NodeAverage(Wrapper):
             facts: dict[str, Any] | Exception = comparison.describe(self)
         except Exception as error:
             facts = error
-        self._require_equal(facts)
+        constructor = "the constructor of NodeAverage"
+        self._require_equal(facts, constructor)
         self._broadcast(self.param_groups)
         groups = self._cut(set())
         try:
@@ -130,8 +142,9 @@ class NodeAverage(Wrapper):
             facts = error
             if not raised_by_constructor(error):
                 with suppress(Exception):  # the other nodes' workers wait in their constructors
-                    comparison.require_equal(self._across, error, torch.device("cpu"))
-        self._require_equal(facts)
+                    cpu = torch.device("cpu")
+                    comparison.require_equal(self._across, error, cpu, call=constructor)
+        self._require_equal(facts, constructor)
         self.defaults = self.inner.defaults
         self._take_options()
         self._show()
@@ -139,14 +152,21 @@ class NodeAverage(Wrapper):
     # ------------------------------------------------------------------- what workers agree on
 
     @property
-    def _workers(self) -> int:
+    def workers_in_node(self) -> int:
+        """How many workers share the state of one node."""
         return self._place[1]
 
-    def _require_equal(self, facts: dict[str, Any] | Exception) -> None:
+    def _require_equal(self, facts: dict[str, Any] | Exception, call: str) -> None:
         """As comparison.require_equal, over all workers of all nodes, in the order of the mesh."""
         failed = repr(facts) if isinstance(facts, Exception) else None
         everyone: list[Any] = [failed or facts]
         for exchange in (self._inside, self._across):
+            try:
+                meet(exchange, call, place="all nodes")
+            except Exception as error:
+                if isinstance(facts, Exception):
+                    raise facts from error
+                raise
             answers = exchange.gather_objects(everyone, engine.device_of(self))
             everyone = list(chain.from_iterable(answers))
         if isinstance(facts, Exception):
@@ -219,7 +239,7 @@ class NodeAverage(Wrapper):
                 start += p.numel()
         for p in engine.params_of(self):
             if p not in ranges:  # frozen; with nothing that waits for it, it needs no part
-                size = -(-p.numel() // self._workers) if p in had else 0
+                size = -(-p.numel() // self.workers_in_node) if p in had else 0
                 ranges[p] = min(rank * size, p.numel()), min((rank + 1) * size, p.numel())
         return ranges
 
@@ -235,7 +255,7 @@ class NodeAverage(Wrapper):
         return flats
 
     def _share_of(self, params: list[Tensor]) -> int:
-        return -(-sum(p.numel() for p in params) // self._workers)
+        return -(-sum(p.numel() for p in params) // self.workers_in_node)
 
     def _share_storage(self) -> None:
         """Lays the parts of each share one after the other, as they are gathered."""
@@ -306,15 +326,13 @@ class NodeAverage(Wrapper):
             for p, (own, _) in parts.items()
         }
         names = [sorted(held.get(parts[p].own, {})) if p in parts else [] for p in params]
+        meet(self._inside, "step() or state_dict() after layers or param groups were changed")
         answers = self._inside.gather_objects(
             (comparison.describe(self), names), engine.device_of(self)
         )
         found = comparison.differences([facts for facts, _ in answers])
         if found:
-            raise ValueError(
-                "the workers of a node must change param groups and layers in the same step, but "
-                f"they differ in:{found}"
-            )
+            raise _LayersDiffer(found)
         had = [sorted(set().union(*(theirs[i] for _, theirs in answers)))
                for i in range(len(params))]  # fmt: skip
         whole = [
@@ -356,6 +374,7 @@ class NodeAverage(Wrapper):
         """Shows the inner optimizer's options, among them what it writes there itself."""
         for group, own in zip(self.param_groups, self.inner.param_groups, strict=True):
             group.update((k, v) for k, v in own.items() if k != "params")
+        states.make_place(self.param_groups, _KEY)
 
     def _give_options(self) -> None:
         for group, own in zip(self.param_groups, self.inner.param_groups, strict=True):
@@ -381,7 +400,7 @@ class NodeAverage(Wrapper):
                 facts: dict[str, Any] | Exception = comparison.describe(self)
             except Exception as error:
                 facts = error
-            self._require_equal(facts)
+            self._require_equal(facts, "add_param_group()")
         except Exception:
             del self.param_groups[known:]
             raise
@@ -418,14 +437,19 @@ class NodeAverage(Wrapper):
     def _step(self) -> None:
         made_by = self.inner.engine
         self._inside.check()
-        workers = self._across.size * self._workers
+        workers = self._across.size * self.workers_in_node
         checks.check_scaler(hasattr(self, "found_inf"), made_by.scaled_together, workers, False)
         if made_by.round.steps == 0:
             for exchange in (self._across, self._inside):
                 ddp_guard.refuse_communicating(self._params, exchange.group)
         for g, group in enumerate(self.param_groups):
             engine.check_group(group, g, made_by.rule)
-        self._follow()
+        try:
+            self._compare_changes()
+            self._follow()
+        except _LayersDiffer as error:
+            made_by.refuse({"layers inside a node": str(error)})
+            raise
         self._give_options()
         for flat, share in zip(self._flat_gradients(), self._shares, strict=True):
             self._set_gradients(share, flat)
@@ -447,6 +471,32 @@ class NodeAverage(Wrapper):
         self._take_options()
         self._show()
 
+    def _compare_changes(self) -> None:
+        """Notices layers or param groups that were changed on some workers of the node only.
+
+        Workers whose parts differ would send messages of different sizes. So each step begins with
+        one number from each worker, which the host reads. On a GPU it travels beside the backward
+        pass, so that the host does not wait for that.
+
+        Raises:
+            _LayersDiffer: on every worker of the node.
+        """
+        device = engine.device_of(self)
+        cuda = device.type == "cuda"
+        if self.workers_in_node == 1 or (cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        with torch.cuda.stream(torch.cuda.Stream(device) if cuda else None):
+            changed = torch.tensor([not self._holds()], dtype=torch.int32, device=device)
+            self._inside.all_reduce(changed).wait()
+            count = int(changed)
+        if count in (0, self.workers_in_node):  # where all have changed, more is compared later
+            return
+        everyone = self._inside.gather_objects(comparison.describe(self), device)
+        found = comparison.differences(everyone)
+        raise _LayersDiffer(
+            found or "\n  parameters or param groups that were replaced by others of their kind"
+        )
+
     def _inner_step(self) -> None:
         inner: Any = self.inner
         scaling = {k: self.__dict__[k] for k in ("grad_scale", "found_inf") if k in self.__dict__}
@@ -467,7 +517,7 @@ class NodeAverage(Wrapper):
                     checks.refuse_gradient(grad, name)
         flats = []
         for share in self._shares:
-            flat = share.own.new_empty(self._workers * share.own.numel())
+            flat = share.own.new_empty(self.workers_in_node * share.own.numel())
             parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in share.params]
             numel = sum(p.numel() for p in share.params)
             torch.cat([grad.reshape(-1) for grad in parts], out=flat[:numel])
@@ -481,9 +531,9 @@ class NodeAverage(Wrapper):
     def _set_gradients(self, share: _Share, flat: Tensor) -> None:
         """Averages over the node, and gives the parts their gradients and the values of today."""
         own = flat
-        if self._workers > 1:
+        if self.workers_in_node > 1:
             own = torch.empty_like(share.own)
-            _reduce_scatter(own, flat.div_(self._workers), group=self._inside.group)
+            _reduce_scatter(own, flat.div_(self.workers_in_node), group=self._inside.group)
         start, values = 0, []
         for p, (part, begin) in share.pieces:
             part.grad = own[start : start + part.numel()]
@@ -495,8 +545,8 @@ class NodeAverage(Wrapper):
     def _gather(self) -> None:
         for share in self._shares:
             flat = share.own
-            if self._workers > 1:
-                flat = flat.new_empty(self._workers * flat.numel())
+            if self.workers_in_node > 1:
+                flat = flat.new_empty(self.workers_in_node * flat.numel())
                 _all_gather(flat, share.own, group=self._inside.group)
             sizes = [p.numel() for p in share.params]
             parts = flat[: sum(sizes)].split(sizes)
@@ -535,7 +585,7 @@ class NodeAverage(Wrapper):
         self._across, self._inside = across, inside
 
     def __repr__(self) -> str:
-        return f"NodeAverage(workers={self._workers}, inner={self.inner!r})"
+        return f"NodeAverage(workers={self.workers_in_node}, inner={self.inner!r})"
 
     # ------------------------------------------------------------------------ saving and loading
 
@@ -543,7 +593,11 @@ class NodeAverage(Wrapper):
         """:meth:`gmc_cuda.GMC.average_memory_` of the worker's share. All workers call it.
 
         The workers of a node still have different parts: one node's states are then any node's.
+
+        Raises:
+            RuntimeError: another worker did not call it within the time-out of the process group.
         """
+        meet(self._inside, "average_memory_()")
         self._follow()
         self.inner.average_memory_()
 
@@ -617,7 +671,15 @@ class NodeAverage(Wrapper):
                     {**own, "params": [self._parts[p].own for p in group["params"]]}
                     for own, group in zip(before, self.param_groups, strict=True)
                 ]
-            self.inner.load_state_dict({**state_dict, "param_groups": stripped})
+            # torch reads a flattened state by what state holds, which is nothing of an empty part.
+            empty = {
+                i
+                for group, own in zip(groups, self.param_groups)
+                for i, p in zip(group["params"], own["params"])
+                if not self._parts[p].own.numel()
+            }
+            state = {k: v for k, v in state_dict["state"].items() if v or k not in empty}
+            self.inner.load_state_dict({"state": state, "param_groups": stripped})
         except BaseException:
             self.inner.param_groups[:] = before
             self._parts, self._kinds = parts, kinds

@@ -136,3 +136,17 @@ def compiled_step(group, make):
 @pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
 def test_a_compiled_step_of_several_workers_has_the_same_bits(pool, make):
     pool.run(2, compiled_step, make)
+
+
+def compiled_step_of_workers_that_differ(group):
+    params = parameters()
+    optimizer = gmc_cuda.GMC(params, lr=0.1, density=0.1, process_group=group)
+    with torch.no_grad():
+        params[0].add_(dist.get_rank(group))
+    set_gradients(params, dist.get_rank(group), 0)
+    with pytest.raises(ValueError, match="bits of parameter 0 of group 0"):
+        torch.compile(optimizer.step, backend="aot_eager")()
+
+
+def test_a_compiled_step_tells_in_what_workers_differ(pool):
+    pool.run(2, compiled_step_of_workers_that_differ)

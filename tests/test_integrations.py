@@ -229,6 +229,7 @@ EARLY = (
         for framework in ("transformers", "accelerate", "lightning", "fabric")
         for how in ("communicates", "clips", "accumulates", "takes another optimizer")
     ]
+    + [("lightning", "clips by hand")]
     + [("transformers", "saves alone"), ("transformers", "saves the best")]
     + [("accelerate", "saves alone"), ("accelerate", "comes too early"), ("fabric", "saves alone")],
 )
@@ -252,6 +253,7 @@ def test_wrong_use_is_refused_with_the_line_to_write(framework, how, tmp_path):
     expected = {
         "communicates": f"RuntimeError: {TWICE}",
         "clips": clips,
+        "clips by hand": clips,
         "accumulates": "nothing" if framework == "fabric" else accumulates,
         "takes another optimizer": f"ValueError: {another}",
         "comes too early": f"ValueError: {EARLY}",

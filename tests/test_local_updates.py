@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -738,6 +739,25 @@ COPIES = {
     "pickle": lambda value: pickle.loads(pickle.dumps(value)),
     "torch.save": through_torch_save,
 }
+
+
+def test_a_flattened_state_is_refused_at_load():
+    """torch reads it by what optimizer.state holds, which is the inner optimizer's."""
+    how = StateDictOptions(flatten_optimizer_state_dict=True)
+    params = parameters()
+    optimizer = gmc_cuda.LocalUpdates(torch.optim.AdamW(params, lr=0.01), every=H)
+    set_gradients(params, 0, 0)
+    optimizer.step()
+    model, before = torch.nn.ParameterList(params), optimizer.state_dict()
+    saved = get_optimizer_state_dict(model, optimizer, options=how)
+    with pytest.raises(ValueError, match=r"StateDictOptions\(flatten_optimizer_state_dict=False\)"):
+        set_optimizer_state_dict(model, optimizer, copy.deepcopy(saved), options=how)
+    after = optimizer.state_dict()
+    assert all(
+        torch.equal(value, after["state"][i][name])
+        for i, entry in before["state"].items()
+        for name, value in entry.items()
+    )
 
 
 def as_before(state_dict, outer):

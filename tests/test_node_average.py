@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -18,6 +19,7 @@ from torch.nn import Parameter
 import gmc_cuda
 from gmc_cuda import ops
 from gmc_cuda._engine import budget
+from gmc_cuda.integrations import require_own, settle
 from support.problems import flat, mean, parameters, same_on_all_ranks, set_gradients
 
 SHAPES = {"2x2": (2, 2), "4x1": (4, 1), "1x4": (1, 4)}
@@ -636,7 +638,7 @@ def scaled(group, unscale, shape):
     expected = average(optimizer, "memory") + 0.9 * whole(optimizer, "momentum_buffer")
     set_gradients(params, rank, 9)
     # The gradient of rank 1 counts as zero, and so does its node's of what it owns.
-    per_node = optimizer._workers
+    per_node = optimizer.workers_in_node
     kept = torch.full_like(expected, float(rank != 1))
     if rank // per_node == 1 // per_node:
         kept[owners(optimizer) == 1 % per_node] = 0.0
@@ -695,3 +697,111 @@ def test_ddp_around_the_model_is_refused(pool, over):
 def test_wrong_uses():
     with pytest.raises(ValueError, match="mesh: got None, must be a 2-D device mesh"):
         gmc_cuda.NodeAverage(parameters(), gmc(), None)
+
+
+def changed_on_one(group, change, shape):
+    """Layers that one worker alone changes: an error on every worker, and the next step works."""
+    rank, mesh = dist.get_rank(), mesh_of(shape)
+    params = parameters()
+    optimizer = gmc_cuda.NodeAverage(params, gmc(density=0.05), mesh)
+    set_gradients(params, rank, 0)
+    optimizer.step()
+    set_gradients(params, rank, 1)
+    came = average(optimizer, "memory") + mean(group, flat([p.grad for p in params]).double())
+    came += 0.9 * whole(optimizer, "momentum_buffer")
+    before, grads = flat(params), [p.grad for p in params]
+    kept = params[2]
+    if rank == 1:
+        if change == "frozen":
+            kept.requires_grad_(False)
+        else:
+            optimizer.param_groups[0]["params"][2] = Parameter(kept.detach().clone())
+    for _ in range(2):
+        with pytest.raises(ValueError) as caught:
+            optimizer.step()
+        words = str(caught.value)
+        if change == "frozen":
+            assert "requires_grad of parameter 2, group 0: True on rank 0, False on rank 1" in words
+        else:
+            assert "replaced by others of their kind" in words
+    assert torch.equal(flat(params), before)
+    if rank < SHAPES[shape][1]:  # in the other node they were compressed, and are in memory
+        assert all(p.grad is grad for p, grad in zip(params, grads))
+    if rank == 1:
+        kept.requires_grad_(True)
+        optimizer.param_groups[0]["params"][2] = kept
+    optimizer.step()
+    a = whole(optimizer, "momentum_buffer")
+    torch.testing.assert_close(average(optimizer, "memory") + a, came, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(flat(params).double(), before - 0.1 * a, rtol=1e-5, atol=1e-6)
+    assert same_on_all_ranks(group, params)
+
+
+@pytest.mark.parametrize("shape", ["2x2", "1x4"])
+@pytest.mark.parametrize("change", ["frozen", "replaced"])
+def test_layers_changed_on_one_worker_are_an_error_on_all(pool, change, shape):
+    pool.run(4, changed_on_one, change, shape)
+
+
+def changed_differently(group, shape):
+    """All workers change something, but not the same."""
+    rank, mesh = dist.get_rank(), mesh_of(shape)
+    params = parameters()
+    optimizer = gmc_cuda.NodeAverage(params, gmc(density=0.05), mesh)
+    set_gradients(params, rank, 0)
+    params[rank].requires_grad_(False)
+    with pytest.raises(ValueError, match="they differ in"):
+        optimizer.step()
+    params[rank].requires_grad_(True)
+    params[2].requires_grad_(False)
+    optimizer.step()
+    assert same_on_all_ranks(group, params)
+
+
+@pytest.mark.parametrize("shape", ["2x2", "1x4"])
+def test_layers_changed_differently_are_an_error_on_all(pool, shape):
+    pool.run(4, changed_differently, shape)
+
+
+def flattened(group, shape):
+    """torch's flattened state, each worker its own."""
+    rank, mesh = dist.get_rank(), mesh_of(shape)
+    how = StateDictOptions(flatten_optimizer_state_dict=True)
+    params, others = parameters(), parameters()
+    params[2].requires_grad_(False)
+    others[2].requires_grad_(False)
+    optimizer = gmc_cuda.NodeAverage(params, gmc(density=0.05), mesh)
+    trained([p for p in params if p.requires_grad], optimizer, rank, range(4))
+    model, other = torch.nn.ParameterList(params), torch.nn.ParameterList(others)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=how))
+    again = gmc_cuda.NodeAverage(others, gmc(lr=9.0, density=0.5), mesh)
+    other.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other, again, saved, options=how)
+    for each, own in ((optimizer, params), (again, others)):
+        trained([p for p in own if p.requires_grad], each, rank, range(4, 8))
+    assert torch.equal(flat(params), flat(others))
+
+
+@pytest.mark.parametrize("shape", ["2x2", "1x4"])
+def test_a_flattened_state_goes_on_bit_by_bit(pool, shape):
+    pool.run(4, flattened, shape)
+
+
+def in_a_framework(group):
+    """Frameworks save rank 0's state alone, of which a NodeAverage has a part on each worker."""
+    line = "optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1)"
+    parted = gmc_cuda.NodeAverage(parameters(), gmc(), mesh_of("2x2"))
+    for refused in (lambda: require_own([parted], "it", line), lambda: settle(parted)):
+        with pytest.raises(ValueError, match="over 2 workers .* a framework saves"):
+            refused()
+    whole_state = gmc_cuda.NodeAverage(parameters(), gmc(), mesh_of("4x1"))
+    require_own([whole_state], "it", line)
+    set_gradients(whole_state.param_groups[0]["params"], dist.get_rank(group), 0)
+    whole_state.step()
+    settle(whole_state)
+    memory = torch.cat([whole_state.state[p]["memory"] for p in whole_state.state])
+    torch.testing.assert_close(memory, mean(group, memory), rtol=0, atol=0)
+
+
+def test_frameworks_refuse_a_state_in_parts(pool):
+    pool.run(4, in_a_framework)

@@ -632,6 +632,16 @@ def test_a_group_that_is_frozen_as_a_whole_in_a_flattened_state():
     assert torch.equal(*(o.state[model[1].weight]["memory"] for o in (optimizer, again)))
 
 
+def test_a_model_that_is_frozen_as_a_whole_in_a_flattened_state():
+    """All groups have a place for whose the state is, also where they have no trained parameter."""
+    how = StateDictOptions(flatten_optimizer_state_dict=True)
+    model = make_layers().requires_grad_(False)
+    optimizer, again = (gmc_cuda.GMC(two_groups(model), lr=lr, density=0.1) for lr in (0.1, 0.2))
+    saved = get_optimizer_state_dict(model, optimizer, options=how)
+    set_optimizer_state_dict(model, again, saved, options=how)
+    assert [group["lr"] for group in again.param_groups] == [0.1, 0.1]
+
+
 def test_an_lr_tensor_stays_on_its_device():
     _, optimizer = trained()
     state = optimizer.state_dict()

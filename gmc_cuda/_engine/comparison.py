@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gmc_cuda._engine.exchange import Exchange
+from gmc_cuda._engine.meeting import meet
 
 _SHOWN = 5
 _COMPARABLE = (int, float, complex, str, tuple, Tensor, type(None))
@@ -55,7 +56,11 @@ def parameter_name(group: dict[str, Any], i: int) -> str:
 
 
 def require_equal(
-    exchange: Exchange, facts: dict[str, Any] | Exception, device: torch.device, own: int = 0
+    exchange: Exchange,
+    facts: dict[str, Any] | Exception,
+    device: torch.device,
+    own: int = 0,
+    call: str = "add_param_group()",
 ) -> int:
     """Raises on every rank unless all ranks pass equal facts. Collective.
 
@@ -63,6 +68,7 @@ def require_equal(
         facts: from :func:`describe`, or the exception that this rank met before.
         device: where the parameters are.
         own: a number that need not be equal.
+        call: what all workers must call, for the error of a worker that calls it alone.
 
     Returns:
         Rank 0's ``own``.
@@ -71,6 +77,12 @@ def require_equal(
         ValueError: the facts differ.
         RuntimeError: another rank met an exception; this rank's own is raised as it is.
     """
+    try:
+        meet(exchange, call, place="comparison")
+    except Exception as error:
+        if isinstance(facts, Exception):
+            raise facts from error
+        raise
     failed = repr(facts) if isinstance(facts, Exception) else None
     answers = exchange.gather_objects((failed or facts, own), device)
     if isinstance(facts, Exception):

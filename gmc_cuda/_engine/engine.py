@@ -16,6 +16,7 @@ from gmc_cuda._engine import checks, comparison, ddp_guard, shards, steps
 from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import MAX_NUMEL, Bucket, in_storage_order
 from gmc_cuda._engine.exchange import Exchange, GroupLost
+from gmc_cuda._engine.meeting import meet
 from gmc_cuda._engine.overlap import Overlap
 from gmc_cuda._engine.packing import Packing
 from gmc_cuda._engine.round import Round
@@ -93,6 +94,7 @@ class Engine:
         self.round = Round(exchange, settings.wire_dtype, settings.nonfinite, number, self._facts)
         self.averaged = self.scaled_together = False
         self.compares_bits = True
+        self._refused: dict[str, Any] = {}  # why this worker does not make the others' step
         self._just_checked = False  # whether begin() has compared the parameters' places
         self._overlap = Overlap(self._on_gradient) if settings.overlap else None
         self.pack()
@@ -108,7 +110,8 @@ class Engine:
         return self.round.exchange
 
     def _facts(self) -> dict[str, Any]:
-        return describe(self.optimizer, self.rule, self.settings) | self._bits()
+        facts = describe(self.optimizer, self.rule, self.settings)
+        return facts | self._bits() | self._refused
 
     def _bits(self) -> dict[str, int]:
         """In the first steps, a fingerprint of each parameter; then nothing. Reads the device.
@@ -152,6 +155,7 @@ class Engine:
         numel = sum(shard_of(p).numel() for p in params_of(optimizer) if p.requires_grad)
         cap = self.settings.cap_numel(numel)
         owner = self.settings.owner(self.exchange)
+        states.make_place(optimizer.param_groups)
         self._packing = Packing(optimizer.param_groups, optimizer.state, self.rule, cap, owner)
         self.round.device = device_of(optimizer)
         if self._overlap is not None:
@@ -248,6 +252,25 @@ class Engine:
         if self._overlap is not None:
             self._overlap.following = False
         self.round.cancel()
+
+    def refuse(self, why: dict[str, Any]) -> None:
+        """Has the other workers raise in place of the step that they are about to make.
+
+        Args:
+            why: what their errors say about this worker, by the name of what is wrong.
+
+        Raises:
+            ValueError: as the others, with what each worker said.
+        """
+        plans = [
+            self.round.plan(self.rule, bucket, i, bucket.group, {})
+            for i, bucket in enumerate(self._packing.buckets)
+        ]
+        self._refused = why
+        try:
+            self.round.compare(plans, (-1,))  # a size that nothing has
+        finally:
+            self._refused = {}
 
     def _check_replicas(self) -> None:
         buckets = self._packing.buckets
@@ -391,6 +414,7 @@ class Engine:
 
     def average_memory(self) -> None:
         """Replaces memory, and local momentum, by the mean over all workers."""
+        meet(self.exchange, "average_memory_()")
         own = sorted(self.rule.own_state())
         for bucket in self.buckets:
             bucket.fold_owner()

@@ -191,6 +191,10 @@ class Exchange:
         """Every rank's small picklable object, in rank order. ``device`` is the parameters'."""
         if self.size == 1:
             return [value]
+        # torch.compile cannot follow it, where it is called out of a compiled step.
+        return list(torch.compiler.disable(self._gather_objects)(value, device))
+
+    def _gather_objects(self, value: Any, device: torch.device) -> list[Any]:
         values: list[Any] = [None] * self.size
         # NCCL sends objects through the current device, which may belong to another rank.
         with torch.cuda.device(device if device.type == "cuda" else -1):

@@ -1,8 +1,9 @@
-"""How workers wait for each other, and decide something together, outside a step.
+"""How workers come together outside a step: to meet, and to decide something together.
 
-A collective that one worker alone calls pairs with whatever the others call next, and gloo ends a
-process where the sizes differ. So the workers meet before they call any collective. The meeting
-pairs with nothing else, and a worker that is alone in it gets an error.
+A collective that one worker calls alone pairs with whatever the others call next, and gloo ends the
+process where the two differ in size. So workers meet before such a collective. They meet at the
+store of their process group, which no collective uses: a worker that comes alone gets an error, and
+the others go on undisturbed.
 """
 
 from __future__ import annotations
@@ -26,57 +27,95 @@ Report = dict[str, Any]  # values that json can write; the key "error" says what
 _LATER = 2.0  # seconds by which workers wait longer than rank 0, whose answer they wait for
 
 
-def meet(exchange: Exchange, what: str) -> None:
+def meet(exchange: Exchange, what: str, place: str = "") -> None:
     """Returns once all workers have come here.
 
     Args:
         what: the call that all of them must make, for the error.
+        place: where they meet, if several calls may meet each other. Default: a place of this call.
 
     Raises:
-        GroupLost: a worker did not come within the time-out of the group, or has ended.
-        RuntimeError: the process group was destroyed.
+        RuntimeError: a worker did not come within the time-out of the group, on each worker that
+            did; or the exchange does not fit the groups of this process.
+        GroupLost: the store cannot be reached.
     """
+    exchange.check()
     group = exchange.group
     if exchange.size == 1 or group is None:
         return
     try:
-        if dist.get_backend(group) == dist.Backend.GLOO:
-            wait = timedelta(seconds=timeout_of(group))
-            dist.monitored_barrier(group, timeout=wait, wait_all_ranks=True)
-        else:
-            _meet_at_the_store(group, exchange, what)
-    except ValueError as error:  # torch no longer knows the group
+        dist.get_backend(group)
+    except ValueError as error:  # torch knows the group no more
         raise RuntimeError(
             f"{what}: the process group of this optimizer was destroyed. Make a new one with "
             "torch.distributed.init_process_group(), and write\n"
             "    optimizer.process_group = torch.distributed.group.WORLD"
         ) from error
+    seconds = timeout_of(group)
+    try:
+        missing = _Place(group.get_group_store(), place or what, exchange).missing(seconds)
     except RuntimeError as error:
-        raise GroupLost(f"all workers must call {what}, and not all did: {error}") from error
+        raise GroupLost(f"{what}: the store of the process group is lost: {error}") from error
+    if missing:
+        ranks = ", ".join(map(str, missing))
+        raise RuntimeError(
+            f"all workers must call {what}, but rank {ranks} did not within {seconds:g} s, the "
+            "time-out of the process group. This call has changed nothing"
+        )
 
 
-def _meet_at_the_store(group: Any, exchange: Exchange, what: str) -> None:
-    """Meets by counters in the group's store, for backends without a monitored barrier."""
-    find_store = getattr(group, "get_group_store", None)
-    if find_store is None:  # older versions of torch lack it
-        return
-    store, key = find_store(), f"gmc_cuda/{what}"
-    number = store.add(f"{key}/{exchange.rank}", 1)
-    deadline, pause = time.monotonic() + timeout_of(group), 0.001
-    came = store.add(key, 1)
-    while came < number * exchange.size:
-        if time.monotonic() > deadline:
-            store.add(f"{key}/{exchange.rank}", -1)
-            store.add(key, -1)
-            missing = [
-                str(rank)
-                for rank in range(exchange.size)
-                if store.add(f"{key}/{rank}", 0) < number and rank != exchange.rank
-            ]
-            raise RuntimeError(f"rank {', '.join(missing)} did not come in time")
-        time.sleep(pause)
-        pause = min(2 * pause, 0.1)
-        came = store.add(key, 0)
+class _Place:
+    """Where workers meet, as entries in the store of their group.
+
+    A place has gates with numbers, one for each meeting. The last worker to come to a gate opens
+    it, and one that has waited long enough closes it. The store takes the first of these decisions
+    only, so that all workers that have come obey the same one. A worker that finds a gate decided
+    when it comes goes on to the next.
+    """
+
+    def __init__(self, store: Any, name: str, exchange: Exchange) -> None:
+        self._store, self._name = store, f"gmc_cuda/{name}"
+        self._rank, self._size = exchange.rank, exchange.size
+
+    def missing(self, seconds: float) -> list[int]:
+        """Waits for the other workers, and tells the ranks of those that did not come in time."""
+        number = self._store.add(f"{self._name}/number", 0)
+        while True:
+            gate = f"{self._name}/{number}"
+            if not self._store.check([gate]):
+                missing = self._decide(gate, self._wait(gate, seconds), number)
+                if self._rank not in missing:  # else it was closed while this worker was coming
+                    return missing
+            number += 1
+
+    def _wait(self, gate: str, seconds: float) -> list[int]:
+        """Returns once the gate can be decided or is: the ranks that are missing."""
+        store, ranks = self._store, range(self._size)
+        # An interrupt may have taken this worker away from here, so that it comes again.
+        first = store.add(f"{gate}/{self._rank}", 1) == 1
+        if store.add(f"{gate}/came", int(first)) == self._size:
+            return []
+        deadline, pause = time.monotonic() + seconds, 0.001
+        while not store.check([gate]):
+            if time.monotonic() > deadline:
+                return [rank for rank in ranks if not store.check([f"{gate}/{rank}"])]
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+        return []
+
+    def _decide(self, gate: str, missing: list[int], number: int) -> list[int]:
+        """Opens the gate if nobody is missing, else closes it. What was decided before, stays."""
+        store, before = self._store, f"{self._name}/{number - 1}"
+        proposed = json.dumps({"by": self._rank, "missing": missing})
+        decision = json.loads(store.compare_set(gate, "", proposed))
+        store.delete_key(f"{before}/{self._rank}")
+        if decision["by"] == self._rank:
+            store.add(f"{self._name}/number", 1)
+            if not decision["missing"]:  # all have come here, so nobody is at the one before
+                store.delete_key(f"{before}/came")
+                store.delete_key(before)
+        decided: list[int] = decision["missing"]
+        return decided
 
 
 def timeout_of(group: Any) -> float:

@@ -50,7 +50,8 @@ class CompressedSGD(torch.optim.Optimizer):
         except Exception as error:
             facts = error
         device = engine.device_of(self)
-        number = comparison.require_equal(exchange, facts, device, next(numbers))
+        call = f"the constructor of {type(self).__name__}"
+        number = comparison.require_equal(exchange, facts, device, next(numbers), call)
         if broadcast_parameters:
             engine.broadcast(exchange, self.param_groups, device)
         self._attach(Engine(self, rule, settings, exchange, number))
@@ -235,7 +236,8 @@ class CompressedSGD(torch.optim.Optimizer):
         copy of the memory while it runs.
 
         Raises:
-            RuntimeError: the process group was lost; this worker's memory is what it was.
+            RuntimeError: another worker did not call it within the time-out of the process group,
+                or the group was lost; this worker's memory is what it was.
         """
         self.engine.refuse_open_round("average_memory_")
         self.engine.average_memory()

@@ -311,12 +311,18 @@ class Round:
         return self._reads_verdicts(on_cpu) and bool(verdict & bits)
 
     def _raise_mismatch(self) -> None:
-        """Raises ValueError with the facts in which the workers differ. Collective."""
+        """Raises ValueError with the facts in which the workers differ.
+
+        Collective where verdicts are read.
+        """
         describe = self._facts()
         assert describe is not None
         own = {"step": self.steps + 1, **describe()}
         senders = {tag: round.number for round in _rounds for tag in round._tags}
-        answers = self.exchange.gather_objects((own, senders), self.device)
+        answers = [(own, senders)]
+        # Where verdicts are not read, the others have gone on, and learn it one step later.
+        if self._reads_verdicts(self.device.type == "cpu"):
+            answers = self.exchange.gather_objects((own, senders), self.device)
         found = comparison.differences([facts for facts, _ in answers])
         advice = "All workers must change options and layers in the same step"
         crossed = self._crossed([senders for _, senders in answers])

@@ -142,6 +142,15 @@ def for_owner(saved: Held, size: int, owner: tuple[int, int] | None) -> Held:
     return found
 
 
+def make_place(groups: Iterable[Group], key: str = _STAMP) -> None:
+    """Gives each param group a key that its state_dict will have, from the start.
+
+    torch reads a flattened state_dict by the keys of the groups that it is loaded into.
+    """
+    for group in groups:
+        group.setdefault(key, None)
+
+
 def show(buckets: Iterable[Bucket], rule: Rule, state: dict[Any, Any], changed: list[bool]) -> None:
     """Makes the entries of optimizer.state views of the buckets. Other keys stay.
 
@@ -155,9 +164,6 @@ def show(buckets: Iterable[Bucket], rule: Rule, state: dict[Any, Any], changed: 
             shown[rule.momentum_name(bucket.group)] = views
         if bucket.owner is not None:
             shown[_OWNER] = [OwnerView(bucket, i) for i in range(len(bucket.params))]
-        # Each group has the key from the beginning, because torch reads a flattened state_dict by
-        # the keys of the groups that it is loaded into.
-        bucket.group.setdefault(_STAMP, None)
         for i, param in enumerate(bucket.params):
             kept = {k: v for k, v in (state.get(param) or {}).items() if k not in SHOWN}
             state[param] = Entry(kept | {name: views[i] for name, views in shown.items()}, changed)
@@ -345,12 +351,9 @@ def _read_stamp(groups: list[Group], state: dict[Any, Any], name: str) -> Stamp 
                 f"parameter; must come from {name} or torch.optim.SGD"
             )
         return None
-    # A group whose parameters are all frozen has no place for a stamp in a flattened state_dict.
-    of_sgd = any("dampening" in group for group in groups if not group.get(_STAMP))
-    found = [stamp for stamp in stamps if stamp]
-    if of_sgd or len({stamp["optimizer"] for stamp in found}) > 1:
+    if not all(stamps) or len({stamp["optimizer"] for stamp in stamps if stamp}) > 1:
         raise ValueError("state_dict: its param groups were saved by different optimizers")
-    (stamp, *_) = found
+    stamp: Any = stamps[0]
     if stamp["optimizer"] != name:
         raise ValueError(f"state_dict: got the state of {stamp['optimizer']}, must be of {name}")
     if stamp["format"] != FORMAT:

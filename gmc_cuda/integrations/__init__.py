@@ -38,7 +38,10 @@ def unwrap(optimizer: Any) -> CompressedSGD | LocalUpdates | NodeAverage | None:
 
 
 def require_own(optimizers: Iterable[Any], name: str, line: str) -> None:
-    """Raises ValueError for an optimizer that is not of gmc_cuda: nobody would communicate for it.
+    """Raises ValueError for an optimizer that a framework's integration cannot train with.
+
+    For one that is not of gmc_cuda nobody would communicate. A NodeAverage has a part of the state
+    on each worker of a node, and frameworks save rank 0's alone.
 
     Args:
         name: what the framework calls the optimizer.
@@ -53,6 +56,19 @@ def require_own(optimizers: Iterable[Any], name: str, line: str) -> None:
                 f"and with another one the workers would train apart. Write\n    {line}\n"
                 "or leave gmc_cuda.integrations out"
             )
+        _refuse_parts(optimizer, name, line)
+
+
+def _refuse_parts(optimizer: Any, name: str, line: str) -> None:
+    found = unwrap(optimizer)
+    if isinstance(found, NodeAverage) and found.workers_in_node > 1:
+        raise ValueError(
+            f"{name}: got a NodeAverage over {found.workers_in_node} workers in each node, must be "
+            "an optimizer whose state one worker can have: each worker of a node has another part "
+            f"of this one's, and a framework saves rank 0's alone. Write\n    {line}\nor leave "
+            "gmc_cuda.integrations out, call gmc_cuda.local_gradients(ddp_model), and let each "
+            "worker save its own optimizer.state_dict()"
+        )
 
 
 def settle(optimizer: Any) -> None:
@@ -60,7 +76,12 @@ def settle(optimizer: Any) -> None:
 
     Args:
         optimizer: also inside a framework's wrapper. One that is not of gmc_cuda is left alone.
+
+    Raises:
+        ValueError: a NodeAverage whose workers in a node have parts of the state.
+        RuntimeError: another worker did not call it within the time-out of the process group.
     """
+    _refuse_parts(optimizer, "optimizer", "optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1)")
     found = unwrap(optimizer)
     if isinstance(found, LocalUpdates):
         found.synchronize()

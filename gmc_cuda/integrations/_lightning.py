@@ -48,6 +48,7 @@ class TrainersStrategy(Base):
                     "accumulate_grad_batches": (batches, batches > 1),
                 },
             )
+        _refuse_to_clip(self.precision_plugin)
         scaler = getattr(self.precision_plugin, "scaler", None)
         share_scale(scaler, "trainer.precision_plugin.scaler", f"Trainer({SCALER})")
 
@@ -59,6 +60,23 @@ class TrainersStrategy(Base):
     def optimizer_state(self, optimizer: Any) -> Any:
         settle(optimizer)
         return super().optimizer_state(optimizer)
+
+
+def _refuse_to_clip(plugin: Any) -> None:
+    """Makes a Trainer's precision plugin refuse to clip gradients that have been sent.
+
+    ``LightningModule.clip_gradients()`` ends there, which a module calls by itself under manual
+    optimization, or in a configure_gradient_clipping() of its own.
+    """
+    if "clip_gradients" in vars(plugin):  # of the fit() before
+        return
+    clip = plugin.clip_gradients
+
+    def clip_gradients(optimizer: Any, clip_val: Any = 0.0, *args: Any, **kwargs: Any) -> Any:
+        refuse_with_overlap(optimizer, {"gradient_clip_val": (clip_val, clip_val > 0)})
+        return clip(optimizer, clip_val, *args, **kwargs)
+
+    plugin.clip_gradients = clip_gradients
 
 
 class FabricsStrategy(Base):

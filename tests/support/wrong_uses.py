@@ -12,7 +12,7 @@ from torch import nn
 import gmc_cuda
 
 FRAMEWORK, HOW, FOLDER = sys.argv[1:]
-OVERLAP = HOW in ("clips", "accumulates")
+OVERLAP = HOW in ("clips", "clips by hand", "accumulates")
 OPTIONS = {"lr": 0.1, "density": 0.1, "overlap": OVERLAP}
 # No one communicates for it.
 MAKE = torch.optim.SGD if HOW == "takes another optimizer" else gmc_cuda.GMC
@@ -113,12 +113,19 @@ def lightning():
         def __init__(self):
             super().__init__()
             self.model = Model()
+            self.automatic_optimization = HOW != "clips by hand"
 
         def configure_optimizers(self):
             return MAKE(self.parameters(), **OPTIONS)
 
         def training_step(self, batch, i):
-            return self.model(**batch)["loss"]
+            loss = self.model(**batch)["loss"]
+            if not self.automatic_optimization:
+                optimizer = self.optimizers()
+                self.manual_backward(loss)
+                self.clip_gradients(optimizer, 1.0, "norm")
+                optimizer.step()
+            return loss
 
     L.Trainer(
         strategy="ddp" if HOW == "communicates" else GMCStrategy(),
