@@ -5,10 +5,12 @@ import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -113,8 +115,9 @@ def test_killed_saves_leave_a_whole_checkpoint(tmp_path, destroy):
 
 SCRIPT = """
 import os, resource, signal, sys, torch, torch.distributed as dist, gmc_cuda
-rank, store, folder, disk = int(sys.argv[1]), *sys.argv[2:5]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+rank, port, folder, disk = int(sys.argv[1]), *sys.argv[2:5]
+# A store in a file would need the disk too.
+dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2)
 torch.manual_seed(0)
 model = torch.nn.Linear(64, 64)
 optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1)
@@ -133,10 +136,12 @@ dist.destroy_process_group()
 def test_a_script_that_ends_after_a_save_in_the_background(tmp_path, disk):
     script, folder = tmp_path / "script.py", str(tmp_path / "run")
     script.write_text(SCRIPT)
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     both = [
         subprocess.Popen(
-            [sys.executable, script, str(rank), tmp_path / "store", folder, disk],
+            [sys.executable, script, str(rank), port, folder, disk],
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
@@ -172,20 +177,24 @@ def test_a_child_of_a_fork_does_not_wait_for_its_parents_saves():
 # ---------------------------------------------------------------------------------- failing writes
 
 
+@contextmanager
 def full_disk(room):
-    """A context in which no file may grow beyond this many bytes."""
+    """No file may grow beyond this many bytes once the workers have met, for which their store,
+    which is a file here, needs some."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, meet = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), checkpoint.meeting.meet
 
-    class Full:
-        def __enter__(self):
-            self.before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    def meet_and_fill(*args):
+        meet(*args)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
 
-        def __exit__(self, *_):
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            signal.signal(signal.SIGXFSZ, self.before)
-
-    return Full()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint.meeting, "meet", meet_and_fill)
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def fail_beside_the_training(say, folder, failing, room, read):
