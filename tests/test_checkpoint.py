@@ -2,9 +2,8 @@
 
 import copy
 import os
-import resource
-import signal
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import gmc_cuda
 from gmc_cuda import checkpoint
 from gmc_cuda._engine import snapshot
 from gmc_cuda._engine.names import plain_name, plain_names
+from support.full_disk import full_disk
 from support.problems import aggregate_of, flat, mean, memory_of, same_on_all_ranks, set_gradients
 
 
@@ -142,16 +142,9 @@ def fail_to_save(group, folder):
     checkpoint.save(folder, model, optimizer, {"step": 2})
     go_on(run, range(2, 4), rank)
     before = memory_of(optimizer, list(model.parameters()))
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        if rank == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    with full_disk(100) if rank == 1 else nullcontext():
         with pytest.raises(RuntimeError, match="the checkpoint was not saved; .*worker"):
             checkpoint.save(folder, model, optimizer, {"step": 4})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, ignored)
     assert torch.equal(memory_of(optimizer, list(model.parameters())), before)
     assert checkpoint.load(folder, model, optimizer) == {"step": 2}
     if rank == 0:

@@ -3,14 +3,12 @@
 import os
 import random
 import re
-import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import gmc_cuda
 from gmc_cuda import checkpoint
 from gmc_cuda._engine import background, parts
 from gmc_cuda._engine.exchange import GroupLost
+from support.full_disk import full_disk
 from support.problems import flat, set_gradients
 from support.workers import Workers
 
@@ -175,26 +174,6 @@ def test_a_child_of_a_fork_does_not_wait_for_its_parents_saves():
 
 
 # ---------------------------------------------------------------------------------- failing writes
-
-
-@contextmanager
-def full_disk(room):
-    """No file may grow beyond this many bytes once the workers have met, for which their store,
-    which is a file here, needs some."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before, meet = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), checkpoint.meeting.meet
-
-    def meet_and_fill(*args):
-        meet(*args)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint.meeting, "meet", meet_and_fill)
-            yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
 
 
 def fail_beside_the_training(say, folder, failing, room, read):
