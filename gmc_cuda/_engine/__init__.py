@@ -35,9 +35,9 @@ Around other optimizers
 
 Checkpoints
   snapshot       what a checkpoint holds of a model and an optimizer
-  parts          the files of a checkpoint, and whether they are whole
-  meeting        calls that all workers must make: they meet first, and decide together
-  background     saves that go on beside the training
+  parts          the folder of a checkpoint, and whether its files are complete
+  meeting        how workers wait for each other, and decide something, outside a step
+  background     saves in a background thread
   format2        checkpoints of an older format
   names          parameter names without the prefixes of wrappers
 
