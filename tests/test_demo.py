@@ -56,7 +56,7 @@ def test_text_with_every_method(tmp_path):
 
     content = read(tmp_path / "text.json")
     assert content["options"]["workers"] == 2
-    assert content["options"]["bytes_ratio"] == 100
+    assert content["options"]["bytes_ratio"] == 50
     assert {"date", "hardware", "versions", "task", "units"} <= content.keys()
     assert {"python", "torch", "gmc_cuda"} <= content["versions"].keys()
     assert str(Path.home()) not in json.dumps(content) and str(tmp_path) not in json.dumps(content)
@@ -297,7 +297,7 @@ def test_defaults_belong_to_the_task(monkeypatch):
     assert (text.workers, text.methods, text.seeds) == (4, list(METHODS), 1)
     assert (digits.seeds, digits.schedule) == (3, None)
     assert parse(["--schedule"]).schedule == []
-    assert (text.density, text.bytes_ratio) == (None, 100)
+    assert (text.density, text.bytes_ratio) == (None, 50)
     assert (parse(["--density", "0.1"]).density, text.wire_dtype) == (0.1, "float4_e2m1fn_x2")
     assert set(text.tuned) == set(METHODS)
     same = parse(["--lr", "0.5", "--momentum", "0", "--methods", "gmc"]).tuned

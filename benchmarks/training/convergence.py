@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.report import file_stem, load, write_json
 from benchmarks.training import convergence_report, ladder, logical_workers
-from benchmarks.training.logical_workers import DTYPES, RULES
+from benchmarks.training.logical_workers import DTYPES, RULES, WAYS
 from examples.demo import arguments
 from examples.demo.provenance import provenance
 
@@ -166,7 +166,9 @@ def parse() -> argparse.Namespace:
     add("--methods", nargs="+", choices=names, default=METHODS, metavar="METHOD",
         help="dense, or gmc, dgc, memsgd or plain with "
         f":{', :'.join(DTYPES)} (default: {' '.join(METHODS)})")  # fmt: skip
-    add("--bytes-ratio", type=arguments.positive_float, default=100.0, help="(default 100)")
+    add("--bytes-ratio", type=arguments.positive_float, default=100.0,
+        help="times fewer bytes on a link than with a ring all-reduce (default 100)")  # fmt: skip
+    add("--exchange", choices=list(WAYS), default="all_gather", help="(default all_gather)")
     add("--density", type=arguments.density, help="instead of --bytes-ratio")
     add("--momentum", nargs="+", type=arguments.below_one,
         help=f"that may be tried (default: {' '.join(map(str, ladder.MOMENTA))})")  # fmt: skip

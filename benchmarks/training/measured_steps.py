@@ -39,7 +39,11 @@ def link(content: dict, row: dict, alone: float) -> float:
     """Seconds of a step that go to the link and are not hidden."""
     network = Network(content["workers"], 1e6 * row["rate_mbit"])
     numel = content["model"]["parameters"]
-    if row["method"].startswith(GATHERED):
+    if "two-sided" in row["method"]:  # a payload for each range, and the owner's
+        one = row["payload_bytes"] / (network.workers + 1)
+        exchange = 2 * step_model.all_gather(one, network, LATENCY)
+        overlapped = False
+    elif row["method"].startswith(GATHERED):
         exchange = step_model.all_gather(row["payload_bytes"], network, LATENCY)
         overlapped = row["method"].endswith("overlap")
     else:

@@ -81,6 +81,14 @@ def step(local: Local, exchange: float, overlapped: bool) -> float:
 
 
 @dataclass(frozen=True)
+class Sent:
+    """What a sparse method sends: one of these, as in gmc_cuda.GMC."""
+
+    density: float | None = None
+    bytes_ratio: float | None = None
+
+
+@dataclass(frozen=True)
 class Method:
     """exchange(model, network, latency) and update(model, machine, workers), in seconds."""
 
@@ -125,14 +133,18 @@ def power_sgd(rank: int) -> Method:
     return Method(exchange, update, overlapped=True)
 
 
-def gmc(options: dict, dtype: torch.dtype, overlapped: bool) -> Method:
-    def payload(model: Model) -> tuple[int, int]:
-        k = budget.entries(options, model.numel, dtype)
+def gmc(sent: Sent, dtype: torch.dtype, overlapped: bool) -> Method:
+    def payload(model: Model, workers: int) -> tuple[int, int]:
+        k = budget.entries(sent.density, sent.bytes_ratio, model.numel, dtype, workers / 2)
         return k, budget.payload_nbytes(model.numel, k, dtype)
 
+    def is_dense(model: Model, workers: int) -> bool:
+        k, nbytes = payload(model, workers)
+        return budget.dense_is_cheaper(model.numel, k, (workers - 1) * nbytes, workers)
+
     def update(model: Model, machine: Machine, workers: int) -> float:
-        k, nbytes = payload(model)
-        if budget.dense_is_cheaper(model.numel, k, nbytes, workers):
+        k, nbytes = payload(model, workers)
+        if is_dense(model, workers):
             return 28 * model.numel / machine.memory  # accumulate, apply
         d = k / model.numel
         entries = model.numel * (1 - (1 - d) ** workers)  # of the aggregate, supports independent
@@ -141,8 +153,8 @@ def gmc(options: dict, dtype: torch.dtype, overlapped: bool) -> Method:
         return machine.off_floor * moved / machine.memory
 
     def exchange(model: Model, network: Network, latency: float) -> float:
-        k, nbytes = payload(model)
-        if budget.dense_is_cheaper(model.numel, k, nbytes, network.workers):
+        _, nbytes = payload(model, network.workers)
+        if is_dense(model, network.workers):
             return all_reduce(4 * model.numel, network, latency)
         parts = BUCKETS if overlapped else 1
         return parts * all_gather(nbytes / parts, network, latency)
@@ -150,16 +162,45 @@ def gmc(options: dict, dtype: torch.dtype, overlapped: bool) -> Method:
     return Method(exchange, update, overlapped)
 
 
-FLOAT4 = {"bytes_ratio": 100.0}
+def two_sided(sent: Sent, dtype: torch.dtype, overlapped: bool) -> Method:
+    """exchange="reduce_scatter": an all-to-all towards the owners of ranges, an all-gather back.
+
+    Overlap hides the first of the two.
+    """
+
+    def payload(model: Model, workers: int) -> tuple[int, int]:
+        """Entries and bytes of one range."""
+        numel = -(-model.numel // workers)
+        k = budget.entries(sent.density, sent.bytes_ratio, numel, dtype)
+        return k, budget.payload_nbytes(numel, k, dtype)
+
+    def update(model: Model, machine: Machine, workers: int) -> float:
+        k, nbytes = payload(model, workers)
+        entries = workers * k  # of the aggregate
+        sectors = model.numel / 8 * (1 - (1 - entries / model.numel) ** 8)
+        ours = 12 * model.numel / workers  # the second selection
+        moved = 12 * model.numel + ours + 3 * workers * nbytes + 3 * 6 * entries + 2 * 32 * sectors
+        return machine.off_floor * moved / machine.memory
+
+    def exchange(model: Model, network: Network, latency: float) -> float:
+        _, nbytes = payload(model, network.workers)
+        parts = BUCKETS if overlapped else 1
+        return 2 * parts * all_gather(nbytes / parts, network, latency)  # an all-to-all costs alike
+
+    return Method(exchange, update, overlapped)
+
+
+FLOAT4 = Sent(bytes_ratio=100.0)
 METHODS = {
     "DDP": dense(4),
     "DDP bf16": dense(2),
     "PowerSGD rank 4": power_sgd(4),
-    "GMC": gmc({"density": 0.01}, torch.bfloat16, False),
-    "GMC overlap": gmc({"density": 0.01}, torch.bfloat16, True),
+    "GMC": gmc(Sent(0.01), torch.bfloat16, False),
+    "GMC overlap": gmc(Sent(0.01), torch.bfloat16, True),
     "GMC float4": gmc(FLOAT4, torch.float4_e2m1fn_x2, False),
     "GMC float4 overlap": gmc(FLOAT4, torch.float4_e2m1fn_x2, True),
-    "GMC 0.1 %": gmc({"density": 0.001}, torch.bfloat16, False),
+    "GMC 0.1 %": gmc(Sent(0.001), torch.bfloat16, False),
+    "GMC two-sided float4": two_sided(FLOAT4, torch.float4_e2m1fn_x2, False),
 }
 
 

@@ -51,7 +51,7 @@ def save(path: Path, task: Task, options: argparse.Namespace, results: dict) -> 
     seeds = f", {options.seeds} seeds (band: lowest to highest)" if options.seeds > 1 else ""
     sent = f"density {options.density}"
     if options.density is None:
-        sent = f"sparse methods send 1/{options.bytes_ratio:g} of the bytes"
+        sent = f"sparse methods: 1/{options.bytes_ratio:g} of the bytes on a link"
     split = ", non-iid" if options.non_iid else ""
     figure.suptitle(
         f"{task.title}\n{options.workers} workers{split}, {sent}{seeds}",

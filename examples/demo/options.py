@@ -59,7 +59,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.warmup > options.steps:
         parser.error(f"argument --warmup: {options.warmup} is more than --steps {options.steps}")
     if options.density is None and options.bytes_ratio is None:
-        options.bytes_ratio = 100.0
+        options.bytes_ratio = 50.0
     if options.warmup and options.density is None:
         parser.error("argument --warmup: needs --density, which it lowers to")
     return options
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bytes-ratio",
         type=positive_float,
         metavar="R",
-        help="sparse methods send 1/R of a float32 gradient's bytes (default 100)",
+        help="a link carries R times fewer bytes than with dense gradients (default 50)",
     )
     sent.add_argument(
         "--density",

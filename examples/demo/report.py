@@ -26,7 +26,7 @@ def print_start(task: Task, options: argparse.Namespace, device: torch.device) -
     wire = options.wire_dtype.split("_")[0]
     sent = f"density {options.density}, {wire} values"
     if options.density is None:
-        sent = f"1/{options.bytes_ratio:g} of the bytes, {wire} values"
+        sent = f"1/{options.bytes_ratio:g} of the bytes on a link, {wire} values"
     print(
         f"{task.title}\n"
         f"  data     {task.data}\n"
@@ -66,7 +66,7 @@ def print_end(task: Task, options: argparse.Namespace, results: Results) -> None
     if options.lr is None and options.momentum is None:
         print(
             "Momentum and lr are each method's best, found by benchmarks/training/convergence.py\n"
-            "for the default number of steps, 4 workers and 1/100 of the bytes."
+            "for the default number of steps, 4 workers and 1/50 of the bytes on a link."
         )
     if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == options.workers:
         print(
