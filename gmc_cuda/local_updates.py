@@ -98,7 +98,7 @@ class LocalUpdates(Wrapper):
         self._on_the_way: dict[Tensor, Tensor] | None = None  # what this worker sent, with overlap
         try:
             _check_arguments(inner_optimizer, outer, every)
-            self._begin_life()
+            self._make_hooks()
             states.make_place(self.inner.param_groups, _KEY)
             self._check_kinds()
             trained = [p for p in self._params() if p.requires_grad]

@@ -190,7 +190,7 @@ TWICE = (
 )
 ALONE = (
     "the checkpoint of step 2 has rank 0's memory only: what the other workers had not sent is not "
-    "in it. A callback asked for it after GMCCallback: add that one before\n"
+    "in it. A callback requested it after GMCCallback: add that one before\n"
     "    trainer.add_callback(GMCCallback(trainer))",
     "this optimizer is rank 1 of 2, but the state was saved by rank 0 of 2: what other ranks had "
     "not sent is lost, and what this one had counts more than once. Call "

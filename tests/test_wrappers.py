@@ -26,12 +26,12 @@ INHERITED = {
     "_patch_step_function": "patches the step() of the object's own class",
     "_accelerator_graph_capture_health_check": "called by the step() of Adam alone, on itself",
     "_cuda_graph_capture_health_check": "called by the step() of Adam alone, on itself",
-    "register_step_pre_hook": "the object has hooks of its own, see _begin_life",
-    "register_step_post_hook": "the object has hooks of its own, see _begin_life",
-    "register_state_dict_pre_hook": "the object has hooks of its own, see _begin_life",
-    "register_state_dict_post_hook": "the object has hooks of its own, see _begin_life",
-    "register_load_state_dict_pre_hook": "the object has hooks of its own, see _begin_life",
-    "register_load_state_dict_post_hook": "the object has hooks of its own, see _begin_life",
+    "register_step_pre_hook": "the object has hooks of its own, see _make_hooks",
+    "register_step_post_hook": "the object has hooks of its own, see _make_hooks",
+    "register_state_dict_pre_hook": "the object has hooks of its own, see _make_hooks",
+    "register_state_dict_post_hook": "the object has hooks of its own, see _make_hooks",
+    "register_load_state_dict_pre_hook": "the object has hooks of its own, see _make_hooks",
+    "register_load_state_dict_post_hook": "the object has hooks of its own, see _make_hooks",
 }
 # NodeAverage has param_groups of its own, over the parameters whose gradients users see.
 INHERITED_BY_NODE_AVERAGE = {"zero_grad": "goes through its own param_groups"}

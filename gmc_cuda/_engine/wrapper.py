@@ -1,8 +1,8 @@
 """An optimizer around another one: what LocalUpdates and NodeAverage share.
 
-torch.optim.Optimizer has a dozen methods that act on the optimizer's own param_groups, state and
-hooks. Around another optimizer each of them would silently act on the wrong ones, so each is
-written here or in the wrappers, or is right as inherited (tests/test_wrappers.py lists those).
+A dozen methods of torch.optim.Optimizer act on the optimizer's own param_groups, state and hooks.
+In a wrapper they would silently act on the wrong ones. So each of them is overridden here or in the
+subclasses, or is right as inherited (tests/test_wrappers.py lists those).
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ _HOOKS = (
 
 
 class Wrapper(torch.optim.Optimizer):
-    """Hooks, state_dict, copies and loss scaling of an optimizer around another one.
+    """The hooks, state_dict, copies and loss scaling of an optimizer around another one.
 
-    A subclass calls :meth:`_begin_life` where torch.optim calls its constructor, and writes step(),
-    _saved(), _load(), _refuse_open_exchange() and the rest of the public methods.
+    A subclass calls :meth:`_make_hooks` instead of torch.optim's constructor, and defines step(),
+    _saved(), _load(), _refuse_open_exchange() and the other public methods.
     """
 
     inner: torch.optim.Optimizer
-    _COPIED: ClassVar[tuple[str, ...]] = ()  # the attributes that a copy has
+    _COPIED: ClassVar[tuple[str, ...]] = ()  # the attributes that a copy gets
 
-    def _begin_life(self) -> None:
-        """Hooks of its own, which run around the whole of the wrapper's step."""
+    def _make_hooks(self) -> None:
+        """Makes the wrapper's own hooks, which run around the whole of its step."""
         for name in _HOOKS:
             setattr(self, f"_optimizer_{name}_hooks", OrderedDict())
         self._patch_step_function()
 
     def _refuse_open_exchange(self, what: str) -> None:
-        """Raises RuntimeError while something of this optimizer is on its way."""
+        """Raises RuntimeError if an exchange was begun and not completed."""
 
     # ------------------------------------------------------------------------------ the step
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # A scaler must call step() on every worker, or the others would wait for one that skipped.
+        # A scaler must call step() on every worker, or the others would wait for one that skips.
         return sys._getframe(1).f_globals.get("__name__") == torch.amp.grad_scaler.__name__
 
     @contextmanager
     def _scaling_ends(self) -> Iterator[None]:
-        """A scaler takes back what it leaves here after a step that went well only."""
+        """Deletes the attributes that a scaler sets, and itself deletes only after success."""
         try:
             yield
         except BaseException:
@@ -97,22 +97,22 @@ class Wrapper(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._begin_life()
+        self._make_hooks()
 
     def __copy__(self) -> NoReturn:
         name = type(self).__name__
         raise TypeError(
-            f"copy.copy({name}): two of them over the same parameters would each count what moves "
-            "there as its own. Copy the model along:\n"
+            f"copy.copy({name}): two of them over the same parameters would each count every "
+            "change of these as its own. Copy the model too:\n"
             "    model, optimizer = copy.deepcopy((model, optimizer))"
         )
 
 
 class Failed:
-    """Takes the place of parameters where there is an error instead.
+    """Stands for the params argument of GMC on a worker that has met an error.
 
-    The constructor of GMC meets the error when it looks at them, and tells the other workers, which
-    would otherwise wait for this one in theirs.
+    GMC's constructor raises the error when it iterates over them, and reports it to the other
+    workers, which would otherwise wait for this one in their constructors.
     """
 
     def __init__(self, error: Exception) -> None:
@@ -123,7 +123,7 @@ class Failed:
 
 
 def raised_by_constructor(error: BaseException) -> bool:
-    """Whether it came out of the constructor of GMC or DGC, which has told the other workers."""
+    """Whether GMC's or DGC's constructor raised it, which has reported it to the other workers."""
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code is CompressedSGD.__init__.__code__:

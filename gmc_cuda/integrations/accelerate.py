@@ -19,24 +19,25 @@ from gmc_cuda.integrations import (
 
 
 def leave_gradients_to_optimizer(accelerator: Accelerator, *models: nn.Module) -> None:
-    """Call it once after ``prepare()``: DDP stays silent, and ``save_state()`` averages memory.
+    """Makes DDP leave the gradients to the optimizer. Call it once after ``prepare()``.
 
     ::
 
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         leave_gradients_to_optimizer(accelerator, model)
 
-    ``accumulate()``, ``clip_grad_norm_()`` (of each worker's own gradient), ``save_state()``,
-    ``load_state()`` and ``mixed_precision="fp16"`` work as with other optimizers: the
-    accelerator's GradScaler becomes a :class:`gmc_cuda.GradScaler`.
+    ``accumulate()``, ``clip_grad_norm_()`` (of each worker's own gradient), ``save_state()`` (which
+    averages memory), ``load_state()`` and ``mixed_precision="fp16"`` then work as with other
+    optimizers. The accelerator's GradScaler becomes a :class:`gmc_cuda.GradScaler`.
 
     Args:
-        models: what ``prepare()`` returned for the models; without any, all of them.
+        accelerator: the accelerator, after it has prepared model and optimizer.
+        models: the models that ``prepare()`` returned. Default: all of them.
 
     Raises:
-        ValueError: an optimizer that is not of gmc_cuda, or none, was prepared; accumulation, or
-            later clipping, with an optimizer that has overlap=True.
-        TypeError: a GradScaler of a class of its own.
+        ValueError: no optimizer was prepared, or one that is not gmc_cuda's; or gradients are
+            accumulated, or later clipped, with an optimizer that has overlap=True.
+        TypeError: the GradScaler is of a class that is neither torch's nor gmc_cuda's.
     """
     if not accelerator._optimizers:
         raise ValueError(
@@ -66,7 +67,7 @@ def leave_gradients_to_optimizer(accelerator: Accelerator, *models: nn.Module) -
 
 
 def share_accelerators_scale(accelerator: Any, name: str) -> None:
-    """The accelerator's scaler becomes ours, and its optimizers notice the steps that it skips."""
+    """Makes the accelerator's scaler gmc_cuda's, and its optimizers notice skipped steps."""
     share_scale(
         accelerator.scaler,
         f"{name}.scaler",
@@ -75,14 +76,14 @@ def share_accelerators_scale(accelerator: Any, name: str) -> None:
     for optimizer in accelerator._optimizers:
         found = unwrap(optimizer)
         if optimizer.scaler is not None and isinstance(found, CompressedSGD):
-            _tell_of_skipped_steps(optimizer, found)
+            _notice_skipped_steps(optimizer, found)
 
 
-def _tell_of_skipped_steps(accelerated: Any, optimizer: CompressedSGD) -> None:
+def _notice_skipped_steps(accelerated: Any, optimizer: CompressedSGD) -> None:
     """Makes Accelerate's ``step_was_skipped`` true after a step that all workers skipped.
 
-    It takes a step as made when the scaler has called the optimizer, which is always the case here:
-    the workers decide inside. What follows it, such as the learning rate's schedule, would go on.
+    Accelerate takes a step as made if the scaler has called the optimizer. Here the scaler always
+    does, because the workers decide inside step(); so the learning rate's schedule would go on.
     """
     known = accelerated._optimizer_patched_step_method
 
@@ -96,7 +97,7 @@ def _tell_of_skipped_steps(accelerated: Any, optimizer: CompressedSGD) -> None:
 
 
 def _refusing(accelerator: Accelerator, name: str) -> Any:
-    """The accelerator's method, which would find no gradients where they are sent already."""
+    """The accelerator's method, refused with overlap=True, where gradients are sent already."""
     clip = getattr(accelerator, name)
 
     def clip_what_is_there(parameters: Any, limit: float, *args: Any, **kwargs: Any) -> Any:

@@ -15,11 +15,11 @@ class GMCFabricStrategy(FabricsStrategy, DDPStrategy):
         optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1)
         model, optimizer = fabric.setup(model, optimizer)
 
-    Arguments: those of DDPStrategy. All workers must call ``fabric.save()``, which averages the
-    memory of the optimizers that it is given. ``fabric.no_backward_sync()`` is ``no_sync()`` of
-    optimizers with overlap=True, too.
+    The arguments are those of DDPStrategy. All workers must call ``fabric.save()``, which averages
+    the memory of the optimizers in its state. ``fabric.no_backward_sync()`` is also ``no_sync()``
+    of optimizers with overlap=True.
 
     Raises:
-        ValueError: another optimizer; clipping with one that has overlap=True.
-        TypeError: a GradScaler of a class of its own.
+        ValueError: the optimizer is not gmc_cuda's; or clipping with overlap=True.
+        TypeError: the GradScaler is of a class that is neither torch's nor gmc_cuda's.
     """

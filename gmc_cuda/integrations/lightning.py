@@ -12,11 +12,11 @@ class GMCStrategy(TrainersStrategy, DDPStrategy):
 
         trainer = lightning.Trainer(strategy=GMCStrategy(), devices=2, gradient_clip_val=1.0)
 
-    with a GMC or DGC in ``configure_optimizers``. Arguments: those of DDPStrategy. Gradient
-    clipping clips each worker's own gradient. With ``precision="16-mixed"`` the GradScaler becomes
-    a :class:`gmc_cuda.GradScaler`.
+    with a GMC or DGC from ``configure_optimizers``. The arguments are those of DDPStrategy.
+    Gradient clipping clips each worker's own gradient. With ``precision="16-mixed"`` the GradScaler
+    becomes a :class:`gmc_cuda.GradScaler`.
 
     Raises:
-        ValueError: another optimizer; clipping or accumulation with one that has overlap=True.
-        TypeError: a GradScaler of a class of its own.
+        ValueError: the optimizer is not gmc_cuda's; or clipping or accumulation with overlap=True.
+        TypeError: the GradScaler is of a class that is neither torch's nor gmc_cuda's.
     """

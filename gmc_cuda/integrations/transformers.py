@@ -20,17 +20,21 @@ class GMCCallback(TrainerCallback):
                           optimizer_cls_and_kwargs=(gmc_cuda.GMC, {"lr": 0.1, "density": 0.01}))
         trainer.add_callback(GMCCallback(trainer))
 
-    Add it last: it acts when a callback before it has asked for a checkpoint. Gradient clipping
-    clips each worker's own gradient. With ``fp16=True`` the trainer's GradScaler becomes a
+    Add it last, because it acts on checkpoints that callbacks before it have requested. Gradient
+    clipping clips each worker's own gradient. With ``fp16=True`` the trainer's GradScaler becomes a
     :class:`gmc_cuda.GradScaler`.
 
+    Args:
+        trainer: the Trainer that it is added to.
+
     Raises:
-        ValueError: when training begins, another optimizer; clipping or accumulation with one that
-            has overlap=True.
-        TypeError: when training begins, a GradScaler of a class of its own.
+        ValueError: when training begins, if the optimizer is not gmc_cuda's, or has overlap=True
+            while gradients are clipped or accumulated.
+        TypeError: when training begins, if the GradScaler is of a class that is neither torch's nor
+            gmc_cuda's.
 
     Warns:
-        UserWarning: a checkpoint was written that lacks what other workers had not sent.
+        UserWarning: a checkpoint was written without what other workers had not sent.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -63,7 +67,7 @@ class GMCCallback(TrainerCallback):
             self._settle(state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.save_strategy == "best":  # decided after this, without a word to callbacks
+        if args.save_strategy == "best":  # the Trainer decides after this event, and calls no other
             self._settle(state)
 
     def _settle(self, state: Any) -> None:
@@ -75,7 +79,7 @@ class GMCCallback(TrainerCallback):
         if saved_alone and unwrap(self._trainer.optimizer) is not None:
             warnings.warn(
                 f"the checkpoint of step {state.global_step} has rank 0's memory only: what the "
-                "other workers had not sent is not in it. A callback asked for it after "
+                "other workers had not sent is not in it. A callback requested it after "
                 "GMCCallback: add that one before\n"
                 "    trainer.add_callback(GMCCallback(trainer))",
                 stacklevel=2,
