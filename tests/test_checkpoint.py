@@ -87,7 +87,9 @@ def load_and_go_on(group, folder, make, options, start, end):
         (gmc_cuda.GMC, {}),
         (gmc_cuda.GMC, {"momentum_form": "iterate"}),
         (gmc_cuda.GMC, {"density": 1.0}),
+        (gmc_cuda.GMC, {"exchange": "reduce_scatter"}),
         (gmc_cuda.DGC, {}),
+        (gmc_cuda.DGC, {"exchange": "reduce_scatter"}),
     ],
 )
 def test_resuming_keeps_everything(pool, tmp_path, saved_on, loaded_on, make, options):

@@ -154,14 +154,15 @@ def test_hook_with_one_bucket_has_the_bits_of_the_optimizer(pool, variant, accum
     pool.run(2, hook_beside_optimizer, VARIANTS[variant], accumulate, budget)
 
 
-def mass(group, options, use, set_to_none, nan_at):
+def mass(group, options, use, set_to_none, nan_at, exchange):
     """Mass equation with several buckets that DDP rebuilds, and a_t where nobody used a layer."""
     rank = dist.get_rank(group)
     wrapped = Net()
     params = list(wrapped.parameters())
     state = gmc_cuda.GMCHookState(
-        group, momentum=0.9, density=0.05, named_parameters=wrapped.named_parameters()
-    )
+        group, momentum=0.9, density=0.05, exchange=exchange,
+        named_parameters=wrapped.named_parameters(),
+    )  # fmt: skip
     model = DDP(wrapped, process_group=group, bucket_cap_mb=0.0009, **options)
     partitions = []
 
@@ -177,8 +178,11 @@ def mass(group, options, use, set_to_none, nan_at):
 
     def held(name):
         saved = state.state_dict()["parameters"]
-        return flat([saved[n][name] if n in saved else torch.zeros_like(p)
+        return flat([saved.get(n, {}).get(name, torch.zeros_like(p))
                      for n, p in zip(names, params, strict=True)])  # fmt: skip
+
+    def unsent():
+        return held("memory") + dist.get_world_size(group) * held("owner_memory")
 
     zeros = [torch.zeros_like(p) for p in params]
     memory, aggregate = flat(zeros), flat(zeros)
@@ -198,12 +202,12 @@ def mass(group, options, use, set_to_none, nan_at):
             handle.remove()
         sgd.step()
         gone = (before - flat(params)) / LR  # a_t as it reached the parameters
-        left = mean(group, held("memory")) + gone
+        left = mean(group, unsent()) + gone
         came = mean(group, memory) + mean(group, local) + 0.9 * aggregate
         assert (left - came).abs().max() < 2e-6 * (1 + came.abs().max() + before.abs().max() / LR)
         if step == nan_at:
             assert gone.abs().max() == 0 and held("memory").isfinite().all()
-        memory, aggregate = held("memory"), held("momentum_buffer")
+        memory, aggregate = unsent(), held("momentum_buffer")
     assert same_on_all_ranks(group, params)
     assert state.stats()["skipped_steps"] == (nan_at is not None)
     assert len(partitions[-1]) > 1
@@ -211,14 +215,16 @@ def mass(group, options, use, set_to_none, nan_at):
 
 
 @pytest.mark.parametrize(
-    "use,views,set_to_none",
-    [(None, False, True), (None, True, False)]
-    + [(use, views, none) for use in (sometimes, rarely) for views in (False, True)
-       for none in (False, True)],
+    "size,use,views,set_to_none,exchange",
+    [(2, None, False, True, "all_gather"), (2, None, True, False, "all_gather")]
+    + [(2, use, views, none, "all_gather") for use in (sometimes, rarely)
+       for views in (False, True) for none in (False, True)]
+    + [(2, None, False, True, "reduce_scatter"), (4, None, True, False, "reduce_scatter"),
+       (4, sometimes, False, True, "reduce_scatter")],
 )  # fmt: skip
-def test_hook_keeps_the_mass_equation(pool, use, views, set_to_none):
+def test_hook_keeps_the_mass_equation(pool, size, use, views, set_to_none, exchange):
     options = {"gradient_as_bucket_view": views, "find_unused_parameters": use is not None}
-    partitions = pool.run(2, mass, options, use or every, set_to_none, 4)[0]
+    partitions = pool.run(size, mass, options, use or every, set_to_none, 4, exchange)[0]
     if use is None:
         assert partitions[0] != partitions[-1]  # DDP did rebuild its buckets
 

@@ -45,6 +45,8 @@ def take(
     private: dict[str, Tensor] = {}
     for param, tensors in own_engine.held().items():
         for name, tensor in tensors.items():
+            if name == states.OWNER and not tensor.any():  # most of it is another worker's
+                continue
             (private if name in own else momentum)[f"{place[param]}.{name}"] = tensor
     files: dict[str, Any] = {f"worker{own_engine.exchange.rank}{shard}.pt": private}
     if own_engine.exchange.rank == 0:
@@ -179,11 +181,16 @@ def read(part: Path, model: torch.nn.Module, optimizer: CompressedSGD) -> Found:
 
 
 def _mean(private: Callable[[int], dict[str, Tensor]], size: int) -> dict[str, Tensor]:
-    total = private(0)
-    for rank in range(1, size):
-        for name, tensor in private(rank).items():
-            total[name] += tensor
-    return {name: tensor / size for name, tensor in total.items()}
+    """What each of other workers had, for any worker: the mean. What one of them owned for all
+    counts in it as much as what each of them had not sent."""
+    total: dict[str, Tensor] = {}
+    for rank in range(size):
+        for key, tensor in private(rank).items():
+            i, name = key.split(".")
+            if name == states.OWNER:
+                key, tensor = f"{i}.{states.MEMORY}", size * tensor
+            total[key] = total[key] + tensor if key in total else tensor
+    return {key: tensor / size for key, tensor in total.items()}
 
 
 def _for_model(model: torch.nn.Module, shared: dict[str, Any]) -> dict[str, Any]:

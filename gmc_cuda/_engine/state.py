@@ -27,10 +27,10 @@ from gmc_cuda._engine.shards import shard_of
 ParamState = dict[str, Tensor]
 Held = dict[Tensor, ParamState]
 
-_MEMORY, _OWNER = "memory", "owner_memory"
+MEMORY, OWNER = "memory", "owner_memory"
 MOMENTUM_NAMES = ("momentum_buffer", "aggregate")  # "aggregate" for momentum_form="iterate"
 
-SHOWN = (_MEMORY, _OWNER, *MOMENTUM_NAMES)
+SHOWN = (MEMORY, OWNER, *MOMENTUM_NAMES)
 
 FORMAT = 1
 _STAMP = "saved_by"  # key in each param group of a state_dict, which every framework keeps
@@ -81,7 +81,7 @@ def held(groups: Iterable[Group], state: Mapping[Any, Any], rule: Rule) -> Held:
                     if key not in dense:
                         dense[key] = bucket.views(value.read(bucket))
                     value = dense[key][index]
-                if name not in (_MEMORY, _OWNER):
+                if name not in (MEMORY, OWNER):
                     name = rule.momentum_name(group)
                 _check_fits(
                     value, f"state: {name} of {parameter_name(group, i)} of group {g}", param
@@ -98,7 +98,7 @@ def export(buckets: Iterable[Bucket], rule: Rule) -> Held:
         if not rule.local_momentum:
             vectors[rule.momentum_name(bucket.group)] = bucket.momentum()
         if bucket.owner is not None:
-            vectors[_OWNER] = bucket.owner.spread(bucket.memory)
+            vectors[OWNER] = bucket.owner.spread(bucket.memory)
         for name, flat in vectors.items():
             for param, view in zip(bucket.params, bucket.views(flat), strict=True):
                 found.setdefault(param, {})[name] = view
@@ -114,7 +114,7 @@ def install(buckets: Iterable[Bucket], rule: Rule, saved: Held) -> None:
         for name, flat in bucket.vectors().items():
             flat.copy_(_packed(bucket, name, saved))
         if bucket.owner is not None:
-            bucket.owner.take_over(_packed(bucket, _OWNER, saved), bucket.memory)
+            bucket.owner.take_over(_packed(bucket, OWNER, saved), bucket.memory)
         bucket.aggregate = None
         name = rule.momentum_name(bucket.group)
         if not rule.local_momentum and any(name in saved.get(p, {}) for p in bucket.params):
@@ -135,10 +135,10 @@ def for_owner(saved: Held, size: int, owner: tuple[int, int] | None) -> Held:
         return saved
     found: Held = {}
     for param, tensors in saved.items():
-        found[param] = {name: tensor for name, tensor in tensors.items() if name != _OWNER}
-        if _OWNER in tensors:
-            memory = found[param].get(_MEMORY, torch.zeros_like(tensors[_OWNER]))
-            found[param][_MEMORY] = torch.add(memory, tensors[_OWNER], alpha=size)
+        found[param] = {name: tensor for name, tensor in tensors.items() if name != OWNER}
+        if OWNER in tensors:
+            memory = found[param].get(MEMORY, torch.zeros_like(tensors[OWNER]))
+            found[param][MEMORY] = torch.add(memory, tensors[OWNER], alpha=size)
     return found
 
 
@@ -163,7 +163,7 @@ def show(buckets: Iterable[Bucket], rule: Rule, state: dict[Any, Any], changed: 
             views: list[Tensor] = [MomentumView(bucket, i) for i in range(len(bucket.params))]
             shown[rule.momentum_name(bucket.group)] = views
         if bucket.owner is not None:
-            shown[_OWNER] = [OwnerView(bucket, i) for i in range(len(bucket.params))]
+            shown[OWNER] = [OwnerView(bucket, i) for i in range(len(bucket.params))]
         for i, param in enumerate(bucket.params):
             kept = {k: v for k, v in (state.get(param) or {}).items() if k not in SHOWN}
             state[param] = Entry(kept | {name: views[i] for name, views in shown.items()}, changed)
@@ -268,8 +268,8 @@ def read(state_dict: dict[str, Any], groups: list[Group], rule: Rule, name: str)
             tensors = state_dict["state"].get(i)
             if tensors is None:
                 continue  # frozen, or torch.optim.SGD before its first step
-            required = wanted | {_MEMORY} if stamp is not None else set()
-            held[ids[i]] = _checked(tensors, required, wanted | {_MEMORY, _OWNER}, ids[i], i)
+            required = wanted | {MEMORY} if stamp is not None else set()
+            held[ids[i]] = _checked(tensors, required, wanted | {MEMORY, OWNER}, ids[i], i)
     if stamp is not None:
         _warn_of_dropped(stamp, saved_groups, state_dict["state"])
     return Loaded(loaded_groups, held, stamp)
@@ -297,7 +297,7 @@ def warn_of_another_ranks(loaded: Loaded, rank: int, size: int) -> None:
     stamp = loaded.stamp
     if stamp is None or stamp.averaged or (stamp.rank, stamp.world_size) == (rank, size):
         return
-    unsent = (state[k] for state in loaded.held.values() for k in (_MEMORY, _OWNER) if k in state)
+    unsent = (state[k] for state in loaded.held.values() for k in (MEMORY, OWNER) if k in state)
     if not any(bool(tensor.any()) for tensor in unsent):
         return
     warnings.warn(
@@ -321,7 +321,7 @@ def for_sgd(state_dict: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 "torch.optim.SGD has no momentum_form='iterate': set it to 'buffer' and make a step"
             )
-        if any(name in tensors and tensors[name].any() for name in (_MEMORY, _OWNER)):
+        if any(name in tensors and tensors[name].any() for name in (MEMORY, OWNER)):
             raise ValueError(
                 f"parameter {i} has gradients in memory that were not sent yet, and "
                 "torch.optim.SGD has no memory: set density to 1.0 in every param group, make a "
