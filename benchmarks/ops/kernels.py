@@ -45,5 +45,9 @@ def measure(run: session.Session, case: Case) -> list[dict]:
     return records
 
 
+def main() -> int:
+    return session.main("kernels", __doc__ or "", measure, goals.for_kernels)
+
+
 if __name__ == "__main__":
-    sys.exit(session.main("kernels", __doc__, measure, goals.for_kernels))
+    sys.exit(main())

@@ -37,5 +37,9 @@ def measure(run: session.Session, case: Case) -> list[dict]:
     return [record]
 
 
+def main() -> int:
+    return session.main("step", __doc__ or "", measure, goals.for_step)
+
+
 if __name__ == "__main__":
-    sys.exit(session.main("step", __doc__, measure, goals.for_step))
+    sys.exit(main())

@@ -8,6 +8,7 @@ scaling             the fastest method by a model of a step, 2 to 1024 workers
 overlap_trace       a picture of overlap=True
 
 logical_workers     p workers in one process, for convergence
+logical_methods     what those workers exchange: a row for each method
 ladder              the search for a method's momentum and learning rate
 convergence_report  its lines, table and picture
 namespaces          workers in network namespaces whose links are limited to a rate

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.report import file_stem, load, write_json
 from benchmarks.training import convergence_report, ladder, logical_workers
-from benchmarks.training.logical_workers import DTYPES, RULES, WAYS
+from benchmarks.training.logical_methods import DTYPES, EXCHANGES, NAMES, RULES, rule_of
 from examples.demo import arguments
 from examples.demo.provenance import provenance
 
@@ -32,17 +32,6 @@ SIZES = {
     "text": {"steps": 600, "global_batch": 16, "search_seeds": 1, "seeds": 3},
     "digits": {"steps": 100, "global_batch": 64, "search_seeds": 3, "seeds": 6},
 }
-# (momentum, lr / (1 - momentum)) where a search starts, from earlier ones: a good start saves runs.
-STARTS = {
-    "text": {
-        "dense": (0.8, 2.56), "gmc": (0.5, 2.56), "dgc": (0.9, 10.24), "memsgd": (0.5, 2.56),
-        "plain": (0.0, 2.56),
-    },
-    "digits": {
-        "dense": (0.5, 1.28), "gmc": (0.5, 1.28), "dgc": (0.5, 1.28), "memsgd": (0.5, 1.28),
-        "plain": (0.0, 1.28),
-    },
-}  # fmt: skip
 METHODS = ["dense", "gmc:bfloat16", "gmc:float8", "gmc:float4", "dgc:bfloat16", "dgc:float4",
            "memsgd:bfloat16", "plain:bfloat16"]  # fmt: skip
 
@@ -102,9 +91,9 @@ def compare(options: argparse.Namespace) -> None:
         return float("inf") if run["loss"] is None else run["loss"]
 
     def find(method: str) -> None:
-        momentum, scaled = STARTS[options.task][method.split(":")[0]]
-        plain = method.startswith("plain:")
-        momenta = [0.0] if plain else options.momentum or ladder.MOMENTA
+        rule = rule_of(method)
+        momentum, scaled = rule.starts[options.task]
+        momenta = rule.momenta or options.momentum or ladder.MOMENTA
         start = min(momenta, key=lambda m: abs(m - momentum))
         if options.lr:
             scaled = options.lr / (1 - start)
@@ -120,7 +109,7 @@ def compare(options: argparse.Namespace) -> None:
 
     # A thread for each method, which waits for its runs; the runs have processes of one thread.
     with (
-        ProcessPoolExecutor(options.processes, get_context("spawn"),
+        ProcessPoolExecutor(options.processes, get_context("forkserver"),
                             logical_workers.prepare, (options,)) as pool,
         ThreadPoolExecutor(len(options.methods)) as threads,
     ):  # fmt: skip
@@ -154,21 +143,20 @@ def reusable(options: argparse.Namespace, content: dict) -> list[dict]:
 
 
 def parse() -> argparse.Namespace:
-    names = ["dense", *(f"{rule}:{dtype}" for rule in RULES if rule != "dense" for dtype in DTYPES)]
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="methods: " + "; ".join(f"{rule}: {said}" for rule, said in RULES.items()),
+        epilog="methods: " + "; ".join(f"{name}: {rule.said}" for name, rule in RULES.items()),
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--task", choices=list(TASKS), help="(default: text, digits, and digits --non-iid)")
     add("--non-iid", action="store_true", help="few classes, or its own files, on each worker")
-    add("--methods", nargs="+", choices=names, default=METHODS, metavar="METHOD",
-        help="dense, or gmc, dgc, memsgd or plain with "
+    add("--methods", nargs="+", choices=NAMES, default=METHODS, metavar="METHOD",
+        help=f"dense, or {', '.join(list(RULES)[1:])} with "
         f":{', :'.join(DTYPES)} (default: {' '.join(METHODS)})")  # fmt: skip
     add("--bytes-ratio", type=arguments.positive_float, default=100.0,
         help="times fewer bytes on a link than with a ring all-reduce (default 100)")  # fmt: skip
-    add("--exchange", choices=list(WAYS), default="all_gather", help="(default all_gather)")
+    add("--exchange", choices=list(EXCHANGES), default="all_gather", help="(default all_gather)")
     add("--density", type=arguments.density, help="instead of --bytes-ratio")
     add("--momentum", nargs="+", type=arguments.below_one,
         help=f"that may be tried (default: {' '.join(map(str, ladder.MOMENTA))})")  # fmt: skip

@@ -76,7 +76,9 @@ def main() -> int:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)  # fail now, not at the end
     with tempfile.TemporaryDirectory(prefix="gmc-local-updates-") as folder:
-        mp.spawn(work, (options, f"{folder}/store"), nprocs=options.workers)
+        mp.start_processes(
+            work, (options, f"{folder}/store"), options.workers, start_method="forkserver"
+        )
     return 0
 
 

@@ -55,7 +55,7 @@ def main() -> int:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)  # fail now, not at the end
     with tempfile.TemporaryDirectory(prefix="gmc-overlap-") as folder:
-        mp.spawn(work, (options, f"{folder}/store"), nprocs=WORKERS)
+        mp.start_processes(work, (options, f"{folder}/store"), WORKERS, start_method="forkserver")
     return 0
 
 

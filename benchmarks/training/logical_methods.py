@@ -1,0 +1,244 @@
+"""The methods that convergence.py compares, with p workers in one process.
+
+A method is named "rule:dtype", as in "gmc:float4", or "dense". To add a rule, write its row of
+RULES; to add an exchange, write its class and its row of EXCHANGES. All else reads these tables.
+"""
+
+from argparse import Namespace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gmc_cuda import ops, reference
+from gmc_cuda._engine import budget, ranges
+
+DTYPES = {str(dtype).removeprefix("torch.").split("_")[0]: dtype for dtype in reference.WIRE_DTYPES}
+
+
+class Rule(NamedTuple):
+    """A row of RULES.
+
+    Attributes:
+        said: what it is, for --help.
+        starts: by task, (momentum, lr / (1 - momentum)) where a search starts. They come from
+            earlier searches, because a good start saves runs.
+        local_momentum: each worker has a momentum buffer of its own, else the aggregate gives it.
+        masking: momentum factor masking.
+        momenta: the momenta that may be tried; None for those of the command line.
+    """
+
+    said: str
+    starts: dict[str, tuple[float, float]]
+    local_momentum: bool = False
+    masking: bool = False
+    momenta: list[float] | None = None
+
+
+RULES = {
+    "dense": Rule(
+        "torch.optim.SGD on the mean gradient", {"text": (0.8, 2.56), "digits": (0.5, 1.28)}
+    ),
+    "gmc": Rule("global momentum", {"text": (0.5, 2.56), "digits": (0.5, 1.28)}),
+    "dgc": Rule(
+        "local momentum with momentum factor masking",
+        {"text": (0.9, 10.24), "digits": (0.5, 1.28)},
+        local_momentum=True,
+        masking=True,
+    ),
+    "memsgd": Rule(
+        "memory SGD with local momentum, which is DGC without masking",
+        {"text": (0.5, 2.56), "digits": (0.5, 1.28)},
+        local_momentum=True,
+    ),
+    "plain": Rule(
+        "memory SGD without momentum",
+        {"text": (0.0, 2.56), "digits": (0.0, 1.28)},
+        momenta=[0.0],
+    ),
+}
+NAMES = ["dense", *(f"{rule}:{dtype}" for rule in RULES if rule != "dense" for dtype in DTYPES)]
+
+
+class Method(Protocol):
+    """Takes each worker's gradient in turn, from `.grad` of the parameters, then makes the step.
+
+    Attributes:
+        k: entries that a worker sends in a step.
+        nbytes: bytes that a worker hands to collectives in a step.
+    """
+
+    k: int
+    nbytes: int
+
+    def bytes_ratio(self, numel: int) -> float: ...
+
+    def take(self, rank: int) -> None: ...
+
+    def finish(self, lr: float) -> None: ...
+
+
+def gradients(params: list[nn.Parameter]) -> list[Tensor]:
+    return [param.grad for param in params if param.grad is not None]
+
+
+class Dense:
+    def __init__(self, params: list[nn.Parameter], momentum: float, workers: int) -> None:
+        self.params, self.workers = params, workers
+        self.optimizer = torch.optim.SGD(params, lr=0.0, momentum=momentum)
+        self.sums = [torch.zeros_like(param) for param in params]
+        self.k = sum(param.numel() for param in params)
+        self.nbytes = 4 * self.k
+
+    def bytes_ratio(self, numel: int) -> float:
+        return 1.0
+
+    def take(self, rank: int) -> None:
+        for total, grad in zip(self.sums, gradients(self.params), strict=True):
+            total += grad
+
+    def finish(self, lr: float) -> None:
+        for param, total in zip(self.params, self.sums):
+            param.grad = total / self.workers
+            total.zero_()
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+
+
+class Gathered:
+    """All parameters are one bucket; the workers' payloads are gathered and merged."""
+
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        momentum: float,
+        rule: Rule,
+        dtype: torch.dtype,
+        options: Namespace,
+    ) -> None:
+        self.params, self.momentum, self.dtype = params, momentum, dtype
+        self.numel = sum(param.numel() for param in params)
+        self.k = self.entries(options, self.numel, times=max(options.workers, 2) / 2)
+        self.nbytes = ops.payload_nbytes(self.numel, self.k, self.dtype)
+        self.workers, self.link_nbytes = options.workers, (options.workers - 1) * self.nbytes
+        self.memories = torch.zeros(options.workers, self.numel)
+        self.buffers: list[Tensor | None] = [None] * options.workers
+        if rule.local_momentum:
+            self.buffers = list(torch.zeros(options.workers, self.numel))
+        self.masking = rule.masking
+        self.states = [ops.select_state(self.numel, self.k, "cpu") for _ in self.buffers]
+        self.payloads: list[Tensor] = []
+        self.aggregate: Tensor | None = None
+
+    def bytes_ratio(self, numel: int) -> float:
+        """How many times fewer bytes a link carries than with a ring all-reduce."""
+        if self.workers == 1:
+            return 4 * numel / self.nbytes
+        return budget.ring_nbytes(4 * numel, self.workers) / self.link_nbytes
+
+    def entries(self, options: Namespace, numel: int, times: float = 1.0) -> int:
+        ratio = None if options.density is not None else options.bytes_ratio
+        return budget.entries(options.density, ratio, numel, self.dtype, times)
+
+    def take(self, rank: int) -> None:
+        buffer = self.buffers[rank]
+        payload = ops.compress_(
+            self.memories[rank],
+            gradients(self.params),
+            self.k,
+            momentum=self.momentum,
+            aggregate=self.aggregate if buffer is None else None,
+            momentum_buffer=buffer,
+            wire_dtype=self.dtype,
+            state=self.states[rank],
+        )
+        if self.masking and buffer is not None:
+            ops.mask_(buffer, payload, self.k, self.dtype)
+        self.payloads.append(payload)
+
+    def finish(self, lr: float) -> None:
+        self.aggregate = ops.merge(torch.stack(self.payloads), self.numel, self.k, self.dtype)
+        self.payloads.clear()
+        ops.apply_([param.data for param in self.params], self.aggregate, lr)
+
+
+class TwoSided(Gathered):
+    """Each range of the bucket goes to its owner, who sends its largest entries to all."""
+
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        momentum: float,
+        rule: Rule,
+        dtype: torch.dtype,
+        options: Namespace,
+    ) -> None:
+        super().__init__(params, momentum, rule, dtype, options)
+        self.ranges = ranges.cut(self.numel, options.workers)
+        self.ks = [self.entries(options, part.numel) for part in self.ranges]
+        self.k = sum(self.ks)
+        nbytes = [
+            ops.payload_nbytes(part.numel, k, self.dtype)
+            for part, k in zip(self.ranges, self.ks, strict=True)
+        ]
+        self.nbytes = sum(nbytes) + nbytes[0]
+        self.link_nbytes = sum(nbytes[1:]) + (options.workers - 1) * nbytes[0]
+        self.owned = [torch.zeros(part.numel) for part in self.ranges]
+        self.aggregates: list[Tensor | None] = [None] * options.workers
+        self.received: list[list[Tensor]] = [[] for _ in self.ranges]
+        self.state_of: dict[tuple[int, int], Tensor] = {}
+
+    def state(self, rank: int, part: int) -> Tensor:
+        """Of a worker's selection in a range; rank -1: of the owner's."""
+        if (rank, part) not in self.state_of:
+            numel, k = self.ranges[part].numel, self.ks[part]
+            self.state_of[rank, part] = ops.select_state(numel, k, "cpu")
+        return self.state_of[rank, part]
+
+    def take(self, rank: int) -> None:
+        grad = torch.cat([grad.view(-1) for grad in gradients(self.params)])
+        buffer = self.buffers[rank]
+        for j, (part, k) in enumerate(zip(self.ranges, self.ks, strict=True)):
+            place = slice(part.begin, part.end)
+            payload = ops.compress_(
+                self.memories[rank][place],
+                [grad[place]],
+                k,
+                momentum=0.0 if buffer is None else self.momentum,
+                momentum_buffer=None if buffer is None else buffer[place],
+                wire_dtype=self.dtype,
+                state=self.state(rank, j),
+            )
+            if self.masking and buffer is not None:
+                ops.mask_(buffer[place], payload, k, self.dtype)
+            self.received[j].append(payload)
+
+    def finish(self, lr: float) -> None:
+        moved = []
+        for j, (memory, k) in enumerate(zip(self.owned, self.ks, strict=True)):
+            previous = self.aggregates[j]
+            if previous is not None and self.buffers[0] is None:
+                ops.apply_([memory], previous, -self.momentum)
+            mean = ops.merge(torch.stack(self.received[j]), memory.numel(), k, self.dtype)
+            answer = ops.compress_(
+                memory, [None], k, params=[memory], momentum=1.0, aggregate=mean,
+                wire_dtype=self.dtype, state=self.state(-1, j),
+            )  # fmt: skip
+            self.received[j].clear()
+            self.aggregates[j] = ops.merge(answer[None], memory.numel(), k, self.dtype)
+            moved.append(ops.densify(self.aggregates[j], memory.numel()))
+        ops.apply_([param.data for param in self.params], ops.sparsify(torch.cat(moved)), lr)
+
+
+EXCHANGES = {"all_gather": Gathered, "reduce_scatter": TwoSided}
+
+
+def rule_of(name: str) -> Rule:
+    return RULES[name.partition(":")[0]]
+
+
+def make(name: str, params: list[nn.Parameter], momentum: float, options: Namespace) -> Method:
+    if name == "dense":
+        return Dense(params, momentum, options.workers)
+    dtype = DTYPES[name.partition(":")[2]]
+    return EXCHANGES[options.exchange](params, momentum, rule_of(name), dtype, options)
