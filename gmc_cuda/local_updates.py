@@ -1,4 +1,4 @@
-"""Local-update training (DiLoCo): inner steps by any optimizer, an exchange every H of them."""
+"""Local-update training (DiLoCo): inner steps by any optimizer, and an exchange every H steps."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from gmc_cuda._engine.optimizer import CompressedSGD
 from gmc_cuda._engine.wrapper import Failed, Wrapper, raised_by_constructor
 from gmc_cuda.optim import GMC
 
-_KEY = "local_updates"  # in each param group of a state_dict: what is not of one parameter
-_OUTER = "outer."  # before the name of what is, and is not the inner optimizer's
+_KEY = "local_updates"  # key in each param group of a state_dict, of what no parameter has
+_OUTER = "outer."  # prefix of the outer optimizer's keys in a parameter's state
 _START = _OUTER + "start"
 
 _kind = attrgetter("requires_grad", "dtype", "layout", "shape")
 
 
 class LocalUpdates(Wrapper):
-    """Every H steps of an inner optimizer, the workers exchange what they moved.
+    """Trains each worker alone for H steps of an inner optimizer, then exchanges what they moved.
 
-    Each worker trains alone for H steps, from the common w to its own w_k. The outer optimizer then
-    takes w - w_k for a gradient, and the workers go on together from its result. What is not sent
-    stays in the outer memory for later rounds, as ever::
+    In a round each worker moves from the common w to its own w_k. The outer optimizer then takes
+    w - w_k as the gradient, and all workers continue from its result. What is not sent stays in the
+    outer memory for later rounds::
 
         inner = torch.optim.AdamW(model.parameters(), lr=1e-3)
         optimizer = gmc_cuda.LocalUpdates(inner, every=20)
         scheduler = CosineAnnealingLR(optimizer, steps)    # of the inner learning rate
 
-    From outside it is the inner optimizer: ``step()``, ``zero_grad()``, ``param_groups``,
-    ``state``. The outer one is ``optimizer.outer``, a :class:`gmc_cuda.GMC` over float32 copies
-    of the parameters, whose options may be changed between rounds. All workers make the same number
-    of steps. Workers' parameters differ within a round: call :meth:`synchronize` on all of them
-    before the model is evaluated or saved at another place than the end of a round.
+    It is used like the inner optimizer: ``step()``, ``zero_grad()``, ``param_groups``, ``state``.
+    ``optimizer.outer`` is the outer one, a :class:`gmc_cuda.GMC` over float32 copies of the
+    parameters, whose options may be changed between rounds. All workers must make the same number
+    of steps. Within a round the workers' parameters differ: call :meth:`synchronize` on all of them
+    before the model is evaluated or saved, unless a round has just ended.
 
     Layers may be frozen and unfrozen, and parameters be replaced, added, removed, converted and
     moved at any time, on all workers alike; a round exchanges what was trained in any of its steps.
-    A parameter that is trained from some step on starts with rank 0's values.
+    A parameter that is trained from some step on begins with rank 0's values.
 
     Args:
         inner_optimizer: any ``torch.optim.Optimizer``; nothing of it is communicated. What it
@@ -56,16 +56,18 @@ class LocalUpdates(Wrapper):
             ``functools.partial(gmc_cuda.GMC, lr=0.7, density=0.02)``. Default: GMC with
             ``DEFAULTS``.
         every: H, inner steps in a round.
-        overlap: the exchange goes on during the next round, and its result is applied at the end
-            of that, one round late; until then a worker goes on from where it was itself.
+        overlap: exchange during the next round, and apply the result at its end, one round late.
+            Until then each worker continues from its own parameters.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be used, or workers that differ. If only one
-            worker met it, the others raise RuntimeError with its rank and reason.
+        TypeError, ValueError: an argument cannot be used, or the workers differ. If only one worker
+            met the error, the others raise RuntimeError with its rank and reason.
+
+    Source: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models".
     """
 
-    # What waits in memory acts late, like momentum, which therefore added nothing in trials; larger
-    # steps and forgetting the oldest did (docs/results.md).
+    # What waits in memory acts late, like momentum. So in trials momentum added nothing, but larger
+    # steps and a decay of old entries did (docs/results.md).
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "lr": 2.0,
         "momentum": 0.0,
@@ -77,7 +79,7 @@ class LocalUpdates(Wrapper):
         "_on_the_way",
     )  # fmt: skip
 
-    # Its tensors must be usable later, wherever this is called.
+    # Without this, tensors made inside torch.inference_mode() could not be changed later.
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(
@@ -90,12 +92,16 @@ class LocalUpdates(Wrapper):
     ) -> None:
         # Not super().__init__(): param_groups and state are the inner optimizer's.
         self.inner, self.every, self.overlap = inner_optimizer, every, overlap
-        self._copies: dict[Tensor, nn.Parameter] = {}  # the outer optimizer's, by inner parameter
+        self._copies: dict[
+            Tensor, nn.Parameter
+        ] = {}  # the outer optimizer's parameters, by inner parameter
         self._new: list[Tensor] = []  # parameters whose copy still has each worker's own values
         self._seen: list[Tensor] = []
         self._kinds: list[Any] = []
         self._steps = 0
-        self._on_the_way: dict[Tensor, Tensor] | None = None  # what this worker sent, with overlap
+        self._on_the_way: dict[Tensor, Tensor] | None = (
+            None  # what this worker has sent, and not applied
+        )
         try:
             _check_arguments(inner_optimizer, outer, every)
             self._make_hooks()
@@ -104,8 +110,8 @@ class LocalUpdates(Wrapper):
             trained = [p for p in self._params() if p.requires_grad]
             self._copies = {p: nn.Parameter(_float32(p)) for p in trained}
         except Exception as error:
-            _tell(error, outer)
-        # With everything frozen there is nothing to exchange yet.
+            _raise_everywhere(error, outer)
+        # If all parameters are frozen, the outer optimizer gets an empty one.
         copies: list[Tensor] = list(self._copies.values())
         nothing = torch.empty(0, dtype=torch.float32, device="cpu")
         copies = copies or [nn.Parameter(nothing, requires_grad=False)]
@@ -121,8 +127,8 @@ class LocalUpdates(Wrapper):
         frozen = [p for p in self._params() if not p.requires_grad]
         engine.broadcast(exchange, [{"params": frozen}], engine.device_of(self.inner))
         self._follow()
-        self._new = []  # the outer optimizer has given all workers rank 0's
-        self._go_on(self._copies)
+        self._new = []  # the outer optimizer has broadcast rank 0's values
+        self._set_to_begun(self._copies)
 
     # ------------------------------------------------------------- what the inner optimizer has
 
@@ -136,7 +142,7 @@ class LocalUpdates(Wrapper):
 
     @property
     def state(self) -> Any:
-        """The inner optimizer's state, to be read and written."""
+        """The inner optimizer's state, for reading and writing."""
         return _State(self.inner)
 
     @state.setter
@@ -148,7 +154,7 @@ class LocalUpdates(Wrapper):
         return self.inner.defaults
 
     def __getattr__(self, name: str) -> Any:
-        # What some optimizers have beyond torch.optim's, as train() and eval().
+        # Some optimizers have further methods, such as train() and eval().
         if name == "inner" or name.startswith("_"):
             raise AttributeError(f"'LocalUpdates' object has no attribute '{name}'")
         return getattr(self.inner, name)
@@ -161,7 +167,7 @@ class LocalUpdates(Wrapper):
 
     @property
     def process_group(self) -> Any:
-        """The outer optimizer's workers. Set it on a copy from another process."""
+        """The outer optimizer's process group. Set it on a copy that came from another process."""
         return self.outer.process_group
 
     @process_group.setter
@@ -174,7 +180,7 @@ class LocalUpdates(Wrapper):
         return engine.params_of(self.inner)
 
     def _model(self) -> dict[str, Any]:
-        """What of the inner optimizer must be equal on all workers: not its options."""
+        """The facts about the inner optimizer's parameters, which must be equal on all workers."""
         model = ("number of ", "shape of ", "dtype of ", "requires_grad of ")
         facts = comparison.describe(self.inner)
         return {name: fact for name, fact in facts.items() if name.startswith(model)}
@@ -195,7 +201,7 @@ class LocalUpdates(Wrapper):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _follow(self) -> None:
-        """Makes a copy of what is trained from now on, before it moves."""
+        """Makes a copy of each newly trained parameter, before it moves."""
         params = self._params()
         kinds = list(map(_kind, params))
         same = len(params) == len(self._seen) and all(map(is_, params, self._seen))
@@ -206,7 +212,7 @@ class LocalUpdates(Wrapper):
         for param in params:
             copy = self._copies.get(param)
             if not param.requires_grad:
-                if copy is not None and between_rounds:  # else it has moved in this round
+                if copy is not None and between_rounds:  # else it may have moved in this round
                     copy.requires_grad_(False)
             elif copy is None or copy.shape != param.shape:
                 self._put(param, _float32(param))
@@ -217,14 +223,15 @@ class LocalUpdates(Wrapper):
                     copy = self._copies[param]
                 copy.requires_grad_(True)
                 if self._on_the_way is None or param not in self._on_the_way:
-                    # What was written to it while it was frozen counts; else float32's last bits.
+                    # A value that was written while it was frozen replaces the copy; otherwise the
+                    # copy keeps the bits that the parameter's dtype lacks.
                     kept = copy.to(param.dtype) == param
                     copy.copy_(torch.where(kept, copy, param.float()))
                     self._new.append(param)
         self._seen, self._kinds = params, kinds
 
     def _put(self, param: Tensor, value: Tensor) -> None:
-        """Makes this value the parameter's copy, with the state of the one before."""
+        """Makes this value the parameter's copy, which takes over the old copy's state."""
         copy, old = nn.Parameter(value), self._copies.get(param)
         groups, state = self.outer.param_groups, self.outer.state
         if old is not None and old.shape == copy.shape:
@@ -247,9 +254,9 @@ class LocalUpdates(Wrapper):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _tidy(self) -> None:
-        """Lets go of the copies of parameters that are gone, and moves those of others along.
+        """Drops the copies of removed parameters, and moves copies to their parameters' device.
 
-        Not while an exchange is on its way, whose result goes to the copies that it was made from.
+        Must not be called while an exchange is on its way, whose result goes to the old copies.
         """
         present = set(self._params())
         for param in self._copies.keys() - present:
@@ -288,17 +295,17 @@ class LocalUpdates(Wrapper):
     # -------------------------------------------------------------------------------- the steps
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One inner step; every H-th time, also the exchange, for which all workers must call it.
+        """Makes an inner step, and every H-th time the exchange. All workers must call it.
 
-        With a GradScaler, a worker whose gradients overflowed leaves its inner step out by itself.
+        With a GradScaler, a worker whose gradients overflowed skips its inner step alone.
 
         Returns:
             What the inner optimizer's step() returned.
 
         Raises:
-            TypeError: a parameter that is trained now and cannot be; nothing was changed.
-            ValueError, RuntimeError: of the exchange, see :meth:`gmc_cuda.GMC.step`. The inner step
-                was made, and no movement is lost: the next step ends the round.
+            TypeError: a newly trained parameter cannot be trained; nothing was changed.
+            ValueError, RuntimeError: the exchange failed, see :meth:`gmc_cuda.GMC.step`. The inner
+                step was made, and no movement is lost: the next step ends the round.
         """
         with self._scaling_ends():
             self._follow()
@@ -336,15 +343,15 @@ class LocalUpdates(Wrapper):
         self._send(moved)
         if not self.overlap:
             self._receive({})
-        for param in moved:  # one that was frozen within the round has been exchanged
+        for param in moved:  # a parameter that was frozen during the round has been exchanged
             self._copies[param].requires_grad_(param.requires_grad)
 
     def _receive(self, moved: dict[Tensor, Tensor]) -> None:
-        """Applies what is on its way, if anything is. The workers then go on from the result.
+        """Completes the exchange that is on its way, if there is one, and applies its result.
 
         Args:
-            moved: what this worker has moved since. If the exchange fails, what was on its way is
-                in memory, and this worker has moved no more than this.
+            moved: what this worker has moved since the exchange began. If the exchange fails, what
+                was sent is in memory, and only this remains as movement.
         """
         on_the_way = self._on_the_way
         if on_the_way is None:
@@ -359,19 +366,19 @@ class LocalUpdates(Wrapper):
                     param.copy_(begun - moved[param].to(begun) if param in moved else begun)
             raise
         self._on_the_way = None
-        self._go_on(on_the_way)
+        self._set_to_begun(on_the_way)
 
     def _send(self, moved: dict[Tensor, Tensor]) -> None:
         outer = self.outer.engine
         copies = {param: self._copies[param] for param in moved}
         for param, copy in copies.items():
             copy.grad = moved[param]
-        outer.compares_bits = not self._new  # which get rank 0's values below
+        outer.compares_bits = not self._new  # new copies get rank 0's values below
         try:
             outer.begin()
         except BaseException:
-            # What GMC took in is in its memory, and must not be counted as moved again.
-            self._go_on(param for param, copy in copies.items() if copy.grad is None)
+            # What GMC has added to its memory must not count as movement again.
+            self._set_to_begun(param for param, copy in copies.items() if copy.grad is None)
             raise
         finally:
             for copy in copies.values():
@@ -379,15 +386,15 @@ class LocalUpdates(Wrapper):
         self._on_the_way = moved
         new, self._new = self._new, []
         outer.exchange.broadcast([in_storage_order(self._copies[p].detach()) for p in new])
-        self._go_on(moved)
+        self._set_to_begun(moved)
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """Ends the round now: afterwards all workers have the same parameters. All must call it.
+        """Ends the round now, so that all workers have the same parameters. All must call it.
 
         Raises:
             RuntimeError: another worker did not call it within the time-out of the process group;
-                this worker's round goes on. Others as :meth:`step`.
+                this worker's round continues. The other errors are those of :meth:`step`.
         """
         meet(self.outer.engine.exchange, "synchronize()")
         self._follow()
@@ -397,19 +404,20 @@ class LocalUpdates(Wrapper):
         self._receive({})
 
     def _begun(self, param: Tensor) -> Tensor:
-        """Where this worker began the round, rounded as the parameter is."""
+        """The value at which this worker began the round, in the parameter's dtype."""
         start = self._copies[param].detach()
         if self._on_the_way is not None and param in self._on_the_way:
             start = start - self._on_the_way[param].to(start.device)
         return start.to(device=param.device, dtype=param.dtype)
 
-    def _go_on(self, params: Any) -> None:
+    def _set_to_begun(self, params: Any) -> None:
+        """Sets parameters to the value at which this worker begins the round."""
         for param in params:
             if param in self._copies:
                 param.copy_(self._begun(param))
 
     def stats(self) -> dict[str, Any]:
-        """Figures of the outer optimizer, whose step is a round; see :meth:`gmc_cuda.GMC.stats`."""
+        """The outer optimizer's :meth:`gmc_cuda.GMC.stats`, with rounds for steps."""
         return self.outer.stats()
 
     # ------------------------------------------------------------------------ saving and loading
@@ -422,15 +430,15 @@ class LocalUpdates(Wrapper):
             )
 
     def average_memory_(self) -> None:
-        """:meth:`gmc_cuda.GMC.average_memory_` of the outer optimizer. All workers call it."""
+        """Calls :meth:`gmc_cuda.GMC.average_memory_` of the outer one. All workers must call it."""
         self._refuse_open_exchange("average_memory_()")
         self.outer.average_memory_()
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state_dict, with the outer one's and where the round began in it.
+        """The inner optimizer's state_dict, with the outer one's state and the round's beginning.
 
-        Each worker saves its own (or all of rank 0's, after :meth:`synchronize` and
-        :meth:`average_memory_`); within a round the model's parameters are each worker's own too.
+        Each worker must save its own, and within a round also its own model. After
+        :meth:`synchronize` and :meth:`average_memory_`, all workers may load rank 0's.
 
         Returns:
             In ``state``, by parameter, besides the inner optimizer's: "outer.start", "outer.memory"
@@ -442,7 +450,7 @@ class LocalUpdates(Wrapper):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` gave. No collective. The model is loaded by itself.
+        """Loads what :meth:`state_dict` returned. No collective. Load the model separately.
 
         Raises:
             ValueError: it is not a LocalUpdates' state, or not of this model, or torch's
@@ -482,12 +490,12 @@ class LocalUpdates(Wrapper):
         params = self._params()
         state, groups = _read(state_dict, params)
         own = groups[0][_KEY]
-        outer_state, starts = self._outer_parts(state, groups, params)
+        outer_state, begun = self._outer_parts(state, groups, params)
         copies = dict(self._copies)
-        for param in starts:
-            if param not in copies:  # it was trained when it was saved, and is frozen here
+        for param in begun:
+            if param not in copies:  # trained when it was saved, and frozen here
                 copies[param] = nn.Parameter(_float32(param), requires_grad=param.requires_grad)
-        added = [copies[param] for param in starts if param not in self._copies]
+        added = [copies[param] for param in begun if param not in self._copies]
         groups_now = self.outer.param_groups
         outer_groups = [{**group, "params": list(group["params"])} for group in groups_now]
         outer_groups[0]["params"] += added
@@ -502,16 +510,16 @@ class LocalUpdates(Wrapper):
                 if tensors:
                     outer_dict["state"][ids[-1]] = tensors
             outer_dict["param_groups"].append({**saved, "params": ids})
-        # The same as load_state_dict() looks at, while nothing has been changed.
+        # The checks of load_state_dict(), before anything is changed.
         states.read(outer_dict, outer_groups, self.outer.engine.rule, type(self.outer).__name__)
         self.inner.load_state_dict(_inner_part(state_dict, state, groups))
         states.make_place(self.inner.param_groups, _KEY)
-        for param in starts:
+        for param in begun:
             if param not in self._copies:
                 self._put(param, copies[param].detach())
                 self._copies[param].requires_grad_(param.requires_grad)
         self.outer.load_state_dict(outer_dict)
-        for param, start in starts.items():
+        for param, start in begun.items():
             self._copies[param].copy_(start)
         self._steps, self._new = own["steps"], []
 
@@ -519,38 +527,38 @@ class LocalUpdates(Wrapper):
     def _outer_parts(
         state: dict[Any, Any], groups: list[dict[str, Any]], params: list[Tensor]
     ) -> tuple[dict[Tensor, dict[str, Any]], dict[Tensor, Tensor]]:
-        """By parameter: what the outer optimizer had of it, and where the round began."""
+        """By parameter: its outer state, and the value at which the round began."""
         ids = list(chain.from_iterable(group["params"] for group in groups))
         if len(ids) != len(params):
             raise ValueError(f"state_dict: got {len(ids)} parameters, must be {len(params)}")
-        outer_state, starts = {}, {}
+        outer_state, begun = {}, {}
         for i, param in zip(ids, params, strict=True):
             entry = state.get(i, {})
-            own = {k[len(_OUTER) :]: v for k, v in entry.items() if _is_outers(k) and k != _START}
+            own = {k[len(_OUTER) :]: v for k, v in entry.items() if _is_outer(k) and k != _START}
             if own:
                 outer_state[param] = own
             if _START in entry:
-                starts[param] = entry[_START]
-                if starts[param].shape != param.shape:
+                begun[param] = entry[_START]
+                if begun[param].shape != param.shape:
                     raise ValueError(
-                        f"state_dict: parameter {i} had shape {tuple(starts[param].shape)}, must "
+                        f"state_dict: parameter {i} had shape {tuple(begun[param].shape)}, must "
                         f"be {tuple(param.shape)}: got parameters of other shapes than this model's"
                     )
-        if not starts and any(param.requires_grad for param in params):
+        if not begun and any(param.requires_grad for param in params):
             raise ValueError(
                 "state_dict: it has no 'outer.start' of any parameter. torch reads a flattened "
                 "state by what optimizer.state holds, which is the inner optimizer's: use "
                 "StateDictOptions(flatten_optimizer_state_dict=False), or optimizer.state_dict() "
                 "and load_state_dict()"
             )
-        return outer_state, starts
+        return outer_state, begun
 
 
 class _State(MutableMapping[Any, Any]):
-    """An optimizer's state, whichever mapping that is at the moment.
+    """A view of an optimizer's state, which stays valid when the state is replaced.
 
-    It is never false: torch.distributed.checkpoint makes a step with lr 0 where a state is, which
-    would shift this worker's rounds.
+    It is always true, because torch.distributed.checkpoint makes a step with lr 0 if a state is
+    false, which would shift this worker's rounds.
     """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
@@ -566,7 +574,7 @@ class _State(MutableMapping[Any, Any]):
         del self.inner.state[param]
 
     def __contains__(self, param: Any) -> bool:
-        return param in self.inner.state  # a look at a defaultdict must not add to it
+        return param in self.inner.state  # to look into a defaultdict must not add to it
 
     def get(self, param: Any, default: Any = None) -> Any:
         return self.inner.state.get(param, default)
@@ -594,7 +602,7 @@ def _float32(param: Tensor) -> Tensor:
     return param.detach().float().clone()
 
 
-def _is_outers(name: Any) -> bool:
+def _is_outer(name: Any) -> bool:
     return isinstance(name, str) and name.startswith(_OUTER)
 
 
@@ -626,15 +634,14 @@ def _make_outer(default: Any, outer: Any, copies: list[Tensor]) -> CompressedSGD
     except Exception as error:
         if raised_by_constructor(error):
             raise
-        _tell(error, outer)
+        _raise_everywhere(error, outer)
     return made
 
 
-def _tell(error: Exception, outer: Any) -> NoReturn:
-    """Raises the error here, and its text on the workers that wait in their outer optimizer's
-    constructor."""
+def _raise_everywhere(error: Exception, outer: Any) -> NoReturn:
+    """Raises the error here, and reports it to the workers that wait in their constructors."""
     if callable(outer) and not isinstance(outer, functools.partial):
-        with suppress(Exception):  # its process group is known to it alone
+        with suppress(Exception):  # only this callable knows the process group
             outer(Failed(error))
         raise error
     group = outer.process_group if isinstance(outer, CompressedSGD) else None
@@ -652,13 +659,13 @@ def _tell(error: Exception, outer: Any) -> NoReturn:
 def _read(
     state_dict: dict[str, Any], params: list[Tensor]
 ) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
-    """Its state and param groups, as :meth:`LocalUpdates.state_dict` makes them today.
+    """The state and param groups of a state_dict, as :meth:`LocalUpdates.state_dict` makes them.
 
     Raises:
-        ValueError: it is another optimizer's.
+        ValueError: the state_dict is another optimizer's.
     """
     state, groups = state_dict["state"], state_dict["param_groups"]
-    if _KEY in state_dict:  # as earlier versions made it: the trained parameters' in a list
+    if _KEY in state_dict:  # the form of earlier versions, with lists over the trained parameters
         old = state_dict[_KEY]
         ids = chain.from_iterable(group["params"] for group in groups)
         trained = [i for i, param in zip(ids, params) if param.requires_grad]
@@ -686,7 +693,7 @@ def _read(
 def _inner_part(
     state_dict: dict[str, Any], state: dict[Any, Any], groups: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    inner = {i: {k: v for k, v in entry.items() if not _is_outers(k)} for i, entry in state.items()}
+    inner = {i: {k: v for k, v in entry.items() if not _is_outer(k)} for i, entry in state.items()}
     return {
         **{key: value for key, value in state_dict.items() if key != _KEY},
         "state": {i: entry for i, entry in inner.items() if entry},

@@ -1,4 +1,4 @@
-"""Several workers in each node, each with the whole model: dense inside, GMC across nodes."""
+"""Dense averaging inside a node, GMC across nodes, with the whole model on each worker."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from gmc_cuda._engine.meeting import meet
 from gmc_cuda._engine.optimizer import CompressedSGD
 from gmc_cuda._engine.wrapper import Wrapper, raised_by_constructor
 
-# None where torch is built without torch.distributed, which this module can be imported with. torch
-# 2.15 renamed both.
+# torch 2.15 renamed both. They are None if torch is built without torch.distributed, because this
+# module must import without it.
 _reduce_scatter: Any
 _all_gather: Any
 _reduce_scatter, _all_gather = (
@@ -34,26 +34,28 @@ _reduce_scatter, _all_gather = (
     )
 )
 
-_KEY = "node_average"  # in each param group of a state_dict: which parts they are
+_KEY = "node_average"  # key in each param group of a state_dict that says which parts these are
 _NAMES = ("memory", *states.MOMENTUM_NAMES)
 
 _kind = attrgetter("requires_grad", "dtype", "device", "shape")
 
 
 class _Part(NamedTuple):
-    """What one worker has of a parameter: elements begin to begin + own.numel(), in their order."""
+    """This worker's part of a parameter: its elements begin to begin + own.numel() - 1."""
 
     own: nn.Parameter
     begin: int
 
 
 class _Share(NamedTuple):
-    """The trained parameters of a group and dtype, one after the other, cut into equal shares.
+    """This worker's share of a group's trained parameters of one dtype.
+
+    The parameters, one after the other, are cut into equal shares, one for each worker of the node.
 
     Attributes:
-        params: the user's.
-        own: this worker's share, 1-D, of which the parts are views; padded at the very end.
-        pieces: those parts that are not empty, with their parameters.
+        params: the user's parameters.
+        own: this worker's share, 1-D, padded at the end; the parts are views of it.
+        pieces: the parts that are not empty, with their parameters.
     """
 
     params: list[Tensor]
@@ -74,33 +76,34 @@ class _LayersDiffer(ValueError):
 class NodeAverage(Wrapper):
     """Averages gradients inside a node, and trains a share of the parameters on each worker.
 
-    Each worker of a node owns an equal share of all parameters. A step averages the gradients
-    inside the node, where the network is fast, so that each worker has its share's; a GMC over the
-    share, with the workers that own the same share in other nodes, sends across; and the node
-    gathers the shares' new values. Every worker's parameters are then the same bits. Across nodes
-    go 1/n of a flat GMC's bytes from each of a node's n workers, and memory has 1/n of its size::
+    Each of a node's n workers owns an equal share of all parameters. A step has three parts. Inside
+    the node, where the network is fast, gradients are averaged, and each worker gets its share of
+    the average. A GMC over the share exchanges with the workers that own the same share in other
+    nodes. Then the node gathers the new values of all shares, and all workers' parameters are equal
+    bit for bit. Each worker sends 1/n of a flat GMC's bytes across nodes, and keeps 1/n of the
+    memory::
 
         mesh = init_device_mesh("cuda", (nodes, workers_in_a_node))
         optimizer = gmc_cuda.NodeAverage(
             model.parameters(), functools.partial(gmc_cuda.GMC, lr=0.1, density=0.01), mesh
         )
 
-    ``param_groups`` are over the parameters given here, with the options of GMC. ``state[p]`` is
-    that of this worker's part of p, one-dimensional: float32 "memory" and momentum, where the part
-    is not empty. Layers may be frozen and unfrozen, and parameters be replaced, added, removed and
-    converted between steps, on all workers alike; what was not sent of them waits. For FSDP2 it is
-    not needed: that does the same by itself, see ``process_group`` of GMC.
+    ``param_groups`` hold the parameters given here, with the options of GMC. ``state[p]`` is the
+    state of this worker's part of p: float32 "memory" and momentum, one-dimensional, if the part is
+    not empty. Between steps, layers may be frozen and unfrozen, and parameters be replaced, added,
+    removed and converted, on all workers alike; what was not sent of them waits. FSDP2 does not
+    need this class, because it shards parameters itself: see ``process_group`` of GMC.
 
     Args:
-        params: parameters, named parameters or param groups, as of GMC. Workers start from rank
-            0's values.
+        params: parameters, named parameters or param groups, as for GMC. All workers begin with
+            rank 0's values.
         make: makes the GMC or DGC over the worker's parts, from a list of param groups and
             ``process_group``.
-        mesh: 2-D: across nodes, then inside a node.
+        mesh: a 2-D device mesh: across nodes, then inside a node.
 
     Raises:
-        ValueError, TypeError: an argument that cannot be used, or workers that differ. If only one
-            worker met it, the others raise RuntimeError with its rank and reason.
+        ValueError, TypeError: an argument cannot be used, or the workers differ. If only one worker
+            met the error, the others raise RuntimeError with its rank and reason.
 
     Attributes:
         inner: the GMC or DGC over this worker's parts.
@@ -118,7 +121,7 @@ class NodeAverage(Wrapper):
         self._across, self._inside = Exchange(mesh.get_group(0)), Exchange(mesh.get_group(1))
         self._place = self._inside.rank, self._inside.size
         self._parts: dict[Tensor, _Part] = {}
-        self._shown: list[Any] = []  # the inner optimizer's entries, and ours where there are none
+        self._shown: list[Any] = []  # the inner optimizer's entries that state shows
         self._entries: list[Any] = []
         try:
             super().__init__(params, {})
@@ -153,11 +156,11 @@ class NodeAverage(Wrapper):
 
     @property
     def workers_in_node(self) -> int:
-        """How many workers share the state of one node."""
+        """The number of workers in a node, each of which has a part of the state."""
         return self._place[1]
 
     def _require_equal(self, facts: dict[str, Any] | Exception, call: str) -> None:
-        """As comparison.require_equal, over all workers of all nodes, in the order of the mesh."""
+        """comparison.require_equal over all workers of all nodes, in the order of the mesh."""
         failed = repr(facts) if isinstance(facts, Exception) else None
         everyone: list[Any] = [failed or facts]
         for exchange in (self._inside, self._across):
@@ -201,7 +204,7 @@ class NodeAverage(Wrapper):
             raise ValueError(f"params: got devices {', '.join(devices)}, must be one device")
 
     def _broadcast(self, groups: list[dict[str, Any]]) -> None:
-        """Gives all workers rank 0's parameters: one worker of each node gets them across."""
+        """Gives all workers rank 0's parameters: first one worker of each node, then the node."""
         device = engine.device_of(self)
         if self._inside.rank == 0:
             engine.broadcast(self._across, groups, device)
@@ -216,7 +219,7 @@ class NodeAverage(Wrapper):
             had: parameters of which some worker of the node has state.
 
         Returns:
-            the inner optimizer's param groups, each parameter's part in the place of it.
+            The inner optimizer's param groups, which have the parts in the place of parameters.
         """
         ranges = self._ranges(had)
         self._parts = {
@@ -232,19 +235,19 @@ class NodeAverage(Wrapper):
         ranges, rank = {}, self._place[0]
         for params in self._flats():
             size = self._share_of(params)
-            start = 0
+            offset = 0
             for p in params:
-                first = min(max(rank * size - start, 0), p.numel())
-                ranges[p] = first, min(max((rank + 1) * size - start, 0), p.numel())
-                start += p.numel()
+                first = min(max(rank * size - offset, 0), p.numel())
+                ranges[p] = first, min(max((rank + 1) * size - offset, 0), p.numel())
+                offset += p.numel()
         for p in engine.params_of(self):
-            if p not in ranges:  # frozen; with nothing that waits for it, it needs no part
+            if p not in ranges:  # a frozen parameter needs a part only for its state
                 size = -(-p.numel() // self.workers_in_node) if p in had else 0
                 ranges[p] = min(rank * size, p.numel()), min((rank + 1) * size, p.numel())
         return ranges
 
     def _flats(self) -> list[list[Tensor]]:
-        """The trained parameters of each group and dtype."""
+        """The trained parameters, by group and dtype."""
         flats = []
         for group in self.param_groups:
             by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -258,22 +261,22 @@ class NodeAverage(Wrapper):
         return -(-sum(p.numel() for p in params) // self.workers_in_node)
 
     def _share_storage(self) -> None:
-        """Lays the parts of each share one after the other, as they are gathered."""
+        """Makes the parts of each share views of one tensor, in the order of gathering."""
         self._shares = []
         for params in self._flats():
             own = params[0].new_zeros(self._share_of(params))
             pieces = [(p, self._parts[p]) for p in params if self._parts[p].own.numel()]
             self._shares.append(_Share(params, own, pieces))
-            start = 0
+            offset = 0
             for _, (part, _) in pieces:
-                part.data = own[start : start + part.numel()]
-                start += part.numel()
+                part.data = own[offset : offset + part.numel()]
+                offset += part.numel()
         self._params = engine.params_of(self)
         self._kinds = list(map(_kind, self._params))
         self._groups = list(self.param_groups)
 
     def _holds(self) -> bool:
-        """Whether the parts are those of the param groups as they are now."""
+        """Whether param_groups are still those for which the parts were cut."""
         groups = self.param_groups
         params = engine.params_of(self)
         same = len(groups) == len(self._groups) and all(map(is_, groups, self._groups))
@@ -281,7 +284,7 @@ class NodeAverage(Wrapper):
         return same and list(map(_kind, params)) == self._kinds
 
     def _follow(self) -> None:
-        """Brings the parts in line with param_groups and state, which users change."""
+        """Updates the parts if users have changed param_groups or state."""
         entries = list(map(self.state.get, self._parts))
         if len(entries) != len(self._entries) or not all(map(is_, entries, self._entries)):
             self._take_state()
@@ -289,7 +292,7 @@ class NodeAverage(Wrapper):
             self._lay_out_anew()
 
     def _take_state(self) -> None:
-        """Gives the inner optimizer what users put into state."""
+        """Passes entries that users have put into state to the inner optimizer."""
         for p, (own, _) in self._parts.items():
             entry = self.state.get(p)
             if entry is not self.inner.state.get(own):
@@ -298,12 +301,12 @@ class NodeAverage(Wrapper):
                     self.inner.state[own] = entry
 
     def _show(self) -> None:
-        """Makes state show the inner optimizer's, which it replaces where it makes a new one."""
+        """Makes state show the inner optimizer's entries, which may have been replaced."""
         entries = [self.inner.state.get(own) for own, _ in self._parts.values()]
         if len(entries) == len(self._shown) and all(map(is_, entries, self._shown)):
             return
-        # An entry for each trained parameter: torch.distributed.checkpoint makes a step of an
-        # optimizer whose state is empty.
+        # Each trained parameter gets an entry, because torch.distributed.checkpoint makes a step of
+        # an optimizer whose state is empty.
         self.state = defaultdict(dict)
         for p, entry in zip(self._parts, entries, strict=True):
             if entry is not None or p.requires_grad:
@@ -313,10 +316,10 @@ class NodeAverage(Wrapper):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _lay_out_anew(self) -> None:
-        """Cuts the parameters anew. All that was not sent goes to who owns it from now on."""
+        """Cuts the parameters again. What was not sent goes to the workers that own it now."""
         self._check_params()
         inner, parts, params = self.inner, self._parts, engine.params_of(self)
-        # State that was left for a parameter that is in no group any more waits for its return.
+        # The state of a parameter that was removed from its group waits for its return.
         known = set(engine.params_of(inner))
         waiting = [own for own, _ in parts.values() if own not in known]
         groups = [*inner.param_groups, {**inner.defaults, "params": waiting}]
@@ -358,25 +361,26 @@ class NodeAverage(Wrapper):
         self._show()
 
     def _gather_state(self, p: Tensor, part: _Part | None, held: Any, name: str) -> Tensor:
-        """One vector of a parameter's state, of which each worker of the node has a part.
+        """One vector of a parameter's state, gathered from the parts of the node's workers.
 
-        It is the sum with the others' zeros, of integers, so that every bit stays.
+        It is a sum in which all but one term is zero, taken as integers so that every bit stays.
         """
         whole = torch.zeros(p.numel(), dtype=torch.float32, device=p.device)
         if part is not None and name in held.get(part.own, {}):
             value = held[part.own][name]
-            if part.begin + value.numel() <= p.numel():  # else the parameter has another shape now
+            if part.begin + value.numel() <= p.numel():  # else the parameter has got another shape
                 whole[part.begin : part.begin + value.numel()].copy_(value)
         self._inside.all_reduce(whole.view(torch.int32)).wait()
         return whole
 
     def _take_options(self) -> None:
-        """Shows the inner optimizer's options, among them what it writes there itself."""
+        """Copies the inner optimizer's options to param_groups, with those that it has written."""
         for group, own in zip(self.param_groups, self.inner.param_groups, strict=True):
             group.update((k, v) for k, v in own.items() if k != "params")
         states.make_place(self.param_groups, _KEY)
 
     def _give_options(self) -> None:
+        """Copies the options in param_groups to the inner optimizer."""
         for group, own in zip(self.param_groups, self.inner.param_groups, strict=True):
             own.update((k, v) for k, v in group.items() if k != "params")
 
@@ -414,7 +418,7 @@ class NodeAverage(Wrapper):
         """Averages inside, exchanges across, gathers inside. All workers must call it.
 
         A parameter without a gradient on this worker counts as zero. With a GradScaler all workers
-        skip a step in which any gradient overflowed; what that worker owns of it counts as zero.
+        skip a step in which any gradient overflowed, and that worker's gradients count as zero.
 
         Args:
             closure: reevaluates the model and returns the loss, as in torch.optim.
@@ -423,8 +427,9 @@ class NodeAverage(Wrapper):
             What the closure returned.
 
         Raises:
-            ValueError, TypeError, FloatingPointError, RuntimeError: as GMC's. After an error the
-                gradients that had been compressed are in memory, and ``.grad`` is None.
+            ValueError, TypeError, FloatingPointError, RuntimeError: as :meth:`gmc_cuda.GMC.step`.
+                After an error the gradients that had been compressed are in memory, and ``.grad``
+                is None.
         """
         loss = None
         if closure is not None:
@@ -435,25 +440,24 @@ class NodeAverage(Wrapper):
         return loss
 
     def _step(self) -> None:
-        made_by = self.inner.engine
         self._inside.check()
         workers = self._across.size * self.workers_in_node
-        checks.check_scaler(hasattr(self, "found_inf"), made_by.scaled_together, workers, False)
-        if made_by.round.steps == 0:
+        checks.check_scaler(hasattr(self, "found_inf"), self.engine.scaled_together, workers, False)
+        if self.engine.round.steps == 0:
             for exchange in (self._across, self._inside):
                 ddp_guard.refuse_communicating(self._params, exchange.group)
         for g, group in enumerate(self.param_groups):
-            engine.check_group(group, g, made_by.rule)
+            engine.check_group(group, g, self.engine.rule)
         try:
             self._compare_changes()
             self._follow()
         except _LayersDiffer as error:
-            made_by.refuse({"layers inside a node": str(error)})
+            self.engine.refuse({"layers inside a node": str(error)})
             raise
         self._give_options()
         for flat, share in zip(self._flat_gradients(), self._shares, strict=True):
             self._set_gradients(share, flat)
-        before = made_by.round.steps
+        before = self.engine.round.steps
         try:
             self._inner_step()
         except BaseException:
@@ -461,7 +465,7 @@ class NodeAverage(Wrapper):
             if any(own.grad is None for _, (own, _) in pieces):  # GMC has them in memory
                 for p in self._params:
                     p.grad = None
-            elif made_by.round.steps > before:  # it was made, and the others wait for this part
+            elif self.engine.round.steps > before:  # it was made, and the others wait for this part
                 self._gather()
             raise
         finally:
@@ -475,8 +479,8 @@ class NodeAverage(Wrapper):
         """Notices layers or param groups that were changed on some workers of the node only.
 
         Workers whose parts differ would send messages of different sizes. So each step begins with
-        one number from each worker, which the host reads. On a GPU it travels beside the backward
-        pass, so that the host does not wait for that.
+        a sum of one number from each worker, which the host reads. On a GPU it has a stream of its
+        own, so that the host does not wait for the backward pass.
 
         Raises:
             _LayersDiffer: on every worker of the node.
@@ -489,7 +493,7 @@ class NodeAverage(Wrapper):
             changed = torch.tensor([not self._holds()], dtype=torch.int32, device=device)
             self._inside.all_reduce(changed).wait()
             count = int(changed)
-        if count in (0, self.workers_in_node):  # where all have changed, more is compared later
+        if count in (0, self.workers_in_node):  # if all have changed, _lay_out_anew compares what
             return
         everyone = self._inside.gather_objects(comparison.describe(self), device)
         found = comparison.differences(everyone)
@@ -508,7 +512,7 @@ class NodeAverage(Wrapper):
                 inner.__dict__.pop(name, None)
 
     def _flat_gradients(self) -> list[Tensor]:
-        """Each share's gradients of all workers' parts, one after the other, padded with zeros."""
+        """The gradients of each share's parameters, one after the other, padded with zeros."""
         for g, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 grad = p.grad if p.requires_grad else None
@@ -523,24 +527,24 @@ class NodeAverage(Wrapper):
             torch.cat([grad.reshape(-1) for grad in parts], out=flat[:numel])
             flat[numel:] = 0.0
             found_inf = self.__dict__.get("found_inf")
-            if isinstance(found_inf, Tensor):  # it must not reach the other workers' shares
+            if isinstance(found_inf, Tensor):  # an overflow must not reach other workers
                 flat.masked_fill_(found_inf.to(flat.device) != 0, 0.0)
             flats.append(flat)
         return flats
 
     def _set_gradients(self, share: _Share, flat: Tensor) -> None:
-        """Averages over the node, and gives the parts their gradients and the values of today."""
+        """Averages over the node, and sets the parts' gradients and present values."""
         own = flat
         if self.workers_in_node > 1:
             own = torch.empty_like(share.own)
             _reduce_scatter(own, flat.div_(self.workers_in_node), group=self._inside.group)
-        start, values = 0, []
+        offset, values = 0, []
         for p, (part, begin) in share.pieces:
-            part.grad = own[start : start + part.numel()]
+            part.grad = own[offset : offset + part.numel()]
             values.append(p.detach().reshape(-1)[begin : begin + part.numel()])
-            start += part.numel()
+            offset += part.numel()
         if values:
-            torch.cat(values, out=share.own[:start])
+            torch.cat(values, out=share.own[:offset])
 
     def _gather(self) -> None:
         for share in self._shares:
@@ -555,20 +559,20 @@ class NodeAverage(Wrapper):
 
     @property
     def engine(self) -> Engine:
-        """The inner optimizer's, for the other modules of gmc_cuda."""
+        """The inner optimizer's engine, for other modules of gmc_cuda."""
         return self.inner.engine
 
     def last_step_skipped(self) -> Tensor | None:
-        """Whether the last step was skipped, by all workers: see :meth:`gmc_cuda.GMC.step`."""
+        """Whether all workers skipped the last step; see :meth:`gmc_cuda.GMC.last_step_skipped`."""
         return self.inner.last_step_skipped()
 
     def stats(self) -> dict[str, Any]:
-        """Figures of this worker's share; see :meth:`gmc_cuda.GMC.stats`."""
+        """Statistics of this worker's share; see :meth:`gmc_cuda.GMC.stats`."""
         return self.inner.stats()
 
     @property
     def process_group(self) -> Any:
-        """The workers across nodes. Set it to the mesh on a copy from another process."""
+        """The group across nodes. Set it to the mesh on a copy that came from another process."""
         return self._across.group
 
     @process_group.setter
@@ -590,9 +594,9 @@ class NodeAverage(Wrapper):
     # ------------------------------------------------------------------------ saving and loading
 
     def average_memory_(self) -> None:
-        """:meth:`gmc_cuda.GMC.average_memory_` of the worker's share. All workers call it.
+        """Calls :meth:`gmc_cuda.GMC.average_memory_` of the share. All workers must call it.
 
-        The workers of a node still have different parts: one node's states are then any node's.
+        Afterwards all nodes have the same state, but each worker of a node still has its own part.
 
         Raises:
             RuntimeError: another worker did not call it within the time-out of the process group.
@@ -602,21 +606,22 @@ class NodeAverage(Wrapper):
         self.inner.average_memory_()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of this worker's parts. Each worker saves its own.
+        """The state of this worker's parts. Each worker must save its own.
 
-        Collective if layers were frozen or unfrozen, or groups were changed, since the last step.
+        It is collective if layers were frozen or unfrozen, or groups changed, since the last step.
 
         Returns:
-            As of GMC; in ``state``, by parameter, tensors are one-dimensional, and empty where this
-            worker has no part. Each param group has "node_average", which says whose part it is.
+            A state_dict like GMC's, with one-dimensional tensors, which are empty for parameters of
+            which this worker has no part. Each param group has "node_average", which says whose
+            part it is.
         """
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads this worker's state. No collective. The model is loaded by itself.
+        """Loads this worker's state. No collective. Load the model separately.
 
         Raises:
-            ValueError, TypeError: a state that does not fit, or of another worker of the node;
+            ValueError, TypeError: the state does not fit, or is of another worker of the node;
                 nothing was changed.
         """
         super().load_state_dict(state_dict)
@@ -688,9 +693,9 @@ class NodeAverage(Wrapper):
         self._show()
 
     def _fit(self, groups: list[dict[str, Any]]) -> dict[Tensor, _Part] | None:
-        """Parts as they were when the state was saved, where other layers were frozen then.
+        """The parts for which the state was saved, if other layers were frozen then; else None.
 
-        The next step cuts them anew.
+        The next step cuts them again.
         """
         fitted = {}
         for saved, group in zip(groups, self.param_groups):
@@ -700,7 +705,7 @@ class NodeAverage(Wrapper):
                 if (begin, size) != (part.begin, part.own.numel()) and begin + size <= p.numel():
                     fitted[p] = _Part(_empty_part(p, size), begin)
         if fitted:
-            self._kinds = []  # of no parameters: what was cut for the present ones holds no longer
+            self._kinds = []  # differs from any, so that the next step cuts again
         return fitted or None
 
     def __getstate__(self) -> dict[str, Any]:

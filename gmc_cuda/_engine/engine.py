@@ -94,7 +94,7 @@ class Engine:
         self.round = Round(exchange, settings.wire_dtype, settings.nonfinite, number, self._facts)
         self.averaged = self.scaled_together = False
         self.compares_bits = True
-        self._refused: dict[str, Any] = {}  # why this worker does not make the others' step
+        self._refused: dict[str, Any] = {}  # why this worker refuses the step; see refuse()
         self._just_checked = False  # whether begin() has compared the parameters' places
         self._overlap = Overlap(self._on_gradient) if settings.overlap else None
         self.pack()
@@ -254,13 +254,13 @@ class Engine:
         self.round.cancel()
 
     def refuse(self, why: dict[str, Any]) -> None:
-        """Has the other workers raise in place of the step that they are about to make.
+        """Makes all workers raise instead of the step that they are about to make. Collective.
 
         Args:
-            why: what their errors say about this worker, by the name of what is wrong.
+            why: facts for the error, by the name of what is wrong.
 
         Raises:
-            ValueError: as the others, with what each worker said.
+            ValueError: on all workers, with the facts of each.
         """
         plans = [
             self.round.plan(self.rule, bucket, i, bucket.group, {})
@@ -268,7 +268,7 @@ class Engine:
         ]
         self._refused = why
         try:
-            self.round.compare(plans, (-1,))  # a size that nothing has
+            self.round.compare(plans, (-1,))  # no step has this size
         finally:
             self._refused = {}
 

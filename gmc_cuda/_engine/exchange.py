@@ -191,7 +191,7 @@ class Exchange:
         """Every rank's small picklable object, in rank order. ``device`` is the parameters'."""
         if self.size == 1:
             return [value]
-        # torch.compile cannot follow it, where it is called out of a compiled step.
+        # torch.compile, in a compiled step, cannot trace this collective.
         return list(torch.compiler.disable(self._gather_objects)(value, device))
 
     def _gather_objects(self, value: Any, device: torch.device) -> list[Any]:

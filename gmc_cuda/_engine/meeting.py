@@ -1,9 +1,9 @@
 """How workers come together outside a step: to meet, and to decide something together.
 
 A collective that one worker calls alone pairs with whatever the others call next, and gloo ends the
-process where the two differ in size. So workers meet before such a collective. They meet at the
-store of their process group, which no collective uses: a worker that comes alone gets an error, and
-the others go on undisturbed.
+process if the two differ in size. So workers meet before such a collective, at the store of their
+process group, which no collective uses: a worker that comes alone gets an error, and the other
+workers are not disturbed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def meet(exchange: Exchange, what: str, place: str = "") -> None:
 
     Args:
         what: the call that all of them must make, for the error.
-        place: where they meet, if several calls may meet each other. Default: a place of this call.
+        place: where they meet, if several calls share a place. Default: a place of this call.
 
     Raises:
         RuntimeError: a worker did not come within the time-out of the group, on each worker that
@@ -45,7 +45,7 @@ def meet(exchange: Exchange, what: str, place: str = "") -> None:
         return
     try:
         dist.get_backend(group)
-    except ValueError as error:  # torch knows the group no more
+    except ValueError as error:  # torch no longer knows the group
         raise RuntimeError(
             f"{what}: the process group of this optimizer was destroyed. Make a new one with "
             "torch.distributed.init_process_group(), and write\n"
@@ -78,20 +78,20 @@ class _Place:
         self._rank, self._size = exchange.rank, exchange.size
 
     def missing(self, seconds: float) -> list[int]:
-        """Waits for the other workers, and tells the ranks of those that did not come in time."""
+        """Waits for the other workers; returns the ranks of those that did not come in time."""
         number = self._store.add(f"{self._name}/number", 0)
         while True:
             gate = f"{self._name}/{number}"
             if not self._store.check([gate]):
                 missing = self._decide(gate, self._wait(gate, seconds), number)
-                if self._rank not in missing:  # else it was closed while this worker was coming
+                if self._rank not in missing:  # else it was closed before this worker came
                     return missing
             number += 1
 
     def _wait(self, gate: str, seconds: float) -> list[int]:
-        """Returns once the gate can be decided or is: the ranks that are missing."""
+        """Waits until the gate can be decided, or is; returns the ranks that are missing."""
         store, ranks = self._store, range(self._size)
-        # An interrupt may have taken this worker away from here, so that it comes again.
+        # After an interrupt a worker may come to the same gate again, which counts once.
         first = store.add(f"{gate}/{self._rank}", 1) == 1
         if store.add(f"{gate}/came", int(first)) == self._size:
             return []
@@ -104,14 +104,14 @@ class _Place:
         return []
 
     def _decide(self, gate: str, missing: list[int], number: int) -> list[int]:
-        """Opens the gate if nobody is missing, else closes it. What was decided before, stays."""
+        """Opens the gate if nobody is missing, else closes it; an earlier decision stays."""
         store, before = self._store, f"{self._name}/{number - 1}"
         proposed = json.dumps({"by": self._rank, "missing": missing})
         decision = json.loads(store.compare_set(gate, "", proposed))
         store.delete_key(f"{before}/{self._rank}")
         if decision["by"] == self._rank:
             store.add(f"{self._name}/number", 1)
-            if not decision["missing"]:  # all have come here, so nobody is at the one before
+            if not decision["missing"]:  # all workers have left the gate before
                 store.delete_key(f"{before}/came")
                 store.delete_key(before)
         decided: list[int] = decision["missing"]

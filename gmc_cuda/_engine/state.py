@@ -143,9 +143,10 @@ def for_owner(saved: Held, size: int, owner: tuple[int, int] | None) -> Held:
 
 
 def make_place(groups: Iterable[Group], key: str = _STAMP) -> None:
-    """Gives each param group a key that its state_dict will have, from the start.
+    """Adds the key of the stamp to each param group.
 
-    torch reads a flattened state_dict by the keys of the groups that it is loaded into.
+    torch reads a flattened state_dict by the keys of the groups that it is loaded into, so the key
+    must exist before there is a stamp.
     """
     for group in groups:
         group.setdefault(key, None)

@@ -1,8 +1,8 @@
 """GMC inside training frameworks: one module for each, which imports it.
 
-Frameworks wrap the model in DistributedDataParallel, save the optimizer of rank 0 alone, and make
-torch's GradScaler for float16. Each module here makes that DDP local, averages memory before a
-save, so that rank 0's state is everybody's, and makes the scaler one that all workers agree with.
+Frameworks wrap the model in DistributedDataParallel, save rank 0's optimizer only, and make torch's
+GradScaler for float16. Each module here silences that DDP, averages memory before a save, so that
+all workers have rank 0's state, and makes the scaler a gmc_cuda.GradScaler.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _OLD_NAMES = ("torch.cuda.amp.grad_scaler", "torch.cpu.amp.grad_scaler")
 
 
 def unwrap(optimizer: Any) -> CompressedSGD | LocalUpdates | NodeAverage | None:
-    """The optimizer inside a framework's wrappers; None if it is not of gmc_cuda.
+    """The optimizer inside a framework's wrappers; None if it is not gmc_cuda's.
 
-    Lightning's and Fabric's wrappers take the class of what they wrap as well, so that isinstance
-    alone would stop at them.
+    Lightning's and Fabric's wrappers also have the class of what they wrap, so isinstance cannot
+    tell them apart.
     """
     while optimizer is not None:
         inside = getattr(optimizer, "__dict__", {})
@@ -38,10 +38,10 @@ def unwrap(optimizer: Any) -> CompressedSGD | LocalUpdates | NodeAverage | None:
 
 
 def require_own(optimizers: Iterable[Any], name: str, line: str) -> None:
-    """Raises ValueError for an optimizer that a framework's integration cannot train with.
+    """Raises ValueError for an optimizer with which a framework's integration cannot train.
 
-    For one that is not of gmc_cuda nobody would communicate. A NodeAverage has a part of the state
-    on each worker of a node, and frameworks save rank 0's alone.
+    Beside an optimizer that is not gmc_cuda's, nothing would communicate. A NodeAverage has a part
+    of the state on each worker of a node, of which a framework would save rank 0's only.
 
     Args:
         name: what the framework calls the optimizer.
@@ -72,10 +72,11 @@ def _refuse_parts(optimizer: Any, name: str, line: str) -> None:
 
 
 def settle(optimizer: Any) -> None:
-    """Makes one worker's state the state of all, before it is saved. All workers call it.
+    """Makes all workers' states equal, before rank 0's is saved. All workers must call it.
 
     Args:
-        optimizer: also inside a framework's wrapper. One that is not of gmc_cuda is left alone.
+        optimizer: the optimizer, or a framework's wrapper around it. One that is not gmc_cuda's is
+            left alone.
 
     Raises:
         ValueError: a NodeAverage whose workers in a node have parts of the state.
@@ -90,9 +91,9 @@ def settle(optimizer: Any) -> None:
 
 
 def silence_ddp(model: torch.nn.Module) -> None:
-    """local_gradients() of a model that a framework has wrapped, if there is a DDP in it.
+    """Calls local_gradients() on a model, if it contains a DDP.
 
-    With one worker, or a strategy of its own, a framework may have left it out.
+    With one worker, or a custom strategy, a framework may have left the DDP out.
     """
     from torch.nn.parallel import DistributedDataParallel
 
@@ -101,10 +102,9 @@ def silence_ddp(model: torch.nn.Module) -> None:
 
 
 def share_scale(scaler: Any, name: str, line: str) -> None:
-    """Makes a framework's GradScaler gmc_cuda's, with the scale that it has.
+    """Makes a framework's GradScaler a gmc_cuda.GradScaler with the same scale.
 
-    Frameworks keep it in several places, some of which they have handed out already, so that the
-    object stays and changes its class.
+    The object stays and changes its class, because the framework refers to it in several places.
 
     Args:
         scaler: None where nothing is scaled.
@@ -112,11 +112,11 @@ def share_scale(scaler: Any, name: str, line: str) -> None:
         line: how a user hands the framework a gmc_cuda.GradScaler.
 
     Raises:
-        TypeError: it is of another class, whose methods would be lost.
+        TypeError: it has another class, whose methods would be lost.
     """
     if scaler is None or isinstance(scaler, GradScaler):
         return
-    # torch.cuda.amp.GradScaler and torch.cpu.amp.GradScaler add a constructor only.
+    # torch.cuda.amp.GradScaler and torch.cpu.amp.GradScaler add only a constructor.
     module, base = type(scaler).__module__, torch.amp.GradScaler
     if type(scaler) is not base and not (isinstance(scaler, base) and module in _OLD_NAMES):
         raise TypeError(
@@ -128,10 +128,10 @@ def share_scale(scaler: Any, name: str, line: str) -> None:
 
 
 def refuse_with_overlap(optimizer: Any, options: dict[str, tuple[Any, bool]]) -> None:
-    """Raises ValueError if a framework would clip or accumulate gradients that are sent already.
+    """Raises ValueError if a framework would clip or accumulate gradients that were sent already.
 
     Args:
-        options: the framework's options by name: their value, and whether it does so.
+        options: the framework's options by name: the value, and whether it means to do so.
     """
     found = unwrap(optimizer)
     if not (isinstance(found, CompressedSGD) and found.overlap):

@@ -1,8 +1,8 @@
 """What the strategies for Lightning and Fabric add to DDPStrategy.
 
-Both come in two packages: ``lightning`` contains them as lightning.pytorch and lightning.fabric,
-and pytorch_lightning and lightning_fabric are the same code under other names, whose classes do not
-accept each other. So this module imports none of them.
+The same code comes in two packages: as lightning.pytorch and lightning.fabric, and as
+pytorch_lightning and lightning_fabric. Their classes do not accept each other, so this module
+imports neither.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from gmc_cuda.integrations import (
     unwrap,
 )
 
-Base: Any = object  # whose methods are those of the DDPStrategy that stands beside it
+Base: Any = object  # the subclasses add DDPStrategy, whose methods super() finds
 SCALER = 'plugins=MixedPrecision("16-mixed", "cuda", scaler=gmc_cuda.GradScaler("cuda"))'
 
 
 class TrainersStrategy(Base):
-    """For the DDPStrategy of a Trainer."""
+    """What GMCStrategy adds to a Trainer's DDPStrategy."""
 
     def configure_ddp(self) -> None:
         super().configure_ddp()
@@ -54,7 +54,7 @@ class TrainersStrategy(Base):
 
     def lightning_module_state_dict(self) -> Any:
         for optimizer in self.optimizers:
-            settle(optimizer)  # before the parameters are read, which a LocalUpdates changes
+            settle(optimizer)  # first, because a LocalUpdates changes parameters
         return super().lightning_module_state_dict()
 
     def optimizer_state(self, optimizer: Any) -> Any:
@@ -63,12 +63,12 @@ class TrainersStrategy(Base):
 
 
 def _refuse_to_clip(plugin: Any) -> None:
-    """Makes a Trainer's precision plugin refuse to clip gradients that have been sent.
+    """Makes a Trainer's precision plugin refuse to clip gradients that were sent already.
 
-    ``LightningModule.clip_gradients()`` ends there, which a module calls by itself under manual
-    optimization, or in a configure_gradient_clipping() of its own.
+    ``LightningModule.clip_gradients()`` calls the plugin. Modules call it under manual
+    optimization, or in their configure_gradient_clipping().
     """
-    if "clip_gradients" in vars(plugin):  # of the fit() before
+    if "clip_gradients" in vars(plugin):  # replaced by an earlier fit()
         return
     clip = plugin.clip_gradients
 
@@ -80,7 +80,7 @@ def _refuse_to_clip(plugin: Any) -> None:
 
 
 class FabricsStrategy(Base):
-    """For the DDPStrategy of Fabric."""
+    """What GMCFabricStrategy adds to Fabric's DDPStrategy."""
 
     _backward_sync_control: Any
 
@@ -116,12 +116,12 @@ class FabricsStrategy(Base):
 
     def save_checkpoint(self, path: Any, state: Any, *args: Any, **kwargs: Any) -> None:
         for value in state.values():
-            settle(value)  # before anything is read, because a LocalUpdates changes parameters
+            settle(value)  # first, because a LocalUpdates changes parameters
         super().save_checkpoint(path, state, *args, **kwargs)
 
 
 class _NoSync:
-    """fabric.no_backward_sync() for optimizers that send during the backward pass."""
+    """Makes fabric.no_backward_sync() also no_sync() of optimizers with overlap=True."""
 
     def __init__(self, of_ddp: Any) -> None:
         self.of_ddp = of_ddp
