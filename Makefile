@@ -9,21 +9,31 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-frameworks soak lint docs build bench convergence network scaling gpu wheel test-wheel clean always
+.PHONY: help demo test test-all soak lint docs build bench convergence network scaling gpu wheel test-wheel clean always
 
+##@ Use it
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
+	@sed -n 's/^##@ /\n/p; s/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 demo: $(VENV)/demo.installed build  ## train four workers on real text: GMC beside three other methods
 	@$(python) -m examples.demo $(ARGS)
 
-test: $(VENV)/demo.installed $(VENV)/test.installed build  ## run the tests
-	@$(python) -m pytest $(ARGS)
+build: $(VENV)/build.installed  ## compile in place what has changed
+	@$(python) setup.py -q build_ext --inplace
 
-test-frameworks: $(VENV)/frameworks.installed $(VENV)/test.installed build  ## run the examples in Trainer, Accelerate, Lightning and Fabric, and their wrong uses
-	@$(python) -m pytest tests/test_integrations.py $(ARGS)
+##@ Test it
+# Without ARGS, two tests run at a time where pytest-xdist is there; -x, -s and --pdb want one.
+pytest = $(python) -m pytest $(if $(ARGS),,$$($(python) -c 'import xdist' 2> /dev/null && \
+    echo '--numprocesses=2 --dist=worksteal'))
+for_tests := $(VENV)/demo.installed $(VENV)/test.installed $(VENV)/speed.tried
 
-soak: $(VENV)/demo.installed $(VENV)/test.installed build  ## a long training run with faults, kills and resumes, checked at every step
+test: $(for_tests) build  ## run the tests, except those marked slow
+	@$(pytest) -m 'not slow' $(ARGS)
+
+test-all: $(VENV)/frameworks.installed $(if $(ARGS),$(for_tests) build,test)  ## run all tests, also those of the frameworks and of kernels under sanitizers
+	@$(pytest) $(if $(ARGS),,-m slow) $(ARGS)
+
+soak: $(for_tests) build  ## a long training run with faults, kills and resumes, checked at every step
 	@PYTHONPATH=tests $(python) -m soak $(ARGS)
 
 lint: $(VENV)/build.installed $(VENV)/lint.installed  ## check style and types: ruff, clang-format, mypy
@@ -38,9 +48,7 @@ docs: $(VENV)/docs.installed build  ## build the documentation as a site into bu
 	@$(python) -m sphinx -q -E -W --keep-going -c docs . build/docs
 	@echo 'build/docs/index.html'
 
-build: $(VENV)/build.installed  ## compile in place what has changed
-	@$(python) setup.py -q build_ext --inplace
-
+##@ Measure it
 # Results go to RESULTS (default benchmarks/results). Both run to the end and say what was left out.
 results := $(or $(RESULTS),benchmarks/results)
 bench: $(VENV)/demo.installed build  ## time the ops and the whole step on this machine's GPU or CPU
@@ -62,6 +70,7 @@ gpu:  ## on a machine with a GPU: build, tests, benchmarks, sanitizers; RESULTS=
 	@'$(PYTHON)' -m benchmarks.ops.gpu --python '$(abspath $(python))' --results '$(results)' $(ARGS) \
 	    --build '$(MAKE) --no-print-directory $(VENV)/demo.installed $(VENV)/test.installed build'
 
+##@ Package it
 # The wheel serves one version of Python and every torch from 2.11 on. Its tests install it into
 # new environments. WITH='torch==2.12.0 installed' says with which torch (installed: this
 # environment's), SHORT=1 runs the main tests with the oldest and with the installed one.
@@ -109,6 +118,13 @@ $(VENV)/%.installed: pyproject.toml $(VENV)/created
 	    echo 'Could not install it (see above). If this machine has no network, install it for'; \
 	    echo '$(PYTHON) by other means: what that has is used as it is.'; exit 1; }
 	@echo '$(TORCH)' > $@
+
+# What makes the tests faster. Without a network they run without it.
+$(VENV)/speed.tried: $(VENV)/test.installed
+	@$(python) -c 'import xdist' 2> /dev/null || \
+	    $(python) -m pip install -qq --retries 0 --timeout 10 $(call listed,speed) 2> /dev/null || \
+	    echo 'no $(call listed,speed) to be had: tests run one at a time'
+	@touch $@
 
 # Again when another torch is asked for.
 $(VENV)/build.installed: $(if $(filter-out $(shell cat $(VENV)/build.installed 2>/dev/null),$(TORCH)),always)

@@ -23,6 +23,7 @@ from examples.demo.options import METHODS, parse
 from examples.demo.progress import Progress
 from examples.demo.report import print_end
 from examples.demo.training import Point, Run
+from support import scripts
 
 ROOT = Path(__file__).parent.parent
 DEMO = ["-m", "examples.demo"]
@@ -35,11 +36,8 @@ def environment():
     return {name: value for name, value in os.environ.items() if name not in launcher}
 
 
-def run(command, output):
-    done = subprocess.run(
-        [sys.executable, *command, "--device", "cpu", "--output", str(output)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+def run(command, output, **how):
+    done = scripts.run(*command, "--device", "cpu", "--output", output, cwd=ROOT, **how)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -49,7 +47,7 @@ def read(path):
 
 
 def test_text_with_every_method(tmp_path):
-    printed = run([*DEMO, "--workers", "2", "--steps", "12", "--batch", "2"], tmp_path)
+    printed = run([*DEMO, "--steps", "12", "--batch", "2"], tmp_path, workers=2)
     for part in ("dense momentum SGD", "GMC", "DGC", "memory SGD", "text.png", "text.json"):
         assert part in printed
     assert (tmp_path / "text.png").read_bytes().startswith(b"\x89PNG")

@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 import gmc_cuda
 from support.problems import same_on_all_ranks
-from support.workers import WorkerPool
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = {"build", "dist", "demo-output"}  # folders without pages; hidden ones too
@@ -137,22 +136,14 @@ def weights(model):
                       for p in model.parameters()])  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def four():
-    """Programs speak to the default group, so it has as many workers as they are meant for."""
-    workers = WorkerPool([4])
-    yield workers
-    workers.stop()
-
-
 @pytest.mark.parametrize("name", TO_RUN)
-def test_block(four, name, tmp_path):
+def test_block(pool, name, tmp_path):
     # The workers of the tests have been through this already.
     code = BLOCKS[name].replace("torch.distributed.init_process_group(", "dict(")
     # What inductor would add takes minutes.
     code = code.replace("torch.compile(model)", 'torch.compile(model, backend="aot_eager")')
     trains = "optimizer.step()" in code or "scaler.step(" in code
-    assert four.run(4, run, code, str(tmp_path)) == [trains] * 4
+    assert pool.run(4, run, code, str(tmp_path)) == [trains] * 4
 
 
 def test_every_block_compiles():

@@ -1,8 +1,11 @@
 """Invariants 1 and 2: the equations that every step obeys, on 1, 2 and 4 gloo workers."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import gmc_cuda
 from support.cases import WIRES
@@ -51,63 +54,112 @@ def test_density_one_is_torch_sgd(pool, size, make, options, sgd_options):
 NAN_STEPS = {20: 0, 21: 0, 90: 1, 150: 3}  # step: rank (modulo p) that meets a NaN
 
 
-def check_equations(group, steps, options, drop_at, nan_steps, density_change=None):
-    """Runs and checks both equations at every step, in float64, on every rank."""
+class Step(NamedTuple):
+    """One step in float64; u and g are the means over the workers, a is what was applied."""
+
+    number: int
+    skipped: bool
+    lr: float
+    r: float  # eta_{t-1} / eta_t in iterate form, else 1
+    g: Tensor
+    w: Tensor
+    u: Tensor
+    a_before: Tensor
+    w_next: Tensor
+    u_next: Tensor
+    a: Tensor
+
+
+def train(group, optimizer, params, steps, drop_at, nan_steps, density_change):
+    """Makes the steps one after the other; the learning rate drops once, the density may change."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
+    options = optimizer.param_groups[0]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [drop_at], gamma=0.1)
+    previous_lr, a = None, torch.zeros_like(flat(params))
+    for number in range(steps):
+        if density_change and number == density_change[0]:
+            options["density"] = density_change[1]
+        set_gradients(params, rank, number)
+        nan = nan_steps.get(number)
+        if nan is not None and nan % size == rank:
+            params[2].grad[3, 4] = float("nan")
+        g = mean(group, flat([p.grad.nan_to_num(0.0) for p in params]))
+        w, u = flat(params), mean(group, memory_of(optimizer, params))
+        a_before, lr = aggregate_of(optimizer, params), options["lr"]
+        assert torch.equal(a_before, a), "a has changed between two steps"
+        optimizer.step()
+        w_next, u_next = flat(params), mean(group, memory_of(optimizer, params))
+        a = aggregate_of(optimizer, params)
+        iterate = options["momentum_form"] == "iterate" and previous_lr is not None
+        r = previous_lr / lr if iterate else 1.0
+        yield Step(number, nan is not None, lr, r, g, w, u, a_before, w_next, u_next, a)
+        scheduler.step()
+        previous_lr = lr
+
+
+def check_mass(step, options):
+    """What stays and what is applied is what was there and what came in; a NaN counts as zero."""
+    assert step.u_next.isfinite().all()
+    came_in = options["memory_decay"] * step.u + step.g + options["weight_decay"] * step.w
+    came_in += options["momentum"] * step.r * step.a_before
+    torch.testing.assert_close(step.u_next + step.a, came_in, rtol=1e-6, atol=1e-6)
+
+
+def check_move(step, options):
+    """The weights move by lr * a; with nesterov the look-ahead moves along; skipped, not at all."""
+    if step.skipped:
+        assert torch.equal(step.w_next, step.w)
+        assert step.a.count_nonzero() == 0
+        return
+    beta = options["momentum"]
+    ahead = beta * (step.a - step.r * step.a_before) if options["nesterov"] else 0.0
+    moved = step.lr * (step.a + ahead)
+    torch.testing.assert_close(step.w_next, step.w - moved, rtol=1e-6, atol=1e-6)
+
+
+class TransformedIterate:
+    """x = y - lr * u makes dense momentum steps, y being the weights without look-ahead.
+
+    In buffer form that holds between two changes of lr, in iterate form also over them. Its error
+    is added up over the steps of one lr and compared with the way that x has gone.
+    """
+
+    def __init__(self, options):
+        self.options = options
+        self.lr = self.move = None
+
+    def check(self, step):
+        beta, form = self.options["momentum"], self.options["momentum_form"]
+        ahead = step.lr * beta if self.options["nesterov"] else 0.0
+        y, y_next = step.w + ahead * step.r * step.a_before, step.w_next + ahead * step.a
+        x, x_next = y - step.lr * step.u, y_next - step.lr * step.u_next
+        known = self.move is not None and (form == "iterate" or self.lr == step.lr)
+        if self.lr != step.lr:
+            self.start, self.drift = x, torch.zeros_like(x)
+        if known:
+            gradient = step.g + self.options["weight_decay"] * step.w
+            self.drift += x_next - (x - step.lr * gradient + beta * self.move)
+            off, moved = self.drift.norm(), (x_next - self.start).norm()
+            assert off <= 1e-5 * moved, f"step {step.number}: {off / moved:.1e}"
+        self.lr, self.move = step.lr, y_next - y
+
+
+def check_equations(group, steps, options, drop_at, nan_steps, density_change=None):
+    """Runs and checks the equations at every step, in float64, on every rank."""
     params = parameters()
     optimizer = gmc_cuda.GMC(
         params, lr=0.05, process_group=group, bucket_cap_mb=400 * 4 / 2**20, **options
     )
-    group_options = optimizer.param_groups[0]
-    beta, decay = group_options["momentum"], group_options["weight_decay"]
-    iterate = group_options["momentum_form"] == "iterate"
-    memory_decay, nesterov = group_options["memory_decay"], group_options["nesterov"]
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [drop_at], gamma=0.1)
     assert len(optimizer.engine.buckets) > 1
-
-    previous_lr, previous_move, stage = None, None, None
-    a = torch.zeros_like(flat(params))
-    for step in range(steps):
-        if density_change and step == density_change[0]:
-            group_options["density"] = density_change[1]
-        lr = group_options["lr"]
-        set_gradients(params, rank, step)
-        nan = nan_steps.get(step)
-        if nan is not None and nan % size == rank:
-            params[2].grad[3, 4] = float("nan")
-        gradient = mean(group, flat([p.grad.nan_to_num(0.0) for p in params]))
-        w, ubar = flat(params), mean(group, memory_of(optimizer, params))
-        before = aggregate_of(optimizer, params)
-        assert torch.equal(before, a)
-
-        optimizer.step()
-
-        w_next, ubar_next = flat(params), mean(group, memory_of(optimizer, params))
-        a = aggregate_of(optimizer, params)
-        assert ubar_next.isfinite().all()
-        r = previous_lr / lr if iterate and previous_lr is not None else 1.0
-        came_in = memory_decay * ubar + gradient + decay * w + beta * r * before
-        torch.testing.assert_close(ubar_next + a, came_in, rtol=1e-6, atol=1e-6)
-        moved_by = (1 + beta) * a - beta * r * before if nesterov else a
-        if nan is not None:
-            assert torch.equal(w_next, w) and a.count_nonzero() == 0
-        else:
-            torch.testing.assert_close(w_next, w - lr * moved_by, rtol=1e-6, atol=1e-6)
-
-        # The iterate without look-ahead. A skipped step does not take the look-ahead back.
-        ahead = lr * beta if nesterov else 0.0
-        y, y_next = w + ahead * r * before, w_next + ahead * a
-        x, x_next = y - lr * ubar, y_next - lr * ubar_next
-        if stage is None or stage[0] != lr:
-            stage, drift = (lr, x.clone()), torch.zeros_like(x)
-        holds = memory_decay == 1 and not (nesterov and nan_steps)
-        if holds and previous_move is not None and (iterate or previous_lr == lr):
-            predicted = x - lr * (gradient + decay * w) + beta * previous_move
-            drift += x_next - predicted
-            moved = (x_next - stage[1]).norm()
-            assert drift.norm() <= 1e-5 * moved, f"step {step}: {drift.norm() / moved:.1e}"
-        previous_move, previous_lr = y_next - y, lr
-        scheduler.step()
+    options = optimizer.param_groups[0]
+    transformed = TransformedIterate(options)
+    # Memory that decays is lost to x, and a skipped step does not take the look-ahead back.
+    holds = options["memory_decay"] == 1 and not (options["nesterov"] and nan_steps)
+    for step in train(group, optimizer, params, steps, drop_at, nan_steps, density_change):
+        check_mass(step, options)
+        check_move(step, options)
+        if holds:
+            transformed.check(step)
     assert optimizer.stats()["skipped_steps"] == len(nan_steps)
 
 

@@ -8,6 +8,7 @@ import warnings
 import pytest
 
 import gmc_cuda
+from support import scripts
 from support.problems import parameters
 
 LATE = """
@@ -32,15 +33,7 @@ def test_a_group_that_appears_after_construction(tmp_path):
     """It would train each worker alone, and the weights would drift apart."""
     script = tmp_path / "late.py"
     script.write_text(LATE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node=2", str(script)]  # fmt: skip
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
+    done = scripts.run(script, workers=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("refused") == 2
     assert "WORLD_SIZE is 2, but torch.distributed is not initialised" in done.stderr

@@ -13,31 +13,45 @@ import torch
 
 import gmc_cuda
 from gmc_cuda import integrations
+from support.scripts import ENVIRONMENT, Scripts
 
 ROOT = Path(__file__).parent.parent
 STEPS, SAVED_AT = 30, 20
 
 
+FRAMEWORKS = {
+    "transformers": ("transformers.trainer",),
+    "accelerate": ("accelerate",),
+    "lightning": ("lightning", "lightning.pytorch", "lightning.fabric"),
+    "pytorch_lightning": ("pytorch_lightning",),
+    "lightning_fabric": ("lightning_fabric",),
+}
+
+
+# Starts scripts where all of the frameworks that are installed have been imported.
+scripts = Scripts(*(
+    module for name in FRAMEWORKS if importlib.util.find_spec(name) for module in FRAMEWORKS[name]
+))  # fmt: skip
+
+
+def launch(script, workers, *arguments):
+    """Runs an example as torchrun does and returns what it printed."""
+    done = scripts.run(ROOT / "examples" / script, *arguments, workers=workers)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 def torchrun(script, workers, *arguments):
-    """Runs an example and returns what it printed, without what torchrun says itself."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-    }
+    """The same by torchrun itself."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         f"--nproc-per-node={workers}", str(ROOT / "examples" / script), *map(str, arguments),
     ]  # fmt: skip
     done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+        command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def needs(framework):
@@ -61,12 +75,15 @@ def losses(folder):
 def test_example_trains_saves_and_resumes(framework, script, tmp_path):
     needs(framework)
     run = ("--folder", tmp_path, "--steps", STEPS, "--save-every", SAVED_AT)
-    printed = torchrun(script, 2, *run)
+    if script == "with_lightning.py":  # which asks for the launcher that it is under
+        printed = torchrun(script, 2, *run)
+    else:
+        printed = launch(script, 2, *run)
     straight = losses(tmp_path)
     assert sorted(straight) == list(range(1, STEPS + 1))
     assert straight[STEPS] < straight[1] - 1.5
     (tmp_path / "losses.json").unlink()
-    printed += torchrun(script, 2, *run, "--resume")
+    printed += launch(script, 2, *run, "--resume")
     resumed = losses(tmp_path)
     # Both runs averaged memory when they saved; besides that, stopping must not be seen.
     for step in range(SAVED_AT + 1, STEPS + 1):
@@ -94,7 +111,7 @@ def test_example_trains_saves_and_resumes(framework, script, tmp_path):
 def test_workers_agree_on_the_scale_that_a_framework_makes(package, framework, tmp_path):
     """Gradients are clipped as well, and rank 1 alone meets an overflow in the third step."""
     needs(package)
-    torchrun("../tests/support/scaled_training.py", 2, framework, tmp_path)
+    launch("../tests/support/scaled_training.py", 2, framework, tmp_path)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for met in ranks:
         assert all(run["scaler"] == "gmc_cuda.amp.GradScaler" for run in met.values())
@@ -261,7 +278,7 @@ def test_wrong_use_is_refused_with_the_line_to_write(framework, how, tmp_path):
         "saves the best": "nothing",
     }[how]
     times = 1 if how == "saves alone" and framework != "transformers" else 2  # by rank 1 only
-    said = torchrun("../tests/support/wrong_uses.py", 2, framework, how, tmp_path)
+    said = launch("../tests/support/wrong_uses.py", 2, framework, how, tmp_path)
     assert re.findall(r"^met (.*?) end$", said, re.M | re.S) == [expected] * times, said
 
 
@@ -272,7 +289,7 @@ NODES, PER_NODE = 2, 2
 
 def fsdp2(folder, *arguments):
     run = ("--folder", folder, "--per-node", PER_NODE, "--save-every", SAVED_AT)
-    torchrun("fsdp2.py", NODES * PER_NODE, *run, *arguments)
+    launch("fsdp2.py", NODES * PER_NODE, *run, *arguments)
     return losses(folder)
 
 

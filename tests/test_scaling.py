@@ -1,8 +1,6 @@
 """training/scaling.py: the model's closed forms, and that its check can tell right from wrong."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from benchmarks.training import measured_steps, step_model
 from benchmarks.training.step_model import METHODS, MODELS, Local, Machine, Network
 from gmc_cuda import ops
+from support import scripts
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,10 +81,7 @@ def test_check_against_measurements():
 
 def test_script(tmp_path):
     (tmp_path / "network-somewhere-2026-01-01.json").write_text(json.dumps(measured(1.2, 20.0)))
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.training.scaling", "--output", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = scripts.run("-m", "benchmarks.training.scaling", "--output", tmp_path, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("scaling-*.json")
     content = json.loads(path.read_text())

@@ -48,8 +48,10 @@ def refuse_communicating(params: Iterable[Tensor], group: Any) -> None:
 def _communicating() -> Iterator[torch.nn.Module]:
     from torch.nn.parallel import DistributedDataParallel
 
-    for ddp in gc.get_objects():  # a parameter has no reference to its DDP
-        if not issubclass(type(ddp), DistributedDataParallel) or is_silenced(ddp):
+    # A parameter has no reference to its DDP. DDP is an abstract class, so issubclass() would run
+    # Python code for each of hundreds of thousands of objects.
+    for ddp in gc.get_objects():
+        if DistributedDataParallel not in type(ddp).__mro__ or is_silenced(ddp):
             continue
         # A DDP whose constructor raised lacks modules or this attribute, and averages nothing.
         if "_modules" in vars(ddp) and vars(ddp).get("require_backward_grad_sync", False):

@@ -4,6 +4,7 @@ Three flavours: "plain", "address" (address and undefined-behaviour sanitizers) 
 sanitizer). Objects and programs are kept in build/, named by a hash of everything they depend on.
 """
 
+import fcntl
 import hashlib
 import os
 import re
@@ -96,12 +97,16 @@ def _digest(flags, files):
     return digest.hexdigest()[:16]
 
 
-def _atomically(target, command, check=lambda scratch: None):
-    """Run command with "-o scratch file", then rename: a second pytest may build the same."""
-    scratch = target.with_name(f"{os.getpid()}-{target.name}")
-    _run([*command, "-o", scratch])
-    check(scratch)
-    os.replace(scratch, target)
+def _make(target, command, check=lambda scratch: None):
+    """Run command with "-o scratch file", then rename, unless another pytest does so meanwhile."""
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return
+        scratch = target.with_name(f"{os.getpid()}-{target.name}")
+        _run([*command, "-o", scratch])
+        check(scratch)
+        os.replace(scratch, target)
 
 
 def _compile(source, flags, headers):
@@ -109,7 +114,7 @@ def _compile(source, flags, headers):
     target = BUILD / f"{source.stem}-{_digest(flags, [source, *headers])}{source.suffix}.o"
     if not target.exists():
         texts = [path.read_text() for path in (source, *headers)]
-        _atomically(
+        _make(
             target,
             [compiler()[0], *flags, "-x", "c++", "-c", source],
             lambda scratch: source.suffix == ".cu" and _check_shared_variables(scratch, texts),
@@ -149,5 +154,5 @@ def build(sources, flavour, defines=(), include=()):
     link = [*LINK[flavour], f"-Wl,-T,{script}"]
     program = BUILD / f"program-{_digest(link, [*objects, script])}"
     if not program.exists():
-        _atomically(program, [compiler()[0], *objects, *link])
+        _make(program, [compiler()[0], *objects, *link])
     return program

@@ -6,6 +6,7 @@ keeps four for the whole run and hands them one function after the other.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -23,7 +24,7 @@ import torch.distributed as dist
 
 PATIENCE = 60  # seconds without a word from a worker, far more than any needs
 SIZES = (1, 2, 4)  # what most tests are run with
-POOL_SIZES = (1, 2, 3, 4, 8)  # world sizes of the pool
+POOL_SIZES = (1, 2, 3, 4, 8)  # numbers of ranks that the pool can run
 TIMEOUT = 120  # seconds a function may take in the pool, far more than any needs
 
 # A server that has imported everything forks the workers, so that each starts in milliseconds.
@@ -106,16 +107,12 @@ class WorkerPool:
     """Starts workers once; each call runs a module-level function on the first p ranks.
 
     The function is called as ``function(process_group, *args)`` and its results come back in rank
-    order. An exception on a rank comes back as that rank's result, as a ``Failure``.
-
-    Args:
-        sizes: the world sizes that run() can be asked for; the default group has the largest.
+    order. An exception on a rank comes back as that rank's result, as a ``Failure``. Up to four
+    ranks are among the same four workers, whose default group has four; eight are others.
     """
 
-    def __init__(self, sizes: Iterable[int] = POOL_SIZES) -> None:
-        self._sizes = tuple(sizes)
-        self._workers: Workers | None = None
-        self._pipes: list[Any] = []
+    def __init__(self) -> None:
+        self._worlds: dict[int, _World] = {}
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Runs and raises if any rank failed."""
@@ -128,12 +125,14 @@ class WorkerPool:
 
     def try_run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Runs and returns failures too; for functions that leave no collective half-done."""
-        if self._workers is None:
-            self._start()
-        for pipe in self._pipes[:size]:
+        world = max(size, max(SIZES))
+        if world not in self._worlds:
+            self._worlds[world] = _World(world)
+        pipes = self._worlds[world].pipes[:size]
+        for pipe in pipes:
             pipe.send((size, function, args))
         results = []
-        for rank, pipe in enumerate(self._pipes[:size]):
+        for rank, pipe in enumerate(pipes):
             if not pipe.poll(TIMEOUT):
                 self.stop()
                 raise AssertionError(f"rank {rank} of {size} hangs in {function.__name__}")
@@ -141,21 +140,26 @@ class WorkerPool:
         return results
 
     def stop(self) -> None:
-        if self._workers is not None:
-            self._workers.__exit__()
-            self._folder.cleanup()
-        self._workers = None
+        for world in self._worlds.values():
+            world.stop()
+        self._worlds = {}
 
-    def _start(self) -> None:
-        pipes = [context.Pipe() for _ in range(max(self._sizes))]
-        self._pipes = [ours for ours, _ in pipes]
+
+class _World:
+    """Workers that run what comes through their pipes."""
+
+    def __init__(self, size: int) -> None:
+        pipes = [context.Pipe() for _ in range(size)]
+        self.pipes = [ours for ours, _ in pipes]
+        theirs = [other for _, other in pipes]
         self._folder = tempfile.TemporaryDirectory(prefix="gmc_cuda-pool-")
-        self._workers = Workers(
-            max(self._sizes), Path(self._folder.name), _serve, [theirs for _, theirs in pipes],
-            self._sizes, seconds=1800,
-        )  # fmt: skip
-        for _, theirs in pipes:
-            theirs.close()
+        self._workers = Workers(size, Path(self._folder.name), _serve, theirs, seconds=1800)
+        for pipe in theirs:
+            pipe.close()
+
+    def stop(self) -> None:
+        self._workers.__exit__()
+        self._folder.cleanup()
 
 
 def _work(
@@ -168,6 +172,7 @@ def _work(
     args: tuple[Any, ...],
 ) -> None:
     """The whole work of a process of Workers."""
+    gc.freeze()  # what has been imported is no garbage, and no DDP: an optimizer looks for those
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
@@ -189,10 +194,11 @@ def _work(
     os._exit(0)  # the interpreter's shutdown may wait for peers that are gone
 
 
-def _serve(say: Callable[[Any], None], pipes: list[Any], sizes: tuple[int, ...]) -> None:
+def _serve(say: Callable[[Any], None], pipes: list[Any]) -> None:
     """What a worker of the pool does until the pool is gone."""
     pipe = pipes[dist.get_rank()]
-    groups = {size: dist.new_group(range(size)) for size in sizes}
+    possible = [size for size in POOL_SIZES if size <= dist.get_world_size()]
+    groups = {size: dist.new_group(range(size)) for size in possible}
     while True:
         try:
             size, function, args = pipe.recv()
