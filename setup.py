@@ -11,8 +11,8 @@ os.chdir(Path(__file__).resolve().parent)
 sys.path.insert(0, os.path.abspath("tools"))
 
 from build_error import BuildError  # noqa: E402
-from build_toolkit import check_platform, find_torch, make_plan  # noqa: E402
 from compile import TARGET_TORCH, compile_libraries  # noqa: E402
+from find_cuda import check_platform, find_torch, make_plan  # noqa: E402
 
 if int(setuptools.__version__.split(".")[0]) < 77:
     raise BuildError(

@@ -11,15 +11,14 @@ to compress v, what is sent c, parameters w, learning rate eta, numel N, world s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from gmc_cuda import fake_ops  # noqa: F401  (completes the operators)
-from gmc_cuda._engine import library  # noqa: F401  (loads them)
+from gmc_cuda._engine import library  # noqa: F401  (loads the operators)
 
 __all__ = [
     "payload_nbytes",
@@ -30,9 +29,6 @@ __all__ = [
     "apply_dense_",
     "unpack",
     "verdict",
-    "payload_nonfinite",
-    "aggregate_flags",
-    "fingerprint",
     "merge",
     "apply_",
     "restore_",
@@ -45,6 +41,7 @@ _ops = torch.ops.gmc_cuda
 
 NONFINITE, DAMAGED = 1, 2  # bits of a verdict and of an aggregate's flags
 MISMATCH, OFF = 4, 8  # bits of a verdict
+_SMALLEST_STATE = 64  # bytes, on the CPU
 CALLED_OFF = 1  # the tag by which a rank calls its step off
 _KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError)}
 
@@ -59,6 +56,15 @@ def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
         if problem is None:
             raise
         raise problem from None
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _fake(name: str) -> Callable[[_Function], _Function]:
+    """Marks what an operator returns without computing it, for torch.compile and torch.export."""
+    fake: Callable[[_Function], _Function] = torch.library.register_fake(f"gmc_cuda::{name}")
+    return fake
 
 
 def _tensor(op: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -128,7 +134,11 @@ def repairs(state: Tensor) -> int:
 
     Reads the device: do not call it inside a step.
     """
-    return _integer(_ops.repairs, state)
+    if state.dtype != torch.uint8:
+        raise TypeError(f"state: got {state.dtype}, must be torch.uint8")
+    if state.dim() != 1 or state.numel() < _SMALLEST_STATE:
+        raise ValueError(f"state: got shape {list(state.shape)}, must come from select_state")
+    return int(state[:8].view(torch.int64))  # Guess::repairs of csrc/shared/guess.h
 
 
 def compress_(
@@ -214,6 +224,18 @@ def compress_(
     )
 
 
+@_fake("compress_")
+def _(
+    memory: Tensor, grads: list[Tensor | None], k: int, *, wire_dtype: Any, **rest: Any
+) -> Tensor:
+    for i, grad in enumerate(grads):
+        if grad is not None and grad.device != memory.device:
+            raise ValueError(
+                f"grads[{i}]: got device {grad.device}, must be {memory.device}, like memory"
+            )
+    return memory.new_empty(_ops.payload_nbytes(memory.numel(), k, wire_dtype), dtype=torch.uint8)
+
+
 def accumulate_(
     memory: Tensor,
     grads: Sequence[Tensor | None] | None,
@@ -268,6 +290,11 @@ def accumulate_(
     )
 
 
+@_fake("accumulate_")
+def _(memory: Tensor, grads: list[Tensor | None], *, ranks: int, **rest: Any) -> Tensor:
+    return memory.new_empty(memory.numel() + ranks)
+
+
 def apply_dense_(
     params: Sequence[Tensor],
     memory: Tensor,
@@ -308,6 +335,11 @@ def apply_dense_(
     _changed(params)
 
 
+@_fake("apply_dense_")
+def _(*args: Any, **options: Any) -> None:
+    """It only changes its arguments."""
+
+
 def unpack(
     payload: Tensor, numel: int, k: int, wire_dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,6 +354,15 @@ def unpack(
     """
     result: tuple[Tensor, Tensor, Tensor] = _call(_ops.unpack, payload, numel, k, wire_dtype)
     return result
+
+
+@_fake("unpack")
+def _(payload: Tensor, numel: int, k: int, wire_dtype: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        payload.new_empty(k, dtype=torch.int64),
+        payload.new_empty(k, dtype=torch.float32),
+        payload.new_empty((), dtype=torch.int64),
+    )
 
 
 def verdict(payloads: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Tensor:
@@ -346,16 +387,9 @@ def verdict(payloads: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Tensor
     return _tensor(_ops.verdict, list(payloads), list(counts))
 
 
-def payload_nonfinite(payloads: Tensor) -> Tensor:
-    """Every rank's count of non-finite values, from the headers of its payload.
-
-    Args:
-        payloads: one bucket's gathered payloads, uint8 [p, payload_nbytes].
-
-    Returns:
-        int64 [p].
-    """
-    return _tensor(_ops.payload_nonfinite, payloads)
+@_fake("verdict")
+def _(payloads: list[Tensor], counts: list[Tensor]) -> Tensor:
+    return (payloads or counts)[0].new_empty(1, dtype=torch.int32)
 
 
 def merge(
@@ -386,6 +420,16 @@ def merge(
         return _tensor(_ops.merge, payloads, numel, k, wire_dtype, skip=skip)
     _call(_ops.merge_, out, payloads, numel, k, wire_dtype, skip=skip)
     return out
+
+
+@_fake("merge")
+def _(payloads: Tensor, numel: int, k: int, wire_dtype: Any, *, skip: Any = None) -> Tensor:
+    return payloads.new_empty(_ops.aggregate_nbytes(numel, k, payloads.size(0)))
+
+
+@_fake("merge_")
+def _(*args: Any, **options: Any) -> None:
+    """It only changes its arguments."""
 
 
 def apply_(
@@ -434,6 +478,11 @@ def apply_(
     _changed(params)
 
 
+@_fake("apply_")
+def _(*args: Any, **options: Any) -> None:
+    """It only changes its arguments."""
+
+
 def restore_(
     memory: Tensor,
     payload: Tensor,
@@ -450,6 +499,11 @@ def restore_(
         skip: int32 [1]; acts when it is non-zero. None: always.
     """
     _call(_ops.restore_, memory, payload, k, wire_dtype, skip=skip)
+
+
+@_fake("restore_")
+def _(*args: Any, **options: Any) -> None:
+    """It only changes its arguments."""
 
 
 def mask_(
@@ -470,6 +524,11 @@ def mask_(
     _call(_ops.mask_, momentum_buffer, payload, k, wire_dtype, skip=skip)
 
 
+@_fake("mask_")
+def _(*args: Any, **options: Any) -> None:
+    """It only changes its arguments."""
+
+
 def sparsify(dense: Tensor) -> Tensor:
     """An aggregate that holds the non-zero entries of ``dense``, float32 [numel].
 
@@ -478,41 +537,20 @@ def sparsify(dense: Tensor) -> Tensor:
     return _tensor(_ops.sparsify, dense)
 
 
+@_fake("sparsify")
+def _(dense: Tensor) -> Tensor:
+    nbytes = _ops.aggregate_nbytes(dense.numel(), dense.numel(), 1)
+    return dense.new_empty(nbytes, dtype=torch.uint8)
+
+
 def densify(aggregate: Tensor, numel: int) -> Tensor:
     """The aggregate as a dense tensor, float32 [numel]."""
     return _tensor(_ops.densify, aggregate, numel)
 
 
-def aggregate_flags(aggregates: Sequence[Tensor]) -> Tensor:
-    """What went wrong where these were made.
-
-    Args:
-        aggregates: from :func:`merge`, all on one device.
-
-    Returns:
-        int32 [len(aggregates)] on their device. Bit 0: the step was skipped. Bit 1: a payload was
-        damaged (CUDA; on the CPU :func:`merge` raises), and the aggregate counts as empty.
-    """
-    if not aggregates:
-        raise ValueError("aggregates: got an empty list, must hold at least one")
-    return _tensor(_ops.aggregate_flags, list(aggregates))
-
-
-def fingerprint(params: Sequence[Tensor]) -> Tensor:
-    """A 64-bit fingerprint of each tensor's bits, by which replicas that differ are told.
-
-    Every bit and its place counts, and nothing else: it is the same on CPU and CUDA, whatever the
-    number of threads.
-
-    Args:
-        params: contiguous float32, bfloat16 or float16 tensors, all on one device.
-
-    Returns:
-        int64 [len(params)] on their device.
-    """
-    if not params:
-        raise ValueError("params: got an empty list, must hold at least one")
-    return _tensor(_ops.fingerprint, list(params))
+@_fake("densify")
+def _(aggregate: Tensor, numel: int) -> Tensor:
+    return aggregate.new_empty(numel, dtype=torch.float32)
 
 
 def _lists(

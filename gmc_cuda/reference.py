@@ -340,7 +340,7 @@ def verdict(payloads: Sequence[Tensor], counts: Sequence[Tensor] = ()) -> Tensor
     """int32 [1]: what the ranks' headers and numbers say together. See ``ops.verdict``."""
     flags = 0
     for gathered in payloads:
-        flags |= NONFINITE * bool(payload_nonfinite(gathered).any())
+        flags |= NONFINITE * any(bool(_header(payload)[1]) for payload in gathered)
         sound = [payload for payload in gathered if _described(payload) is not None]
         flags |= DAMAGED * (len(sound) < len(gathered))
         flags |= _tag_flags([int(_header(payload)[5]) for payload in sound], CALLED_OFF)
@@ -359,11 +359,6 @@ def _tag_flags(tags: Sequence[int], called_off: int) -> int:
     """The flags of one bucket, whose ranks' tags must be equal, unless a step was called off."""
     others = set(tags) - {called_off}
     return MISMATCH * (len(others) > 1) | OFF * (called_off in tags)
-
-
-def payload_nonfinite(payloads: Tensor) -> Tensor:
-    """Every rank's count of non-finite values, int64 [p]."""
-    return torch.stack([_header(payload)[1] for payload in payloads])
 
 
 def _header(payload: Tensor) -> Tensor:
@@ -523,29 +518,6 @@ def own_(
         aggregate=merge(payloads, owner_memory.numel(), k, wire_dtype),
         found_inf=found_inf, wire_dtype=wire_dtype, tag=tag,
     )  # fmt: skip
-
-
-def fingerprint(params: Sequence[Tensor]) -> Tensor:
-    """Each tensor's fingerprint: sum over i of mix(2**32 * i + bits_i), modulo 2**64."""
-    return torch.stack([_mix(param.detach().reshape(-1)).sum() for param in params])
-
-
-def _mix(values: Tensor) -> Tensor:
-    """The finaliser of SplitMix64, in int64 arithmetic, which wraps."""
-    wide = values.element_size() == 4
-    bits = values.view(torch.int32 if wide else torch.int16).long()
-    x = (
-        bits & (0xFFFFFFFF if wide else 0xFFFF)
-        | torch.arange(len(values), dtype=torch.int64, device=values.device) << 32
-    )
-    x = x + (0x9E3779B97F4A7C15 - 2**64)
-    x = (x ^ _shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ _shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, n: int) -> Tensor:
-    return x >> n & (1 << 64 - n) - 1  # >> of an int64 copies the sign
 
 
 def sparsify(dense: Tensor) -> Tensor:

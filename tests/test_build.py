@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def build_toolkit():
+def find_cuda():
     """The module of that name in tools/, which is no part of the installed package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "tools"))
-        yield importlib.import_module("build_toolkit")
+        yield importlib.import_module("find_cuda")
 
 
 def write_program(path, text):
@@ -48,12 +48,12 @@ esac
 
 
 @pytest.fixture
-def find(build_toolkit, tmp_path):
+def find(find_cuda, tmp_path):
     """find_toolkits over folders of the test alone; /bin serves the scripts."""
 
     def find(environ=None):
         environ = {"PATH": f"{tmp_path / 'path'}:/usr/bin:/bin", **(environ or {})}
-        toolkits = build_toolkit.find_toolkits(
+        toolkits = find_cuda.find_toolkits(
             environ, search_path=[str(tmp_path / "site-packages")], usual_places=tmp_path / "usual"
         )
         return [t for t in toolkits if tmp_path in t.home.parents]
@@ -69,11 +69,11 @@ def test_wrapper_script_leads_to_the_toolkit_it_starts(find, tmp_path):
     assert found.nvcc.exists() and found.include.exists()
 
 
-def test_link_leads_to_the_toolkit_too(build_toolkit, tmp_path):
+def test_link_leads_to_the_toolkit_too(find_cuda, tmp_path):
     home = fake_toolkit(tmp_path / "toolkit")
     write_program(home / "bin" / "nvcc", 'echo "release 12.8"\n')  # says nothing of its folders
     (tmp_path / "nvcc").symlink_to(home / "bin" / "nvcc")
-    assert build_toolkit.toolkit_of(tmp_path / "nvcc").home == home
+    assert find_cuda.toolkit_of(tmp_path / "nvcc").home == home
 
 
 @pytest.mark.parametrize("missing", ["include/cuda_runtime.h", "lib64/libcudart_static.a"])
@@ -112,14 +112,14 @@ def test_pip_toolkit_is_found(find, tmp_path):
     assert found.cudart_static == home / "lib" / "libcudart_static.a"
 
 
-def test_real_compiler_belongs_to_a_real_toolkit(build_toolkit):
+def test_real_compiler_belongs_to_a_real_toolkit(find_cuda):
     nvcc = shutil.which("nvcc")
     if not nvcc:
         pytest.skip("no nvcc on the path")
-    toolkit = build_toolkit.toolkit_of(nvcc)
+    toolkit = find_cuda.toolkit_of(nvcc)
     assert (toolkit.include / "cuda_runtime.h").exists()
-    known = build_toolkit.run(toolkit.nvcc, "--list-gpu-arch")
-    assert build_toolkit.choose_archs("", known)[0].startswith("8.0;9.0")
+    known = find_cuda.run(toolkit.nvcc, "--list-gpu-arch")
+    assert find_cuda.choose_archs("", known)[0].startswith("8.0;9.0")
 
 
 # ------------------------------------------------------------------------- TORCH_CUDA_ARCH_LIST
@@ -128,7 +128,7 @@ KNOWN = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120)  # roughly what CUDA 13's n
 
 
 @pytest.fixture
-def choose(build_toolkit):
+def choose(find_cuda):
     """choose_archs for a compiler that knows these architectures: the list, and what it says."""
     cuda_archs = importlib.import_module("cuda_archs")
 
@@ -234,7 +234,7 @@ def test_an_old_nvcc_that_lists_nothing_is_trusted(choose):
                           "compute_100,code=compute_100"]),
     ],
 )  # fmt: skip
-def test_archs_become_flags_of_the_compiler(build_toolkit, archs, codes):
+def test_archs_become_flags_of_the_compiler(find_cuda, archs, codes):
     cuda_archs = importlib.import_module("cuda_archs")
     assert cuda_archs.gencode_flags(archs) == [f"-gencode=arch={code}" for code in codes]
 
@@ -250,10 +250,10 @@ def test_the_plan_keeps_what_was_left_out_for_the_end_of_the_build(plan):
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32", "cygwin", "freebsd14", "android"])
-def test_another_platform_than_linux_is_refused_in_one_sentence(build_toolkit, platform):
+def test_another_platform_than_linux_is_refused_in_one_sentence(find_cuda, platform):
     with pytest.raises(SystemExit, match=f"built on Linux only, and this is {platform}: "):
-        build_toolkit.check_platform(platform)
-    build_toolkit.check_platform("linux")
+        find_cuda.check_platform(platform)
+    find_cuda.check_platform("linux")
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32", "freebsd14"])
@@ -270,7 +270,7 @@ esac
 
 
 @pytest.fixture
-def compilers(build_toolkit, tmp_path):
+def compilers(find_cuda, tmp_path):
     """compilers(CXX) is find_compiler where these are on the path and no others."""
 
     def add(name, cplusplus="202002L", more=":"):
@@ -347,7 +347,7 @@ def test_a_cxx_that_cannot_build_is_refused_in_one_sentence(compilers, cxx, said
     assert f"CXX={cxx!r}" in message and said in message and "\n" not in message
 
 
-def test_this_machines_compiler_will_do(build_toolkit):
+def test_this_machines_compiler_will_do(find_cuda):
     host_compiler, compile = map(importlib.import_module, ("host_compiler", "compile"))
     found = host_compiler.find_compiler()
     assert subprocess.run([*found.command, "--version"], capture_output=True).returncode == 0
@@ -368,7 +368,7 @@ def test_the_launcher_starts_the_compiler_and_nvcc_gets_the_compiler_alone(
 
 
 @pytest.mark.parametrize("asked", ["four", "0", "-1", "2.5", "٣"])
-def test_a_number_of_jobs_that_is_none_is_refused(build_toolkit, asked):
+def test_a_number_of_jobs_that_is_none_is_refused(find_cuda, asked):
     compile = importlib.import_module("compile")
     with pytest.raises(SystemExit, match=f"MAX_JOBS is '{asked}'; it must be a whole number"):
         compile.jobs({"MAX_JOBS": asked})
@@ -376,7 +376,7 @@ def test_a_number_of_jobs_that_is_none_is_refused(build_toolkit, asked):
     assert compile.jobs({"MAX_JOBS": ""}) == compile.jobs({}) == []
 
 
-def test_missing_headers_of_python_are_named(build_toolkit, monkeypatch, tmp_path):
+def test_missing_headers_of_python_are_named(find_cuda, monkeypatch, tmp_path):
     compile = importlib.import_module("compile")
     assert (Path(compile.python_headers()) / "Python.h").exists()
     monkeypatch.setattr(compile.sysconfig, "get_path", lambda name: str(tmp_path))
@@ -389,30 +389,30 @@ def test_missing_headers_of_python_are_named(build_toolkit, monkeypatch, tmp_pat
 # ------------------------------------------------------------------------------ torch and the plan
 
 
-def test_torch_is_found_without_importing_it(build_toolkit):
+def test_torch_is_found_without_importing_it(find_cuda):
     import torch
 
-    found = build_toolkit.find_torch("2.11")
+    found = find_cuda.find_torch("2.11")
     assert (found.version, found.cuda) == (torch.__version__, torch.version.cuda)
     assert (found.folder / "include" / "torch" / "csrc" / "stable").is_dir()
 
 
-def test_a_build_without_torch_or_with_an_old_one_says_so(build_toolkit, monkeypatch):
+def test_a_build_without_torch_or_with_an_old_one_says_so(find_cuda, monkeypatch):
     with pytest.raises(SystemExit, match=r"torch 99\.0 or later is needed to build; this env"):
-        build_toolkit.find_torch("99.0")
-    monkeypatch.setattr(build_toolkit.importlib.util, "find_spec", lambda name: None)
+        find_cuda.find_torch("99.0")
+    monkeypatch.setattr(find_cuda.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="must be installed where the extension is built"):
-        build_toolkit.find_torch("2.11")
+        find_cuda.find_torch("2.11")
 
 
 @pytest.fixture
-def plan(build_toolkit, tmp_path):
+def plan(find_cuda, tmp_path):
     """make_plan with toolkits of the given versions found, and no others."""
 
     def plan(torch_cuda, toolkits=(), **environ):
         homes = [fake_toolkit(tmp_path / version, version) for version in toolkits]
-        found = [build_toolkit.toolkit_of(home / "bin" / "nvcc") for home in homes]
-        return build_toolkit.make_plan("2.15.0", torch_cuda, environ, find=lambda _: found)
+        found = [find_cuda.toolkit_of(home / "bin" / "nvcc") for home in homes]
+        return find_cuda.make_plan("2.15.0", torch_cuda, environ, find=lambda _: found)
 
     return plan
 
@@ -449,7 +449,7 @@ def test_contradicting_or_unclear_switches_are_errors(plan):
 
 def test_record_of_this_build_agrees_with_the_binary():
     config = library.build_config
-    assert config["with_cuda"] == hasattr(library.extension, "devices")
+    assert config["with_cuda"] == library.extension.build_config()["with_cuda"]
     assert bool(config["cuda"]) == config["with_cuda"] == bool(config["arch_list"])
     assert "-ffp-contract=off" in config["cxx_flags"]
     assert config["summary"].startswith("gmc_cuda: built for ")

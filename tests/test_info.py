@@ -2,9 +2,7 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
-import pytest
 import torch
 
 import gmc_cuda
@@ -54,28 +52,31 @@ def test_missing_kernels_are_said_and_no_failure(monkeypatch):
     assert line.endswith("not available: gmc_cuda has no CUDA kernels yet")
 
 
-@pytest.mark.parametrize("error", ["", "no kernel image is available for execution on the device"])
-def test_a_device_that_the_binary_does_not_run_on_fails(monkeypatch, error):
-    device = {
-        "name": "Card",
-        "capability": (9, 0),
-        "multiprocessors": 132,
-        "l2_bytes": 50 << 20,
-        "error": error,
-    }
-    found = {"runtime": 13020, "error": "", "devices": [device]}
-    monkeypatch.setattr(info, "extension", SimpleNamespace(devices=lambda: found))
+def test_a_device_that_the_binary_does_not_run_on_fails(monkeypatch, capsys):
+    def no_image(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    class Card:
+        name, major, minor, multi_processor_count, L2_cache_size = "Card", 9, 0, 132, 50 << 20
+
+    step = info.check_step
+    monkeypatch.setattr(info, "build_config", {**info.build_config, "with_cuda": True, "cuda": ""})
+    monkeypatch.setattr(info, "check_step", lambda to: step(to) if to == "cpu" else no_image())
+    for name, value in {
+        "init": None, "is_available": True, "device_count": 1, "get_device_properties": Card
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert info.main() == 1
+    printed = capsys.readouterr().out
+    assert "cuda:0 Card, capability 9.0, 132 multiprocessors, 50 MiB L2\n" in printed
+    assert "cuda:0 against its closed form: failed: RuntimeError: CUDA error: no kernel" in printed
+
+
+def test_why_there_is_no_device_is_said(monkeypatch):
+    def missing():
+        raise RuntimeError("Found no NVIDIA driver on your system. Please\nmore")
+
     monkeypatch.setattr(info, "build_config", {**info.build_config, "with_cuda": True})
-    lines, healthy = info.describe_devices()
-    assert healthy == (not error)
-    assert lines[1].startswith("cuda:0 Card, capability 9.0, 132 multiprocessors, 50 MiB L2")
-    assert error in lines[1]
-
-
-@pytest.mark.gpu
-def test_probe_kernel_runs_on_every_device():
-    found = info.extension.devices()
-    assert len(found["devices"]) == torch.cuda.device_count()
-    for index, device in enumerate(found["devices"]):
-        assert device["error"] == ""
-        assert device["capability"] == torch.cuda.get_device_capability(index)
+    monkeypatch.setattr(torch.cuda, "init", missing)
+    expected = ["no device: Found no NVIDIA driver on your system. Please"]
+    assert info.describe_devices() == expected

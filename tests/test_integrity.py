@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 import gmc_cuda
 from gmc_cuda import ops
+from gmc_cuda._engine.fingerprint import fingerprints
 from gmc_cuda._engine.watch import DamageWatch
 from support.problems import flat, parameters, set_gradients
 
@@ -70,19 +71,19 @@ def test_duplicated_data_is_warned_about_once(pool, density):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_bit_counts_in_a_fingerprint(dtype):
-    params = [torch.randn(n).to(dtype) for n in (1, 7, 64, 1000, 70_001)]
-    prints = ops.fingerprint(params)
-    assert torch.equal(prints, ops.fingerprint(copy.deepcopy(params)))
-    assert torch.equal(prints, torch.cat([ops.fingerprint([p]) for p in params]))
-    for i in (1, 3, 4):
+    params = [torch.randn(n).to(dtype) for n in (1, 7, 64, 1000, 70_001, 3_000_000)]
+    prints = fingerprints(params)
+    assert torch.equal(prints, fingerprints(copy.deepcopy(params)))
+    assert torch.equal(prints, torch.cat([fingerprints([p]) for p in params]))
+    for i in (1, 3, 4, 5):
         changed = copy.deepcopy(params)
         bits = changed[i].view(torch.int32 if dtype == torch.float32 else torch.int16)
         bits[5] ^= 1
-        differs = ops.fingerprint(changed) != prints
+        differs = fingerprints(changed) != prints
         assert differs.tolist() == [j == i for j in range(len(params))]
         bits[5] ^= 1
         bits[[2, 3]] = bits[[3, 2]]  # the same bits in another order
-        assert ops.fingerprint(changed)[i] != prints[i]
+        assert fingerprints(changed)[i] != prints[i]
 
 
 def drift(group, every):

@@ -41,6 +41,22 @@ def test_the_trees_map_lists_every_file_and_folder():
     assert sorted(listed) == sorted(there)
 
 
+def test_the_map_of_csrc_lists_every_file():
+    files = {
+        str(path.relative_to(ROOT / "csrc"))
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh")
+    }
+    listed, folder = set(), ""
+    files_of = (ROOT / "csrc" / "README.md").read_text().split("## Files")[1].split("\n## ")[0]
+    for indent, name in re.findall(r"^    ( *)([\w./]+)(?= |$)", files_of, flags=re.MULTILINE):
+        if name.endswith("/"):
+            folder = name
+        elif len(indent) <= 2 and "." in name:
+            listed.add((folder if indent else "") + name)
+    assert sorted(listed) == sorted(files)
+
+
 def test_what_is_to_be_touched_is_there():
     def place(path):  # the package may be an installed one
         ours = path.startswith("gmc_cuda/")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from gmc_cuda import ops, reference
 from support.cases import DTYPES, NUMELS, VALUES, WIRES, Call, assert_same_bytes, ks, sample_call
+from support.payload_sections import aggregate_flags, nonfinite_counts
 
 
 def assert_backends_agree(call: Call, state=None):
@@ -493,14 +494,15 @@ def test_verdict():
         assert backend.verdict([healthy, gathered]).tolist() == [1]
     healthy[1, 0] ^= 1
     assert ops.verdict([gathered, healthy]).item() & 2
+    assert nonfinite_counts(gathered) == [0, 1]
     for backend in (ops, reference):
-        assert backend.payload_nonfinite(gathered).tolist() == [0, 1]
         none, one = torch.zeros(6), torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
         assert backend.verdict([], [none]).tolist() == [0]
         assert backend.verdict([], [none, one]).tolist() == [1]
         assert backend.verdict([gathered[:1]], [one]).tolist() == [1]
     gathered[0, 4:8] = 255
-    assert ops.payload_nonfinite(gathered).tolist() == [2**32 - 1, 1]
+    for backend in (ops, reference):
+        assert backend.unpack(gathered[0], 1000, 10, torch.bfloat16)[2] == 2**32 - 1
 
 
 BUCKETS = [
@@ -607,14 +609,13 @@ def test_an_untagged_payload_is_what_it_was():
     assert torch.equal(payload, tagged)
 
 
-def test_aggregate_flags():
+def test_the_flags_of_an_aggregate():
     n, k, wire = 1000, 10, torch.bfloat16
     payloads = payloads_of(2, n, k, wire)
     skip = torch.ones(1, dtype=torch.int32)
     aggregates = [ops.merge(payloads, n, k, wire), ops.merge(payloads, n, k, wire, skip=skip),
                   ops.sparsify(torch.ones(3))]  # fmt: skip
-    assert ops.aggregate_flags(aggregates).tolist() == [0, 1, 0]
-    assert ops.aggregate_flags(aggregates[1:]).dtype == torch.int32
+    assert [aggregate_flags(aggregate) for aggregate in aggregates] == [0, ops.NONFINITE, 0]
 
 
 @settings(max_examples=40)
@@ -652,8 +653,8 @@ def test_operators_inside_a_compiled_function():
     assert all(torch.equal(eager, compiled) for eager, compiled in zip(*results))
 
 
-OPERATORS = """compress_ compress_dgc accumulate_ apply_dense_ unpack verdict payload_nonfinite
-aggregate_flags merge merge_ apply_ restore_ mask_ sparsify densify"""
+OPERATORS = """compress_ compress_dgc accumulate_ apply_dense_ unpack verdict
+merge merge_ apply_ restore_ mask_ sparsify densify"""
 
 
 @pytest.mark.parametrize("name", OPERATORS.split())
@@ -677,8 +678,6 @@ def test_opcheck(name):
         "apply_dense_": (([torch.zeros(n)], torch.zeros(n), torch.randn(n + 2), lr),
                          {"skip": skip, "skipped_steps": torch.zeros(1, dtype=torch.int64),
                           "flags": skip.clone()}),
-        "payload_nonfinite": ((gathered,), {}),
-        "aggregate_flags": (([aggregate, aggregate.clone()],), {}),
         "unpack": ((payload, n, k, wire), {}),
         "verdict": (([gathered], [torch.zeros(4)]), {}),
         "merge": ((gathered, n, k, wire), {"skip": skip}),

@@ -30,7 +30,7 @@ KERNELS = {
 def nvcc():
     sys.path.insert(0, str(ROOT / "tools"))
     try:
-        from build_toolkit import find_toolkits
+        from find_cuda import find_toolkits
     finally:
         sys.path.remove(str(ROOT / "tools"))
     found = find_toolkits(os.environ)

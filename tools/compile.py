@@ -92,7 +92,7 @@ def write_ninja_file(folder, plan, torch_folder, cxx):
     include = ["-Icsrc", "-isystem", str(torch_folder / "include")]
     macros = [f"-DTORCH_TARGET_VERSION={torch_target:#x}"]
     archs_macro = f'-DGMC_CUDA_ARCHS="{plan.archs}"'
-    # The module's two functions are called once: optimized, they would only compile longer.
+    # The module's function is called once: optimized, they would only compile longer.
     python = ["-O0", "-isystem", python_headers()]
     # By their names alone, so that the torch that is running, which has them loaded, provides
     # them. libtorch.so leads to libtorch_cuda.so where torch has one, and is kept in spite of
@@ -107,17 +107,17 @@ def write_ninja_file(folder, plan, torch_folder, cxx):
         link += [str(plan.toolkit.cudart_static), "-ldl", "-lrt", "-lpthread"]
 
     common = cxx_flags(cxx)
-    cuda = ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"] if plan.toolkit else []
+    cuda = ["csrc/torch/stream.cpp", "csrc/cuda/*.cu"] if plan.toolkit else []
     sources = {
-        "_C": ["csrc/module.cpp"] + (["csrc/device.cu"] if plan.toolkit else []),
-        "_ops": ["csrc/ops.cpp", "csrc/checks.cpp", "csrc/cpu/*.cpp", *cuda],
+        "_C": ["csrc/module.cpp"],
+        "_ops": ["csrc/torch/ops.cpp", "csrc/torch/checks.cpp", "csrc/cpu/*.cpp", *cuda],
     }
-    libraries = {"_ops": link + torch_libraries, "_C": [*link, "-lstdc++"]}
+    libraries = {"_ops": link + torch_libraries, "_C": ["-Wl,--exclude-libs,ALL", "-lstdc++"]}
 
     def flags(source):
         if source.endswith(".cu"):
             host = cxx.for_nvcc
-            return NVCC_FLAGS + host + gencode_flags(plan.archs) + ["-Icsrc", archs_macro]
+            return NVCC_FLAGS + host + gencode_flags(plan.archs) + ["-Icsrc"]
         return common + macros + include + (python if source == "csrc/module.cpp" else [])
 
     def path(text):

@@ -19,7 +19,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 # tools/ is no package, because setup.py imports from it before anything is installed.
 sys.path.append(str(ROOT / "tools"))
-from build_toolkit import find_toolkits  # noqa: E402
+from find_cuda import find_toolkits  # noqa: E402
 
 NAME = "cub::DeviceTopK"
 SOURCE = Path(__file__).with_name("cub_topk.cu")

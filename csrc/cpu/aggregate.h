@@ -1,7 +1,7 @@
 // Reading and writing an aggregate tile by tile.
 #pragma once
 
-#include "../payload.h"
+#include "shared/payload.h"
 
 namespace gmc::cpu {
 
@@ -18,8 +18,8 @@ inline AggregateEntries aggregate_entries(const uint8_t* aggregate, int64_t nume
   return {view.indices + start, view.values + start, view.counts[tile]};
 }
 
-// Writes one tile's entries in ascending order, from `start` on: begin_run() before those of each
-// of its runs, finish() behind the last.
+// Writes one tile's entries in ascending order, from `start` on: begin_run() comes before the
+// entries of each of its runs, finish() after the last.
 class AggregateTileWriter {
  public:
   AggregateTileWriter(const AggregateView<uint8_t>& out, int64_t tile, int64_t start)

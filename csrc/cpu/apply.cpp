@@ -1,10 +1,10 @@
 // apply: w -= lr * a on the entries of an aggregate.
 #include <algorithm>
 
-#include "../rule.h"
 #include "aggregate.h"
-#include "kernels.h"
 #include "partition.h"
+#include "shared/calls.h"
+#include "shared/rule.h"
 
 namespace gmc::cpu {
 namespace {
@@ -27,13 +27,21 @@ void move(void* param, const AggregateEntries& entries, int64_t first, int64_t e
 
 }  // namespace
 
-void apply(const std::vector<Segment>& params, const uint8_t* aggregate, int64_t numel, float lr) {
+void run(const ApplyCall& call) {
+  call.move.skip.leave_behind(0);
+  if (call.move.skip.skipped()) {
+    if (call.memory) run(RestoreCall{call.memory, call.payload, {}});
+    return;
+  }
+  const std::vector<Segment>& params = call.move.params;
+  const int64_t numel = call.numel;
+  const float lr = call.move.lr.load();
   const int64_t parts = part_count(numel);
   for_each_part(parts, [&](int64_t part) {
     const int64_t last_tile = first_tile(part + 1, parts, numel);
     auto param = params.begin();
     for (int64_t tile = first_tile(part, parts, numel); tile < last_tile; ++tile) {
-      const AggregateEntries entries = aggregate_entries(aggregate, numel, tile);
+      const AggregateEntries entries = aggregate_entries(call.aggregate.data, numel, tile);
       for (int64_t first = 0, end = 0; first < entries.count; first = end) {
         const int64_t index = tile * kTile + entries.indices[first];
         while (index >= param->begin + param->numel) ++param;

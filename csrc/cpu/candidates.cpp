@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "../rule.h"
+#include "shared/rule.h"
 
 namespace gmc::cpu {
 

@@ -13,6 +13,7 @@
 namespace gmc::cpu {
 namespace {
 
+constexpr int64_t kStateBytes = 64;
 static_assert(sizeof(Guess) <= kStateBytes, "the state has a fixed size");
 
 bool overflowed(const std::vector<Candidates>& parts) {
@@ -27,21 +28,24 @@ int64_t total(const std::vector<Candidates>& parts) {
 
 }  // namespace
 
-void compress(const CompressArgs& args) {
-  const RuleArgs& rule = args.rule;
-  const PayloadShape shape{rule.numel, args.k, args.wire};
+int64_t state_nbytes(int64_t, int64_t) { return kStateBytes; }
+
+void run(const CompressCall& call) {
+  const RuleCall& rule = call.rule;
+  const PayloadShape& shape = call.shape;
+  const int64_t k = shape.k;
   Guess fresh{};
-  Guess* guess = args.state ? at<Guess>(args.state, 0) : &fresh;
-  const Sample sample(rule.numel, args.k);
-  *guess = choose_guess(*guess, args.k, sample, SampledValues(rule, sample));
-  const Collector collector(rule.memory, args.k, args.wire, guess->scale);
+  Guess* guess = call.state ? at<Guess>(call.state, 0) : &fresh;
+  const Sample sample(rule.numel, k);
+  *guess = choose_guess(*guess, k, sample, SampledValues(rule, sample));
+  const Collector collector(rule.memory, k, shape.wire, guess->scale);
   const int64_t parts = part_count(rule.numel);
   const auto begin = [&](int64_t part) { return first_element(part, parts, rule.numel); };
 
   std::vector<Candidates> found(parts);
   std::vector<uint64_t> nonfinite(parts);
   for_each_part(parts, [&](int64_t part) {
-    RulePass pass(rule, {args.aggregate, nullptr}, begin(part));
+    RulePass pass(rule, {call.aggregate.data, nullptr}, begin(part));
     const int64_t end = begin(part + 1);
     for (int64_t i = begin(part); i < end; i += kChunk) {
       const int64_t n = std::min(kChunk, end - i);
@@ -51,7 +55,7 @@ void compress(const CompressArgs& args) {
     nonfinite[part] = pass.nonfinite();
   });
   const int64_t reached = total(found);
-  int64_t missing = args.k - reached;
+  int64_t missing = k - reached;
   const bool only_zeros_missing = guess->key == 1 && missing > 0;
   for (int64_t part = 0; part < parts && only_zeros_missing; ++part)
     missing -= collector.add_zeros(begin(part), begin(part + 1), missing, &found[part]);
@@ -63,7 +67,7 @@ void compress(const CompressArgs& args) {
     for (int64_t part = 0; part < parts; ++part)
       memory[part] = {rule.memory + begin(part), begin(part + 1) - begin(part)};
     for_each_part(parts, [&](int64_t part) { collector.put_back(found[part]); });
-    const uint32_t bound = lower_bound(memory, args.k);
+    const uint32_t bound = lower_bound(memory, k);
     for_each_part(parts, [&](int64_t part) {
       found[part].clear();
       collector.collect_all(begin(part), begin(part + 1), bound, &found[part]);
@@ -75,15 +79,15 @@ void compress(const CompressArgs& args) {
   for (int64_t part = 0; part < parts; ++part)
     keys[part] = {found[part].bits.get(), found[part].count};
   const Selection selection =
-      select(from_candidates ? keys : memory, args.k, may_saturate(args.wire, args.k));
-  const int scale = wire_scale(args.wire, selection.exponents);
+      select(from_candidates ? keys : memory, k, may_saturate(shape.wire, k));
+  const int scale = wire_scale(shape.wire, selection.exponents);
 
-  uint64_t count = rule.found_inf;
+  uint64_t count = rule.found_inf.load() != 0.0f;
   for (const uint64_t of_part : nonfinite) count += of_part;
-  write_frame(shape, count, scale, args.tag, args.payload);
+  write_frame(shape, count, scale, call.tag, call.payload);
   for_each_part(parts, [&](int64_t part) {
     const int64_t tile = first_tile(part, parts, rule.numel);
-    Emitter emitter(shape, scale, args.payload, collector, selection, part, tile);
+    Emitter emitter(shape, scale, call.payload, collector, selection, part, tile);
     if (from_candidates) {
       emitter.emit(&found[part]);
     } else {
@@ -98,11 +102,7 @@ void compress(const CompressArgs& args) {
   });
 
   guess->scale = scale;
-  learn(guess, selection.threshold, args.k, reached, repair);
-}
-
-int64_t state_repairs(const uint8_t* state) {
-  return static_cast<int64_t>(at<Guess>(state, 0)->repairs);
+  learn(guess, selection.threshold, k, reached, repair);
 }
 
 }  // namespace gmc::cpu

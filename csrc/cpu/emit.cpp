@@ -12,7 +12,7 @@ class BitWriter {
   BitWriter(const BitWriter&) = delete;
   ~BitWriter() { flush(); }
 
-  // They must not reach over a multiple of 64.
+  // The bits must not extend over a multiple of 64.
   void set(int64_t place, uint64_t bits) {
     if (place >> 6 != word_) {
       flush();
@@ -55,8 +55,8 @@ void Emitter::start_tiles(int64_t end) {
   for (; next_tile_ < end; ++next_tile_) out_.starts[next_tile_] = static_cast<uint32_t>(position_);
 }
 
-// Keeps the selected and returns the others. Without branches, because whether a candidate is
-// selected cannot be predicted.
+// Keeps the selected and returns the others. The loop has no branches, because whether a candidate
+// is selected cannot be predicted.
 Candidates Emitter::separate(Candidates* candidates) {
   uint32_t* index = candidates->index.get();
   uint32_t* bits = candidates->bits.get();

@@ -30,7 +30,8 @@ class Emitter {
   int64_t ties_, position_, next_tile_;
 };
 
-// Header and padding, the parts that do not depend on entries; and zeros where emitters set bits.
+// Writes header and padding, the parts that do not depend on entries, and zeros where emitters set
+// bits.
 void write_frame(const PayloadShape& shape, uint64_t nonfinite, int scale, uint32_t tag,
                  uint8_t* payload);
 

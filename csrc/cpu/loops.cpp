@@ -8,8 +8,8 @@
 #include <cstdlib>
 #include <string>
 
-#include "../rule.h"
 #include "loops_table.h"
+#include "shared/rule.h"
 
 namespace gmc::cpu {
 
@@ -39,8 +39,8 @@ namespace avx512 {
 #endif
 
 #ifdef GMC_X86_DISPATCH
-// The best of the three that this processor has, or less if ATEN_CPU_CAPABILITY (default, avx2,
-// avx512), which torch's own kernels follow too, asks for less.
+// The best of the three instruction sets that this processor has, or a smaller one if
+// ATEN_CPU_CAPABILITY (default, avx2, avx512) says so, which torch's own kernels follow too.
 Loops choose_loops() {
   const char* value = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string asked = value ? value : "";

@@ -1,7 +1,8 @@
 // The loops over every element, written so that the compiler vectorises them. loops.cpp includes
 // this file once per instruction set, with GMC_TARGET naming it; there is no include guard.
 
-// Each returns the largest key of what it leaves in `value`, which tells whether all is finite.
+// Loops that change `value` return the largest key of what they leave there, which tells whether
+// all of it is finite.
 
 GMC_TARGET static inline void keep_largest(uint32_t* largest, float x) {
   const uint32_t key = magnitude_key(x);
@@ -24,26 +25,27 @@ GMC_TARGET static void load_gradient(float* out, const void* grads, DType dtype,
   });
 }
 
-// value = (memory_decay * value + factor * grad) + 0, in place; keeps the old values in `before`.
-// Not finite where the gradient is not.
+// value = (d * value + factor * grad) + 0, in place; keeps the old values in `before`. The result
+// is not finite where the gradient is not. Options go by value: the compiler then knows that no
+// store changes them.
 template <class Format>
 GMC_TARGET static uint32_t add_gradient_as(float* __restrict value, float* __restrict before,
-                                           float memory_decay, const void* grads, float factor,
+                                           RuleOptions options, const void* grads, float factor,
                                            int64_t n) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     before[i] = value[i];
-    const float u = decayed(value[i], memory_decay);
+    const float u = decayed(value[i], options);
     value[i] = settle(add_scaled(u, factor, load_as<Format>(grads, i)));
     keep_largest(&largest, value[i]);
   }
   return largest;
 }
 
-GMC_TARGET static uint32_t add_gradient(float* value, float* before, float memory_decay,
+GMC_TARGET static uint32_t add_gradient(float* value, float* before, RuleOptions options,
                                         const void* grads, DType dtype, float factor, int64_t n) {
   return with_dtype(dtype, [=](auto format) {
-    return add_gradient_as<decltype(format)>(value, before, memory_decay, grads, factor, n);
+    return add_gradient_as<decltype(format)>(value, before, options, grads, factor, n);
   });
 }
 
@@ -67,25 +69,26 @@ GMC_TARGET static uint32_t add_multiple(float* value, const void* other, DType d
   });
 }
 
-// Local momentum, in place; keeps the old value and m. value is not finite where m is not.
+// One step of local momentum, in place; keeps the old value and m. value is not finite where m is
+// not.
 GMC_TARGET static uint32_t local_momentum(float* __restrict value, float* __restrict before,
                                           float* __restrict buffer, float* __restrict buffer_before,
-                                          const float* __restrict grad, float memory_decay,
-                                          float momentum, bool nesterov, int64_t n) {
+                                          const float* __restrict grad, float momentum,
+                                          RuleOptions options, int64_t n) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     before[i] = value[i];
     buffer_before[i] = buffer[i];
     buffer[i] = next_momentum(buffer[i], grad[i], momentum);
-    const float u = decayed(value[i], memory_decay);
-    value[i] = settle(local_momentum_value(u, grad[i], buffer[i], momentum, nesterov));
+    const float u = decayed(value[i], options);
+    value[i] = settle(local_momentum_value(u, grad[i], buffer[i], momentum, options));
     keep_largest(&largest, value[i]);
   }
   return largest;
 }
 
-// Adds momentum * the aggregate's entries from *entry on, of count, whose indices are below origin
-// + n, and moves *entry behind them. value[0] has index origin.
+// Adds momentum times those of the aggregate's `count` entries, from *entry on, whose indices are
+// below origin + n, and moves *entry past them. value[0] has index origin.
 GMC_TARGET static uint32_t add_entries(float* value, int64_t origin, int64_t n,
                                        const uint16_t* indices, const float* entries, int64_t count,
                                        float momentum, int64_t* entry) {
@@ -100,7 +103,8 @@ GMC_TARGET static uint32_t add_entries(float* value, int64_t origin, int64_t n,
   return largest;
 }
 
-// A dense bucket after the sum: total becomes the mean, the parameters move, memory is zero.
+// The step of a dense bucket after the sum: total becomes the mean, the parameters move, memory
+// becomes zero.
 template <class Format>
 GMC_TARGET static void apply_dense_as(float* __restrict total, float* __restrict memory,
                                       typename Format::Word* __restrict params, float factor,
@@ -154,7 +158,7 @@ GMC_TARGET static inline uint32_t reaching(const float* value, uint32_t threshol
 
 // Writes index and bits of every value whose key reaches the threshold, and returns how many. May
 // write up to 16 places more. Meanwhile it fetches what the next chunk will read, so that the
-// memory bus is not idle: the values behind these, and next_grads (grad_size bytes each).
+// memory bus is not idle: the values after these, and next_grads (grad_size bytes each).
 GMC_TARGET static int64_t collect(const float* value, int64_t n, uint32_t first_index,
                                   uint32_t threshold, uint32_t* index, uint32_t* bits,
                                   const char* next_grads, int64_t grad_size) {

@@ -1,13 +1,13 @@
-// merge: the payloads of all ranks to one aggregate, summed in rank order; sparsify and densify
-// between an aggregate and a dense tensor. One tile at a time, in a scratch of its size.
+// merge sums the payloads of all ranks, in rank order, to one aggregate, one tile at a time in a
+// scratch of its size. sparsify and densify convert between an aggregate and a dense tensor.
 #include <algorithm>
 #include <vector>
 
-#include "../rule.h"
 #include "aggregate.h"
-#include "kernels.h"
 #include "partition.h"
 #include "payload_reader.h"
+#include "shared/calls.h"
+#include "shared/rule.h"
 
 namespace gmc::cpu {
 namespace {
@@ -53,11 +53,13 @@ AggregateHeader aggregate_header(int64_t numel, int64_t capacity, uint32_t flags
 
 }  // namespace
 
-void merge(const Payload& payloads, int64_t ranks, bool skip, uint8_t* aggregate) {
+void run(const MergeCall& call) {
+  const Payload& payloads = call.payloads;
+  const int64_t ranks = call.ranks;
   const int64_t numel = payloads.shape.numel;
   const int64_t capacity = aggregate_capacity(numel, payloads.shape.k, ranks);
-  const AggregateView out(aggregate, AggregateLayout(numel, capacity));
-  if (skip) {
+  const AggregateView out(call.aggregate, AggregateLayout(numel, capacity));
+  if (call.skip.skipped()) {
     *out.header = aggregate_header(numel, capacity, kNonfinite);
     std::fill_n(out.starts, tile_count(numel), 0u);
     std::fill_n(out.counts, tile_count(numel), 0u);
@@ -68,7 +70,8 @@ void merge(const Payload& payloads, int64_t ranks, bool skip, uint8_t* aggregate
   for (int64_t rank = 0; rank < ranks; ++rank) readers.emplace_back(payloads, rank);
   const float factor = mean_factor(ranks);
   const int64_t parts = part_count(numel);
-  // Not for_each_tile_with: sums behind a pointer cost a tenth of the time.
+  // This is not for_each_tile_with, because access to the sums through its pointer costs a tenth of
+  // the time.
   for_each_part(parts, [&](int64_t part) {
     TileSum sum;
     TileIndices indices;
@@ -88,11 +91,12 @@ void merge(const Payload& payloads, int64_t ranks, bool skip, uint8_t* aggregate
   *out.header = aggregate_header(numel, capacity, 0);
 }
 
-void sparsify(const float* dense, int64_t numel, uint8_t* aggregate) {
-  const AggregateView out(aggregate, AggregateLayout(numel, numel));
+void run(const SparsifyCall& call) {
+  const int64_t numel = call.numel;
+  const AggregateView out(call.aggregate, AggregateLayout(numel, numel));
   for_each_tile(numel, [&](int64_t tile) {
     AggregateTileWriter writer(out, tile, tile * kTile);
-    const float* const values = dense + tile * kTile;
+    const float* const values = call.dense + tile * kTile;
     const int64_t size = tile_size(numel, tile);
     for (int64_t run = 0; run < kTileRuns; ++run) {
       writer.begin_run(run);
@@ -104,12 +108,13 @@ void sparsify(const float* dense, int64_t numel, uint8_t* aggregate) {
   *out.header = aggregate_header(numel, numel, 0);
 }
 
-void densify(const uint8_t* aggregate, int64_t numel, float* dense) {
-  std::fill_n(dense, numel, 0.0f);
+void run(const DensifyCall& call) {
+  const int64_t numel = call.numel;
+  std::fill_n(call.dense, numel, 0.0f);
   for (int64_t tile = 0; tile < tile_count(numel); ++tile) {
-    const AggregateEntries entries = aggregate_entries(aggregate, numel, tile);
+    const AggregateEntries entries = aggregate_entries(call.aggregate.data, numel, tile);
     for (int64_t i = 0; i < entries.count; ++i)
-      dense[tile * kTile + entries.indices[i]] = entries.values[i];
+      call.dense[tile * kTile + entries.indices[i]] = entries.values[i];
   }
 }
 

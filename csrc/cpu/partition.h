@@ -1,4 +1,4 @@
-// How a bucket is shared out between threads: whole tiles, contiguous, in ascending order; and the
+// How a bucket is divided between threads: whole tiles, contiguous, in ascending order; and the
 // chunks that a thread works on.
 #pragma once
 
@@ -10,7 +10,7 @@
 #include <exception>
 #include <stdexcept>
 
-#include "../payload.h"
+#include "shared/payload.h"
 
 namespace gmc::cpu {
 

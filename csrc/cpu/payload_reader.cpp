@@ -27,14 +27,15 @@ constexpr std::array<BitmapByte, 256> make_bytes() {
 }
 constexpr std::array<BitmapByte, 256> kBytes = make_bytes();
 
-// Writes the block of each of a tile's entries, and up to 8 places more. False unless the tile's
-// bits hold as many ones as entries and a zero last, and so as many zeros as blocks.
+// Writes the block of each of a tile's entries, and up to 8 places more. Returns false unless the
+// tile's bits hold as many ones as entries and end with a zero, and so hold as many zeros as
+// blocks.
 bool read_blocks(const uint8_t* bitmap, const TileRange& range, uint8_t* block) {
   constexpr int64_t kStep = 56;  // bits of an unaligned word that are there wherever it begins
   int64_t entry = 0, zeros = 0;
   for (int64_t done = 0; done < range.bits; done += kStep) {
     const int64_t bit = range.bit + done, left = std::min(range.bits - done, kStep);
-    uint64_t word;  // behind every bitmap lies a section of values, so it may be read at the end
+    uint64_t word;  // may be read at the end: values come after the bitmap
     std::memcpy(&word, bitmap + bit / 8, sizeof word);
     word = word >> (bit % 8) & ((uint64_t{1} << left) - 1);
     for (int64_t at = 0; at < left; at += 8, word >>= 8) {
@@ -50,7 +51,7 @@ bool read_blocks(const uint8_t* bitmap, const TileRange& range, uint8_t* block) 
   return entry == range.count && (bitmap[last / 8] >> (last % 8) & 1) == 0;
 }
 
-// Puts the indices together. False unless they ascend and are below size.
+// Joins blocks and low bytes to indices. Returns false unless they ascend and are below size.
 bool join(const uint8_t* block, const uint8_t* low, int64_t count, int64_t size, uint16_t* index) {
   for (int64_t i = 0; i < count; ++i) index[i] = static_cast<uint16_t>(block[i] << 8 | low[i]);
   uint16_t disordered = 0;  // in a type as wide as the indices, so that the loop is vectorised
@@ -93,10 +94,10 @@ PayloadReader::PayloadReader(const Payload& payloads, int64_t rank)
     default:
       fail("its header has another format or wire dtype");
   }
-  bool clear = layout_.clear_behind(payload_, shape_);
+  bool clear = layout_.clear_after_bits(payload_, shape_);
   layout_.for_each_gap(
       [&](int64_t begin, int64_t end) { clear &= all_zero(payload_ + begin, payload_ + end); });
-  if (!clear) fail("there are bits behind the end of a section");
+  if (!clear) fail("there are bits after the end of a section");
   with_wire_type(shape_.wire, [&](auto format) {
     using Format = decltype(format);
     if constexpr (Format::kScaled)

@@ -1,12 +1,18 @@
-// Reading a payload that came over a wire: nothing in it is believed before it was checked.
+// Reads a payload that came over a wire. Nothing in it is believed before it was checked.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "shared/bucket.h"
 
 namespace gmc::cpu {
+
+// A payload whose header, offsets, indices or values contradict each other.
+struct DamagedPayload : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 struct PayloadEntries {
   const uint16_t* indices;  // within the tile, ascending; where they were decoded to

@@ -9,7 +9,7 @@
 namespace gmc::cpu {
 namespace {
 
-// Runs of a bucket's elements, one behind the other; zeros where there is no tensor.
+// Reads runs of a bucket's elements in ascending order; zeros where there is no tensor.
 class Reader {
  public:
   explicit Reader(const std::vector<Segment>& segments) : segments_(segments) {}
@@ -33,27 +33,26 @@ class Reader {
 
 }  // namespace
 
-SampledValues::SampledValues(const RuleArgs& args, const Sample& sample) : keys_(sample.size) {
-  Reader grads(args.grads), params(args.params);
-  const bool decays = !args.params.empty();
-  const float decay = decays ? args.weight_decay : 0.0f;
+SampledValues::SampledValues(const RuleCall& call, const Sample& sample) : keys_(sample.size) {
+  Reader grads(call.grads), params(call.params);
+  const bool decays = !call.params.empty(), overflowed = call.found_inf.load() != 0.0f;
+  const float factor = gradient_factor(call.grad_scale.load(), call.options);
+  const float momentum = call.momentum.load();
   float g[kRun] = {}, w[kRun] = {};
   uint32_t ignored = 0;
   for (int64_t run = 0; run < sample.runs; ++run) {
-    const int64_t begin = sample.place(run), n = std::min(kRun, args.numel - begin);
-    if (!args.found_inf) grads.read(begin, n, g);
+    const int64_t begin = sample.place(run), n = std::min(kRun, call.numel - begin);
+    if (!overflowed) grads.read(begin, n, g);
     if (decays) params.read(begin, n, w);
-    const float* u = args.memory + begin;
+    const float* u = call.memory + begin;
     uint32_t* key = keys_.data() + run * kRun;
     for (int64_t i = 0; i < n; ++i) {
-      const float scaled =
-          args.found_inf ? 0.0f : scaled_gradient(g[i], args.grad_factor, &ignored);
+      const float scaled = overflowed ? 0.0f : scaled_gradient(g[i], factor, &ignored);
       gradient_ += std::fabs(scaled);
-      const float kept = decayed(u[i], args.memory_decay);
-      const float v = args.momentum_buffer ? sampled_value(kept, scaled, decay, w[i],
-                                                           args.momentum_buffer[begin + i],
-                                                           args.momentum, args.nesterov)
-                                           : sampled_value(kept, scaled, decay, w[i]);
+      const float v = call.momentum_buffer
+                          ? sampled_value(u[i], scaled, w[i], call.momentum_buffer[begin + i],
+                                          momentum, call.options)
+                          : sampled_value(u[i], scaled, w[i], call.options);
       key[i] = magnitude_key(finite_or_zero(v));
     }
   }

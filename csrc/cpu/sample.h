@@ -3,14 +3,14 @@
 
 #include <vector>
 
-#include "../guess.h"
-#include "kernels.h"
+#include "shared/calls.h"
+#include "shared/guess.h"
 
 namespace gmc::cpu {
 
 class SampledValues {
  public:
-  SampledValues(const RuleArgs& args, const Sample& sample);
+  SampledValues(const RuleCall& call, const Sample& sample);
 
   float reaching(uint32_t key) const;
   uint32_t at(float count) const;

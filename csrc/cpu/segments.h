@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../bucket.h"
+#include "shared/bucket.h"
 
 namespace gmc::cpu {
 

@@ -27,7 +27,7 @@ void count_digits(const KeySpan& span, Digit digit, uint32_t prefix, uint32_t* b
   }
 }
 
-// Per part, how many keys lie in each bin of a digit.
+// Counts for each part how many keys lie in each bin of a digit.
 class Histogram {
  public:
   explicit Histogram(int64_t parts) : parts_(parts), bins_(parts * kBins) {}
@@ -47,7 +47,7 @@ class Histogram {
     return sum;
   }
 
-  // The bin that holds the wanted-th largest; calls pass(bin) for each above it.
+  // Returns the bin that holds the wanted-th largest key, after pass(bin) for each bin above it.
   template <class Function>
   int64_t find(Digit digit, int64_t* wanted, const Function& pass) const {
     for (int64_t bin = (int64_t{1} << digit.bits) - 1; bin > 0; --bin) {
@@ -64,8 +64,8 @@ class Histogram {
   std::vector<uint32_t> bins_;
 };
 
-// Those of the selected, which lie in the bins of the first digit from `lowest` up: these tell
-// exponents apart.
+// The exponents of the selected entries, which lie in the bins of the first digit from `lowest` up.
+// The first digit tells exponents apart.
 Exponents exponents_from(const Histogram& histogram, int64_t lowest, int64_t may_saturate) {
   const auto highest_above = [&](int64_t allowed) {
     int64_t bin = kBins - 1;

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../scale.h"
+#include "shared/scale.h"
 
 namespace gmc::cpu {
 
@@ -22,10 +22,10 @@ struct Selection {
   std::vector<int64_t> position;  // per part: where its first entry goes among the k
 };
 
-// Both need spans that together hold at least k keys. lower_bound costs one pass over them and
-// gives a key that at least k reach, usually not many more.
+// A key that at least k keys reach, usually not many more. It costs one pass over the spans, which
+// together hold at least k keys.
 uint32_t lower_bound(const std::vector<KeySpan>& spans, int64_t k);
-// may_saturate: of the k, as in scale.h.
+// The spans together hold at least k keys. may_saturate: how many of the k may saturate (scale.h).
 Selection select(const std::vector<KeySpan>& spans, int64_t k, int64_t may_saturate);
 
 }  // namespace gmc::cpu

@@ -1,17 +1,12 @@
-// Reading an aggregate. It comes from this library, but a tensor is only bytes: nothing that it
-// says leads to an access outside it.
+// Reads an aggregate. It comes from this library, but a tensor is only bytes, so nothing that it
+// says may lead to an access outside it.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "payload.h"
+#include "shared/bucket.h"
 
 namespace gmc::cuda {
-
-struct Aggregate {
-  const uint8_t* data;  // nullptr: there is none
-  int64_t nbytes;
-};
 
 struct AggregateEntries {
   const uint16_t* indices;
@@ -20,7 +15,7 @@ struct AggregateEntries {
 };
 
 // The entries of a wire tile; none when the aggregate is damaged or not one for numel elements. The
-// operators see to it that there is room for all but the entries, so their places are asked for
+// operators have checked that there is room for all but the entries, so the tile's place is loaded
 // together with the header.
 __device__ __forceinline__ AggregateEntries aggregate_entries(const Aggregate& aggregate,
                                                               int64_t numel, int64_t tile) {
@@ -37,16 +32,16 @@ __device__ __forceinline__ AggregateEntries aggregate_entries(const Aggregate& a
   return {view.indices + start, view.values + start, static_cast<uint32_t>(count)};
 }
 
-// Those of a run of a tile.
+// The entries of one run of 4096 elements.
 __device__ __forceinline__ AggregateEntries aggregate_run(const Aggregate& aggregate, int64_t numel,
                                                           int64_t run) {
   if (!aggregate.data) return {nullptr, nullptr, 0};
   const uint16_t* const runs = at<uint16_t>(aggregate.data, AggregateLayout(numel, 0).runs);
   const uint32_t before = runs[run];
-  const uint32_t behind = (run + 1) % kTileRuns != 0 ? runs[run + 1] : uint32_t{kTile};
+  const uint32_t after = (run + 1) % kTileRuns != 0 ? runs[run + 1] : uint32_t{kTile};
   const AggregateEntries tile = aggregate_entries(aggregate, numel, run / kTileRuns);
   const uint32_t begin = before < tile.count ? before : tile.count;
-  const uint32_t last = behind < tile.count ? behind : tile.count;
+  const uint32_t last = after < tile.count ? after : tile.count;
   const uint32_t end = begin < last ? last : begin;
   return {tile.indices + begin, tile.values + begin, end - begin};
 }

@@ -1,17 +1,27 @@
-// apply: w -= lr * a on the entries of an aggregate. It touches the 32-byte sectors that hold them.
-// In a skipped step it gives this rank's payload back to memory instead.
-#include "kernels.h"
+// apply: w -= lr * a on the entries of an aggregate. It touches only the 32-byte sectors of the
+// parameters that hold them. In a skipped step it gives this rank's payload back to memory instead.
+#include "aggregate.cuh"
+#include "args.h"
 #include "launch.h"
 #include "payload_reader.cuh"
-#include "rule.h"
 
 namespace gmc::cuda {
 namespace {
 
-constexpr int kBatch = 4;  // entries of a thread whose parameters are on their way at once
+struct ApplyArgs {
+  Aggregate aggregate;
+  int64_t numel;
+  MoveArgs move;
+  float* memory;  // as in ApplyCall
+  Payload payload;
+};
+static_assert(sizeof(ApplyArgs) <= kParameterLimit, "kernel parameters");
 
-// A tile that lies in one tensor; words: those of its elements. All loads of a batch are made
-// without a branch between them, and none may sink below __syncwarp, to the branch that needs it.
+constexpr int kBatch = 4;  // entries of a thread whose parameters are loaded at once
+
+// Moves the parameters of a tile that lies in one tensor. words: the tile's elements there. All
+// loads of a batch are made without a branch between them, and none may sink below __syncwarp, to
+// the branch that needs it.
 template <class Format>
 __device__ __forceinline__ void move_words(typename Format::Word* words, uint32_t size,
                                            const AggregateEntries& entries, float lr) {
@@ -41,8 +51,8 @@ __device__ __forceinline__ void move_words(typename Format::Word* words, uint32_
 __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__ ApplyArgs args) {
   static __shared__ PayloadTile own;
   if (blockIdx.x == 0 && threadIdx.x == 0)
-    args.move.leave_behind(at<AggregateHeader>(args.aggregate.data, 0)->flags & kDamaged);
-  if (args.move.skipped()) {
+    args.move.skip.leave_behind(at<AggregateHeader>(args.aggregate.data, 0)->flags & kDamaged);
+  if (args.move.skip.skipped()) {
     if (!args.memory) return;
     with_wire_type(args.payload.shape.wire, [&](auto format) {
       for_each_entry<decltype(format)>(PayloadSource(args.payload), &own, GiveBack{args.memory});
@@ -55,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
   const float lr = args.move.lr.load();
   const TableSegment* segments = args.move.params.begin(args.move.own);
   const int total = args.move.params.count;
-  // The tensors that this tile meets.
+  // The tensors that share this tile.
   const auto size = static_cast<uint32_t>(tile_size(args.numel, blockIdx.x));
   const int64_t last = begin + size - 1;
   const int first = find_segment(segments, total, static_cast<uint32_t>(begin));
@@ -82,8 +92,10 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
 
 }  // namespace
 
-cudaError_t apply_launch(const ApplyArgs& args, cudaStream_t stream) {
-  return launch(apply_kernel, tile_count(args.numel), kThreads, stream, args);
+void run(const ApplyCall& call, const Stream& stream) {
+  const ApplyArgs args{call.aggregate, call.numel, MoveArgs(call.move, stream), call.memory,
+                       call.payload};
+  launch(apply_kernel, tile_count(args.numel), kThreads, stream, args);
 }
 
 }  // namespace gmc::cuda

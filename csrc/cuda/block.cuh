@@ -1,9 +1,11 @@
-// Sums over the threads of a warp and of a block.
+// What the threads of a warp or a block do together: sums, and histograms.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+#include "sizes.h"
 
 namespace gmc::cuda {
 
@@ -44,6 +46,52 @@ __device__ __forceinline__ T block_exclusive_sum(T x, T* total, T* scratch) {
 __device__ __forceinline__ void add_to_counter(uint32_t* counter, uint32_t x) {
   const uint32_t sum = __reduce_add_sync(kAllLanes, x);
   if (lane_id() == 0 && sum != 0) atomicAdd(counter, sum);
+}
+
+struct FoundBin {
+  uint32_t bin, above;  // above: how many lie in the bins above it
+};
+
+template <int kBlock = kThreads>
+struct FindShared {
+  uint32_t warp_sums[kBlock / 32];
+  FoundBin found;
+};
+
+// The bin that holds the k-th largest key; all threads of the block get it. bins holds kCount
+// counts whose sum is at least k. If it is less (a defect), the result is bin 0, and emit's count
+// of entries shows it.
+template <int kCount, int kBlock = kThreads>
+__device__ __forceinline__ FoundBin find_bin(const uint32_t* bins, uint32_t k,
+                                             FindShared<kBlock>* shared) {
+  constexpr int kEach = kCount / kBlock;
+  static_assert(kCount % kBlock == 0, "each thread sums as many bins");
+  const uint32_t* own = bins + kCount - (threadIdx.x + 1) * kEach;  // thread 0: the highest bins
+  uint32_t sum = 0;
+  for (int i = 0; i < kEach; ++i) sum += own[i];
+  if (threadIdx.x == 0) shared->found = {0, 0};
+  uint32_t total;
+  uint32_t above = block_exclusive_sum<kBlock>(sum, &total, shared->warp_sums);
+  if (above < k && k <= above + sum) {
+    int i = kEach - 1;
+    for (; above + own[i] < k; --i) above += own[i];
+    shared->found = {static_cast<uint32_t>(kCount - (threadIdx.x + 1) * kEach + i), above};
+  }
+  __syncthreads();
+  return shared->found;
+}
+
+// Histograms are counted in shared memory first, because equal keys are common and would queue at
+// one global address.
+template <int kCount>
+__device__ __forceinline__ void clear_bins(uint32_t* shared_bins) {
+  for (int i = threadIdx.x; i < kCount; i += static_cast<int>(blockDim.x)) shared_bins[i] = 0;
+}
+
+template <int kCount>
+__device__ __forceinline__ void flush_bins(const uint32_t* shared_bins, uint32_t* bins) {
+  for (int i = threadIdx.x; i < kCount; i += kThreads)
+    if (shared_bins[i]) atomicAdd(&bins[i], shared_bins[i]);
 }
 
 }  // namespace gmc::cuda

@@ -1,8 +1,8 @@
-// compress, from plain pointers: what it takes and the launches it is made of.
+// compress: what its kernels take, and its parts.
 #pragma once
 
 #include "aggregate.cuh"
-#include "rule_args.h"
+#include "args.h"
 #include "workspace.h"
 
 namespace gmc::cuda {
@@ -17,10 +17,10 @@ struct CompressArgs {
   Workspace workspace;
   bool fresh;  // the workspace holds anything, not yet zeros
 };
-static_assert(sizeof(CompressArgs) <= 4096, "the limit for kernel parameters on older drivers");
+static_assert(sizeof(CompressArgs) <= kParameterLimit, "kernel parameters");
 
-// What the selection needs of them. The payload's layout is worked out on the host: as part of a
-// kernel's parameters it takes no registers.
+// What the selection needs of CompressArgs. The payload's layout is computed on the host: as part
+// of a kernel's parameters it takes no registers.
 struct SelectArgs {
   float* memory;
   Scalar found_inf;
@@ -42,13 +42,10 @@ struct SelectArgs {
         workspace(args.workspace) {}
 };
 
-// All of compress. The workspace must be zero or as the last call left it, unless it is fresh.
-cudaError_t compress_launch(const CompressArgs& args, cudaStream_t stream);
-
-// Its parts, in order.
-cudaError_t look_launch(const CompressArgs& args, cudaStream_t stream);
-cudaError_t pass_launch(const CompressArgs& args, cudaStream_t stream);
-cudaError_t repair_launch(const SelectArgs& args, cudaStream_t stream);
-cudaError_t select_launch(const SelectArgs& args, cudaStream_t stream);
+// The parts of compress, in order.
+void look(const CompressArgs& args, const Stream& stream);
+void pass(const CompressArgs& args, const Stream& stream);
+void repair(const SelectArgs& args, const Stream& stream);
+void select(const SelectArgs& args, const Stream& stream);
 
 }  // namespace gmc::cuda

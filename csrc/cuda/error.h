@@ -11,7 +11,7 @@ inline std::string cuda_version(int number) {
   return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
 }
 
-// With the way out, where this build and this machine do not go together. Clears the error, so
+// Explains an error, with the way out where this build and this machine do not fit. Clears it, so
 // that no later call takes it for its own.
 inline std::string explain(cudaError_t status) {
   (void)cudaGetLastError();

@@ -1,6 +1,6 @@
-// The look: a sample of v (guess.h), and from it and from what is carried this call's guess. One
-// block, which the pass need not wait for before its own loads have arrived.
-#include "bins.cuh"
+// The look makes this call's guess from a sample of v (guess.h) and from what is carried. It is one
+// block, and the pass waits for it only after its own loads have arrived.
+#include "block.cuh"
 #include "compress.h"
 #include "launch.h"
 
@@ -21,7 +21,8 @@ __device__ __forceinline__ float element(const SegmentList& list, const RuleArgs
   return segment.data ? load_value(segment.data, segment.dtype, i - segment.begin) : 0.0f;
 }
 
-// The sample in bins of 1/32 of an octave; all threads of the block make it and ask it.
+// The sample in bins of 1/32 of an octave. All threads of the block make it, and all call its
+// functions.
 class BinnedSample {
  public:
   __device__ BinnedSample(const RuleArgs& args, const Sample& sample, LookShared* shared)
@@ -29,24 +30,24 @@ class BinnedSample {
     clear_bins<kCoarseBins>(shared->bins);
     __syncthreads();
     const bool overflowed = args.found_inf.load() != 0.0f, decays = args.params.count != 0;
-    const float factor = gradient_factor(args.grad_scale.load(), args.maximize);
-    const float momentum = args.momentum.load(), decay = decays ? args.weight_decay : 0.0f;
+    const float factor = gradient_factor(args.grad_scale.load(), args.options);
+    const float momentum = args.momentum.load();
     float gradient = 0.0f;
     uint32_t ignored = 0;
 #pragma unroll 4
     for (uint32_t n = threadIdx.x; n < sample.size; n += kLookThreads) {
       const auto i = static_cast<uint32_t>(sample.place(n / kRun) + n % kRun);
-      const float u = decayed(args.memory[i], args.memory_decay);
+      const float u = args.memory[i];
       const float g =
           overflowed ? 0.0f : scaled_gradient(element(args.grads, args, i), factor, &ignored);
       const float w = decays ? element(args.params, args, i) : 0.0f;
-      const float v = args.momentum_buffer ? sampled_value(u, g, decay, w, args.momentum_buffer[i],
-                                                           momentum, args.nesterov)
-                                           : sampled_value(u, g, decay, w);
+      const float v = args.momentum_buffer
+                          ? sampled_value(u, g, w, args.momentum_buffer[i], momentum, args.options)
+                          : sampled_value(u, g, w, args.options);
       gradient += fabsf(g);
       atomicAdd(&shared->bins[magnitude_key(finite_or_zero(v)) >> kCoarseShift], 1u);
     }
-    // Behind its barrier all of the sample is in its bins.
+    // After the barrier in this sum, all of the sample is in its bins.
     block_exclusive_sum<kLookThreads>(gradient, &gradient_, shared->gradient_sums);
   }
 
@@ -65,7 +66,7 @@ class BinnedSample {
   __device__ uint32_t at(float count) const {
     const uint32_t wanted = static_cast<uint32_t>(count) + 1;
     const FoundBin found = find_bin<kCoarseBins>(shared_->bins, wanted, &shared_->find);
-    if (found.bin == 0) return 0;  // or there are not as many
+    if (found.bin == 0) return 0;  // also where the sample has not as many
     const float share =
         static_cast<float>(wanted - found.above) / static_cast<float>(shared_->bins[found.bin]);
     return (found.bin << kCoarseShift) +
@@ -98,8 +99,8 @@ __global__ void __launch_bounds__(kLookThreads, 1)
 
 }  // namespace
 
-cudaError_t look_launch(const CompressArgs& args, cudaStream_t stream) {
-  return launch(look_kernel, 1, kLookThreads, stream, args);
+void look(const CompressArgs& args, const Stream& stream) {
+  launch(look_kernel, 1, kLookThreads, stream, args);
 }
 
 }  // namespace gmc::cuda

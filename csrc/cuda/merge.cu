@@ -1,17 +1,16 @@
 // merge: the payloads of all ranks to one aggregate, summed in rank order, without float atomics.
 //
-// A block owns one wire tile. Each warp opens it in one rank's payload. The block then asks for the
+// A block owns one wire tile. Each warp opens it in one rank's payload. The block then loads the
 // entries of several ranks at once, checks them in registers and marks in a bitmap which elements
-// any rank sent; a prefix over the bitmap's words gives each of them its place in the merged list;
-// a window of that list at a time is then summed in shared memory, rank after rank, from the same
+// any rank sent. A prefix over the bitmap's words gives each of them its place in the merged list.
+// One window of that list at a time is then summed in shared memory, rank after rank, from the same
 // registers. The list is far shorter than the tile, so that one window usually holds all of it.
 #include <algorithm>
 
 #include "block.cuh"
-#include "kernels.h"
 #include "launch.h"
 #include "payload_reader.cuh"
-#include "rule.h"
+#include "shared/calls.h"
 
 namespace gmc::cuda {
 namespace {
@@ -21,8 +20,9 @@ constexpr int kRunWords = static_cast<int>(kAggregateRun) / 32;
 constexpr int kWordsEach = kWords / kMergeThreads;
 static_assert(kWords % kMergeThreads == 0, "each thread has as many words of the bitmap");
 
-// Ranks whose entries of a tile are in registers at once, and a thread's of each. At 1 % two
-// threads have 2.6 on average; what is more comes from the first-level cache, one after the other.
+// How many ranks' entries of a tile are in registers at once, and how many of each rank in one
+// thread. At 1 % two threads have 2.6 on average; what is more comes from the first-level cache,
+// one after the other.
 template <class Format>
 constexpr int kHeldRanks = std::min(Format::kBits > 16 ? 4 : 8, kMergeWarps);
 constexpr int kHeld = 2;
@@ -46,7 +46,7 @@ struct MergeShared {
   float sum[kMergeWindow];
   uint32_t warp_sums[kMergeWarps];
   int64_t start;   // where this tile's list begins
-  uint32_t count;  // and how long it is: here, where it takes no register
+  uint32_t count;  // how long it is: in shared memory it takes no register
   PayloadTile tiles[kHeldRanks<Format>];
 };
 
@@ -56,8 +56,8 @@ __device__ __forceinline__ uint32_t position_of(const MergeShared<Format>& share
   return shared.before[word] + __popc(shared.present[word] & ((1u << index % 32) - 1));
 }
 
-// Opens this tile in the payloads of kHeldRanks ranks and takes their entries: all loads are under
-// way before one is waited for. A rank beyond the last one has none. Returns whether this warp's
+// Opens this tile in the payloads of kHeldRanks ranks and loads their entries: all loads are in
+// flight before one is waited for. A rank beyond the last one has none. Returns whether this warp's
 // payload is sound. The block has passed a barrier since it read `tiles`.
 template <class Format>
 __device__ __forceinline__ bool open_tiles(const MergeArgs& args, uint32_t first_rank,
@@ -78,7 +78,7 @@ __device__ __forceinline__ bool open_tiles(const MergeArgs& args, uint32_t first
   return sound;
 }
 
-// Two blocks are what the entries in registers leave room for.
+// The entries in registers leave room for two blocks on a multiprocessor.
 template <class Format>
 __global__ void __launch_bounds__(kMergeThreads, 2)
     merge_kernel(const __grid_constant__ MergeArgs args) {
@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(kMergeThreads, 2)
     return;
   }
 
-  // Which elements are present. An entry that is out of order or range is found here, before it is
-  // used for anything.
+  // Marks which elements are present. An entry that is out of order or range is found here, before
+  // it is used for anything.
   for (int word = threadIdx.x; word < kWords; word += kMergeThreads) shared.present[word] = 0;
   HeldEntries<Format> held;
   bool sound = true;
@@ -201,18 +201,21 @@ __global__ void __launch_bounds__(kMergeThreads, 2)
 
 }  // namespace
 
-cudaError_t merge_launch(const Payload& payloads, int64_t ranks, const int32_t* skip,
-                         uint8_t* aggregate, cudaStream_t stream) {
+void run(const MergeCall& call, const Stream& stream) {
   // Blocks that find damage set a flag in the header, whichever of them runs first.
-  const cudaError_t status = cudaMemsetAsync(aggregate, 0, sizeof(AggregateHeader), stream);
-  if (status != cudaSuccess) return status;
-  const int64_t numel = payloads.shape.numel;
-  const int64_t capacity = aggregate_capacity(numel, payloads.shape.k, ranks);
-  const AggregateView out(aggregate, AggregateLayout(numel, capacity));
-  const MergeArgs args{PayloadSource(payloads), static_cast<uint32_t>(ranks), skip, out, capacity,
-                       mean_factor(ranks)};
-  return with_wire_type(payloads.shape.wire, [&](auto format) {
-    return launch(merge_kernel<decltype(format)>, tile_count(numel), kMergeThreads, stream, args);
+  check(cudaMemsetAsync(call.aggregate, 0, sizeof(AggregateHeader), stream.stream));
+  const PayloadShape& shape = call.payloads.shape;
+  const int64_t numel = shape.numel;
+  const int64_t capacity = aggregate_capacity(numel, shape.k, call.ranks);
+  const AggregateView out(call.aggregate, AggregateLayout(numel, capacity));
+  const MergeArgs args{PayloadSource(call.payloads),
+                       static_cast<uint32_t>(call.ranks),
+                       call.skip.verdict,
+                       out,
+                       capacity,
+                       mean_factor(call.ranks)};
+  with_wire_type(shape.wire, [&](auto format) {
+    launch(merge_kernel<decltype(format)>, tile_count(numel), kMergeThreads, stream, args);
   });
 }
 

@@ -1,6 +1,7 @@
-// The pass: v of a whole bucket, once. It reads memory, the gradient and what else the rule needs,
-// writes memory, counts what is not finite and puts candidates aside, of which memory keeps only
-// what will stay there once they are sent.
+// The pass computes v of a whole bucket, once. It reads memory, the gradient and what else the rule
+// needs, writes memory, counts what is not finite and puts candidates aside. Of these memory keeps
+// only what will stay there once they are sent.
+#include "candidates.cuh"
 #include "compress.h"
 #include "launch.h"
 #include "rule_tile.cuh"
@@ -9,7 +10,7 @@ namespace gmc::cuda {
 namespace {
 
 struct PassShared {
-  uint32_t guess;  // here, because no thread has registers to spare for them
+  uint32_t guess;  // shared, because no thread has registers to spare
   int scale;
   CompactShared compact;
   alignas(16) float stage[kWorkTile];
@@ -46,10 +47,10 @@ __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
 
 }  // namespace
 
-cudaError_t pass_launch(const CompressArgs& args, cudaStream_t stream) {
-  return with_rule(args.rule, [&](auto rule) {
-    return launch_early(pass_kernel<decltype(rule)>, work_tile_count(args.rule.numel), kThreads,
-                        stream, args);
+void pass(const CompressArgs& args, const Stream& stream) {
+  with_rule(args.rule, [&](auto rule) {
+    launch_early(pass_kernel<decltype(rule)>, work_tile_count(args.rule.numel), kThreads, stream,
+                 args);
   });
 }
 

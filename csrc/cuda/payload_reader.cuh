@@ -1,4 +1,4 @@
-// Reading a payload that came over a wire: nothing in it is believed before it was checked.
+// Reads a payload that came over a wire. Nothing in it is believed before it was checked.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,13 +6,13 @@
 #include <type_traits>
 
 #include "block.cuh"
-#include "bucket.h"
-#include "rule.h"
+#include "shared/bucket.h"
+#include "shared/rule.h"
 #include "sizes.h"
 
 namespace gmc::cuda {
 
-// One rank's payload, or those of several. The layout is worked out on the host: as part of a
+// One rank's payload, or those of several. The layout is computed on the host: as part of a
 // kernel's parameters it takes no registers.
 struct PayloadSource {
   Payload payload;
@@ -30,10 +30,11 @@ struct PackedEntry {
 
   Word word;
 
-  // No sound code makes the word of no entry. An unsound one that would stays unsound.
+  // No sound code makes the word that stands for no entry. An unsound code that would make it
+  // becomes another unsound one.
   static __device__ Word pack(uint32_t index, uint32_t code) {
     Word word = index | static_cast<Word>(code) << kShift;
-    // The compiler would keep index and code instead, in two registers.
+    // Without this the compiler would keep index and code in two registers.
     if constexpr (sizeof(Word) == 4) asm("" : "+r"(word));
     return Format::kBits < 16 || word < kNone ? word : kNone - 1;
   }
@@ -49,14 +50,14 @@ constexpr uint32_t kSharers = kOfBlock > kTileBlocks ? kOfBlock / kTileBlocks : 
 // A payload's entries that belong to one wire tile, in shared memory.
 struct PayloadTile {
   const uint8_t* low;    // of the whole payload: entry i of the tile has number start + i
-  const uint8_t* codes;  // likewise
+  const uint8_t* codes;  // of the whole payload, as low
   uint32_t start, blocks;
   int32_t scale;
-  // How many of the tile's entries lie in the blocks before, modulo 2**16, up to the block behind
-  // the last.
+  // How many of the tile's entries lie in the blocks before, modulo 2**16; one more than there are
+  // blocks.
   uint16_t begins[kTileBlocks + 1];
 
-  // How many entries a block has; none for the one behind the last.
+  // How many entries a block has; none for the block after the last.
   __device__ uint32_t length(uint32_t block) const {
     return static_cast<uint16_t>(begins[block + 1] - begins[block]);
   }
@@ -71,8 +72,8 @@ struct PayloadTile {
   }
 
   // Calls function(entry, index, whether an entry of the same block lies before) for each of this
-  // thread's entries, but for the first `held` of its first block. Few threads have more than one
-  // or two of them at usual densities.
+  // thread's entries, except the first kHeld of its first block. Few threads have more than one or
+  // two of them at usual densities.
   template <int kOfBlock, int kHeld = 0, class Function>
   __device__ __forceinline__ void for_each(const Function& function) const {
     constexpr auto kBlockSize = static_cast<uint32_t>(kBlock);
@@ -87,9 +88,9 @@ struct PayloadTile {
     }
   }
 
-  // The entries that for_each leaves out. Its loads do not depend on whether there are so many, so
-  // that no branch lies between them and all are under way at once. numbers: how many entries the
-  // whole payload has.
+  // Loads the entries that for_each leaves out. The loads do not depend on whether there are as
+  // many, so that no branch lies between them and all are in flight at once. numbers: how many
+  // entries the whole payload has.
   template <int kOfBlock, class Format, int kHeld>
   __device__ __forceinline__ void hold(uint32_t numbers, PackedEntry<Format> (&held)[kHeld]) const {
     constexpr uint32_t kSharing = kSharers<kOfBlock>;
@@ -105,8 +106,8 @@ struct PayloadTile {
     }
   }
 
-  // Whether these lie behind their predecessors and within the tile, and have codes. The two
-  // threads of a block are neighbours in a warp, all of which calls this.
+  // True if the held indices ascend, lie inside the tile, and have sound codes. The two threads of
+  // a block are neighbours in a warp, and all lanes of the warp call this.
   template <int kOfBlock, class Format, int kHeld>
   static __device__ __forceinline__ bool sound(const PackedEntry<Format> (&held)[kHeld],
                                                uint32_t size) {
@@ -120,20 +121,21 @@ struct PayloadTile {
       const uint32_t index = held[j].index();
       const uint32_t other = kSharing == 2 ? __shfl_xor_sync(kAllLanes, index, 1) : index;
       const bool follows = second || j > 0;
-      const bool behind = !follows || (second ? other : before) < index;
-      sound &= !held[j].present() || (behind && index < size && Format::sound(held[j].code()));
+      const bool ordered = !follows || (second ? other : before) < index;
+      sound &= !held[j].present() || (ordered && index < size && Format::sound(held[j].code()));
       before = other;
     }
     return sound;
   }
 
-  // Makes a tile of no entries, whatever it was; low and codes stay. A warp calls it.
+  // Makes this a tile without entries; low and codes stay. A whole warp calls it.
   __device__ void clear() {
     __syncwarp();
     if (lane_id() == 0) start = blocks = begins[0] = begins[1] = 0;
   }
 
-  // Whether an entry of `for_each` lies behind its predecessor and within the tile, and has a code.
+  // True if an entry of for_each lies after its predecessor and inside the tile, and has a sound
+  // code.
   template <class Format>
   __device__ bool sound(uint32_t entry, uint32_t index, bool follows, uint32_t size) const {
     return (!follows || low_byte(entry - 1) < low_byte(entry)) && index < size &&
@@ -141,7 +143,7 @@ struct PayloadTile {
   }
 };
 
-// A warp writes where each block's entries begin. False, to every lane, unless the tile's bits end
+// A warp writes where each block's entries begin. Every lane gets false unless the tile's bits end
 // as many blocks as it has, the last one with the last bit. A block may still claim more entries
 // than it has elements, which cannot all be in order.
 __device__ __forceinline__ bool read_blocks(const uint8_t* bitmap, const TileRange& range,
@@ -185,19 +187,20 @@ __device__ __forceinline__ bool read_blocks(const uint8_t* bitmap, const TileRan
   return __all_sync(kAllLanes, sound && ended == blocks);
 }
 
-// A warp looks for bits that belong to no section. Each lane gets an answer of its own.
+// A warp looks for bits that belong to no section. Each lane gets its own answer: false if it found
+// any.
 __device__ __forceinline__ bool clear_between(const uint8_t* payload, const PayloadLayout& layout,
                                               const PayloadShape& shape) {
-  bool clear = layout.clear_behind(payload, shape);
+  bool clear = layout.clear_after_bits(payload, shape);
   layout.for_each_gap([&](int64_t begin, int64_t end) {  // shorter than a warp
     if (begin + lane_id() < end) clear &= payload[begin + lane_id()] == 0;
   });
   return clear;
 }
 
-// A warp opens a tile of one rank's payload; other warps may read it behind the next barrier. What
-// lies between the sections is looked at where `whole` says so. False, to every lane, when header,
-// offsets or bitmap contradict this bucket; the tile is then empty.
+// A warp opens a tile of one rank's payload; other warps may read it after the next barrier. With
+// `whole` it also checks what lies between the sections. Every lane gets false, and the tile is
+// empty, when header, offsets or bitmap contradict this bucket.
 static __device__ __noinline__ bool open_tile(const PayloadSource& source, int64_t rank,
                                               int64_t tile, bool whole, PayloadTile* out) {
   const PayloadShape& shape = source.payload.shape;
@@ -238,7 +241,7 @@ __device__ __forceinline__ void for_each_entry(const PayloadSource& source, Payl
   });
 }
 
-// What a sent value is given back by.
+// Adds each sent value back to memory.
 struct GiveBack {
   float* memory;
   __device__ void operator()(uint32_t, int64_t index, float value) const {

@@ -1,11 +1,10 @@
-// The repair: when the guess gave too few candidates or too many, they are given back, a better one
-// comes from a coarse histogram of all of memory, and memory is compacted again. When they are as
-// they should be but few lie near the k-th largest, the same is done with the candidates alone.
-// Both kernels end at once when the pass did well.
-#include "bins.cuh"
+// The repair. When the guess gave too few candidates or too many, they are given back, a better
+// guess comes from a coarse histogram of all of memory, and memory is compacted again. When there
+// are enough but the k-th largest lies beyond the bins, a coarse histogram of the candidates alone
+// gives other bins. Both kernels end at once when the pass did well.
+#include "candidates.cuh"
 #include "compress.h"
 #include "launch.h"
-#include "tile.cuh"
 
 namespace gmc::cuda {
 namespace {
@@ -18,7 +17,7 @@ __device__ __forceinline__ Outcome outcome_of_guess(const SelectArgs& args) {
   return beyond ? kUnbinned : kUseful;
 }
 
-// Calls function(candidate) for every candidate of the pass, in a thread each.
+// Calls function(candidate) for every candidate of the pass, each in one thread.
 template <class Function>
 __device__ __forceinline__ void for_each_candidate(const SelectArgs& args,
                                                    const Function& function) {
@@ -27,10 +26,11 @@ __device__ __forceinline__ void for_each_candidate(const SelectArgs& args,
     function(args.workspace.candidates[i]);
 }
 
-// Memory becomes v again where the pass took candidates of this tile out.
+// Puts v back into memory where the pass took candidates of this tile out.
 __device__ __forceinline__ void give_back(const SelectArgs& args, const WorkTile& tile) {
   const uint2 place = args.workspace.tiles[tile.number];
-  if (place.x + place.y > args.workspace.capacity) return;  // they found no room and stayed
+  if (place.x + place.y > args.workspace.capacity)
+    return;  // there was no room: they stayed in memory
   for (uint32_t i = threadIdx.x; i < place.y; i += kThreads) {
     const uint2 candidate = args.workspace.candidates[place.x + i];
     args.memory[candidate.x] = bits_float(candidate.y);
@@ -120,12 +120,11 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t repair_launch(const SelectArgs& args, cudaStream_t stream) {
+void repair(const SelectArgs& args, const Stream& stream) {
   const int64_t tiles = work_tile_count(args.shape.numel);
   const int64_t blocks = tiles < kRepairBlocks ? tiles : kRepairBlocks;
-  const cudaError_t status = launch_early(coarse_kernel, blocks, kThreads, stream, args);
-  if (status != cudaSuccess) return status;
-  return launch_early(recompact_kernel, blocks, kThreads, stream, args);
+  launch_early(coarse_kernel, blocks, kThreads, stream, args);
+  launch_early(recompact_kernel, blocks, kThreads, stream, args);
 }
 
 }  // namespace gmc::cuda

@@ -1,10 +1,10 @@
-// v of a work tile: the rule of rule.h over what compress and accumulate read.
+// v of a work tile: the rule (rule.h) over what compress and accumulate read.
 #pragma once
 
 #include "aggregate.cuh"
-#include "rule.h"
-#include "rule_args.h"
-#include "segment_tile.cuh"
+#include "args.h"
+#include "shared/rule.h"
+#include "tile.cuh"
 
 namespace gmc::cuda {
 
@@ -21,8 +21,8 @@ struct RuleTile : WorkTile {
   }
 };
 
-// g' of a tile: zero everywhere after an overflow. loaded: what may be done while loads are on
-// their way.
+// Loads g' of a tile, which is zero everywhere after an overflow. loaded() is called while the
+// loads are in flight.
 template <class Function>
 __device__ __forceinline__ void load_gradient(const RuleTile& tile, float (&g)[kPerThread],
                                               uint32_t* nonfinite, const Function& loaded) {
@@ -34,7 +34,7 @@ __device__ __forceinline__ void load_gradient(const RuleTile& tile, float (&g)[k
     tile.load(args.grads, g);
   }
   loaded();
-  const float factor = overflowed ? 0.0f : gradient_factor(args.grad_scale.load(), args.maximize);
+  const float factor = overflowed ? 0.0f : gradient_factor(args.grad_scale.load(), args.options);
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) g[e] = scaled_gradient(g[e], factor, nonfinite);
 }
@@ -43,7 +43,8 @@ __device__ __forceinline__ void add_decay(const RuleTile& tile, float (&x)[kPerT
   float w[kPerThread];
   tile.load(tile.args.params, w);
 #pragma unroll
-  for (int e = 0; e < kPerThread; ++e) x[e] = add_scaled(x[e], tile.args.weight_decay, w[e]);
+  for (int e = 0; e < kPerThread; ++e)
+    x[e] = add_scaled(x[e], tile.args.options.weight_decay, w[e]);
 }
 
 // x += beta * a from the sparse aggregate, whose entries of this tile are part of one run.
@@ -65,7 +66,7 @@ __device__ __forceinline__ void add_momentum(const Aggregate& aggregate, float m
   for (int e = 0; e < kPerThread; ++e) x[e] = add(x[e], tile.stage[tile.place(e)]);
 }
 
-// The same from the aggregate of a dense bucket.
+// x += beta * a from the aggregate of a dense bucket.
 __device__ __forceinline__ void add_momentum(const float* aggregate, float momentum,
                                              const RuleTile& tile, float (&x)[kPerThread]) {
   if (!aggregate) return;
@@ -87,8 +88,8 @@ __device__ __forceinline__ uint32_t settle_tile(float (&v)[kPerThread]) {
 }
 
 // x = finite_or_zero(old) for the elements in `which`: those where v overflowed, so old is still in
-// place. It is rare, so it goes one by one through the thread's own places in shared memory: 16
-// copies of it would cost the registers that the common path needs.
+// place. This is rare, so it goes one by one through the thread's own places in shared memory,
+// because 16 copies of it would cost the registers that the common path needs.
 __device__ __forceinline__ void keep_old(const RuleTile& tile, const float* old, uint32_t which,
                                          float (&x)[kPerThread]) {
 #pragma unroll
@@ -101,9 +102,9 @@ __device__ __forceinline__ void keep_old(const RuleTile& tile, const float* old,
   for (int e = 0; e < kPerThread; ++e) x[e] = tile.stage[tile.place(e)];
 }
 
-// The rules. make() leaves v in registers and the momentum buffer up to date; memory still holds u.
+// The rules. make() leaves v in registers and updates the momentum buffer; memory still holds u.
 // aggregate: sparse or dense, as an overload of add_momentum takes it. loaded() is called once, by
-// all threads, while the loads of memory and gradient are on their way.
+// all threads, while the loads of memory and gradient are in flight.
 //
 // kBlocks: how many blocks must fit on a multiprocessor, which caps the registers. With 40
 // registers the compiler still has all loads of a tile in flight before the first use; each further
@@ -121,7 +122,7 @@ struct GlobalMomentum {
     load_floats(args.memory, tile, u);
     load_gradient(tile, v, nonfinite, loaded);
 #pragma unroll
-    for (int e = 0; e < kPerThread; ++e) v[e] = add(decayed(u[e], args.memory_decay), v[e]);
+    for (int e = 0; e < kPerThread; ++e) v[e] = add(decayed(u[e], args.options), v[e]);
     if (kDecay) add_decay(tile, v);
     add_momentum(aggregate, args.momentum.load(), tile, v);
     const uint32_t overflowed = settle_tile(v);
@@ -150,8 +151,8 @@ struct LocalMomentum {
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
       m[e] = next_momentum(m[e], v[e], momentum);
-      u[e] = decayed(u[e], args.memory_decay);
-      v[e] = local_momentum_value(u[e], v[e], m[e], momentum, args.nesterov);
+      u[e] = decayed(u[e], args.options);
+      v[e] = local_momentum_value(u[e], v[e], m[e], momentum, args.options);
     }
     const uint32_t overflowed = settle_tile(v);
     if (overflowed) {
@@ -163,9 +164,9 @@ struct LocalMomentum {
   }
 };
 
-// Calls function(rule) with the rule that the arguments ask for.
+// Calls function(rule) with the rule that the arguments select.
 template <class Function>
-cudaError_t with_rule(const RuleArgs& args, const Function& function) {
+void with_rule(const RuleArgs& args, const Function& function) {
   const bool decay = args.params.count != 0;
   if (args.momentum_buffer)
     return decay ? function(LocalMomentum<true>{}) : function(LocalMomentum<false>{});

@@ -1,13 +1,17 @@
-// The tensors of a bucket, one behind the other in its index space, as a table that kernels read.
+// The tensors of a bucket, in the order of its index space, as a table that kernels read.
 //
-// Short tables travel by value in the kernel's parameters: nothing to copy, and a captured graph
-// keeps its own. A longer table is written into device memory by kernels whose parameters carry it
-// in pieces: again no copy from host memory that would have to outlive the call.
+// A short table travels by value in the kernel's parameters: nothing is copied, and a captured
+// graph keeps its own. A longer table is written into device memory by kernels whose parameters
+// carry it in pieces, because host memory that is copied from would have to outlive the call.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <vector>
+
+#include "shared/bucket.h"
 #include "sizes.h"
+#include "stream.h"
 
 namespace gmc::cuda {
 
@@ -32,6 +36,12 @@ struct SegmentList {
     return stored ? stored : own.segment + first;
   }
 };
+
+// Makes the table of a bucket, on the host, and puts it into the kernel's own parameters from place
+// *used on, or, if it is too long for that, into device memory that lasts until the kernels have
+// run.
+SegmentList place_segments(const std::vector<Segment>& segments, SegmentPiece* own, int* used,
+                           const Stream& stream);
 
 // The last of `count` segments that begins at or before i; the first begins at 0.
 GMC_HD int find_segment(const TableSegment* segments, int count, uint32_t i) {

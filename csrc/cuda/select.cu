@@ -9,10 +9,10 @@
 // Entries are the candidates of the pass, those of the repair, or all of memory: flags say which.
 // Where fewer than k values are not zero, the k-th key is zero: the pass's candidates lie above it,
 // and zeros, which are no candidates, are the ties.
-#include "bins.cuh"
+#include "block.cuh"
 #include "compress.h"
 #include "launch.h"
-#include "rule.h"
+#include "shared/rule.h"
 #include "tile.cuh"
 
 namespace gmc::cuda {
@@ -40,12 +40,12 @@ struct Entries {
 
 __device__ __forceinline__ uint32_t key_of(uint2 entry) { return entry.y & kKeyMask; }
 
-// The tiles of a block.
+// The first of a block's tiles.
 __device__ __forceinline__ uint32_t first_tile(const SelectArgs& args, uint32_t group) {
   return static_cast<uint32_t>(work_tile_count(args.shape.numel) * group / gridDim.x);
 }
 
-// Bytes begin to end of a payload become zero, 16 at a time by all threads of the grid.
+// Sets bytes begin to end of a payload to zero, 16 at a time by all threads of the grid.
 __device__ __forceinline__ void clear_bytes(uint8_t* payload, int64_t begin, int64_t end) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t step = 16 * static_cast<int64_t>(gridDim.x) * kThreads;
@@ -156,7 +156,8 @@ __device__ __forceinline__ uint32_t taken(unsigned long long met, uint32_t ties)
   return static_cast<uint32_t>(met >> 32) + min(static_cast<uint32_t>(met), ties);
 }
 
-// Sets each lane's bits in its word: one atomic for lanes that share one, and none for no bits.
+// Sets each lane's bits in its word, with one atomic for all lanes that share a word, and none
+// where there are no bits.
 __device__ __forceinline__ void set_bits(uint8_t* section, uint32_t word, uint32_t bits) {
   const unsigned sharing = __match_any_sync(kAllLanes, word);
   const uint32_t all = __reduce_or_sync(sharing, bits);
@@ -173,7 +174,7 @@ __device__ __forceinline__ void emit_tile(const SelectArgs& args, int scale, uin
   const WorkTile tile(number, args.shape.numel);
   bool from_memory = control.from_memory, taken_out = control.outcome != kUseless;
   if (control.outcome == kFewValues && static_cast<uint32_t>(met) < ties) {
-    // Zeros of this tile are taken, so what else it has joins them in memory.
+    // Zeros of this tile are taken, so its other values go back to memory beside them.
     const Entries values(args, false, tile);
     for (uint32_t i = lane_id(); i < values.count; i += 32)
       args.memory[values.at(i).x] = bits_float(values.at(i).y);
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 6)
   const uint32_t ties = workspace.control->ties;
   int scale = 0;
   if constexpr (Format::kScaled) {
-    // What is selected besides the entries above the threshold equals it.
+    // The selected entries that are not above the threshold equal it.
     const uint32_t lowest = exponent_field(workspace.control->threshold);
     const auto exceeded = [&](int64_t by, FindShared<>* find) {
       const auto next = static_cast<uint32_t>(by + 1);
@@ -269,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, 6)
     for (uint32_t t = warp_id(); t < kScanTiles && first + t < end; t += kWarps)
       if (!workspace.control->from_memory || workspace.selected[first + t] != 0)
         emit_tile<Format>(args, scale, first + t, shared.met[t]);
-    met += total;  // the next round writes shared.met behind the barrier in its sum
+    met += total;  // the next round writes shared.met after the barrier in its sum
   }
 
   // The histograms must be zero for the next call; nobody reads them any more.
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, 6)
 
   if (blockIdx.x != gridDim.x - 1 || threadIdx.x != 0) return;
   Control* control = workspace.control;
-  // Exactly k entries, or the header says that the payload is damaged.
+  // Unless there are exactly k entries, the header says that the payload is damaged.
   const bool complete = taken(met, ties) == args.shape.k;
   const bool overflowed = args.found_inf.load() != 0.0f;
   const uint32_t nonfinite = control->nonfinite + overflowed;  // 2 N + 1 at most
@@ -295,16 +296,12 @@ __global__ void __launch_bounds__(kThreads, 6)
 
 }  // namespace
 
-cudaError_t select_launch(const SelectArgs& args, cudaStream_t stream) {
-  int processors;
-  cudaError_t status = multiprocessors(&processors);
-  if (status != cudaSuccess) return status;
-  const int64_t blocks = group_count(args.shape.numel, processors);
-  status = launch_early(refine_kernel, blocks, kThreads, stream, args);
-  if (status == cudaSuccess) status = launch_early(count_kernel, blocks, kThreads, stream, args);
-  if (status != cudaSuccess) return status;
-  return with_wire_type(args.shape.wire, [&](auto format) {
-    return launch_early(emit_kernel<decltype(format)>, blocks, kThreads, stream, args);
+void select(const SelectArgs& args, const Stream& stream) {
+  const int64_t blocks = group_count(args.shape.numel, multiprocessors());
+  launch_early(refine_kernel, blocks, kThreads, stream, args);
+  launch_early(count_kernel, blocks, kThreads, stream, args);
+  with_wire_type(args.shape.wire, [&](auto format) {
+    launch_early(emit_kernel<decltype(format)>, blocks, kThreads, stream, args);
   });
 }
 

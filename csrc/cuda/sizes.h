@@ -2,7 +2,7 @@
 // more than once on a few thousand elements.
 #pragma once
 
-#include "payload.h"
+#include "shared/payload.h"
 
 #ifndef GMC_THREADS
 #define GMC_THREADS 256
@@ -37,7 +37,7 @@ namespace gmc::cuda {
 constexpr int kThreads = GMC_THREADS;
 constexpr int kWarps = kThreads / 32;
 
-constexpr int kLookThreads = GMC_LOOK_THREADS;  // of the one block that samples
+constexpr int kLookThreads = GMC_LOOK_THREADS;  // of the one block of look
 
 // A work tile is what one block of the pass holds in registers: a thread has kQuads times four
 // consecutive elements. It is independent of the wire's tile of 65,536 elements and of the
@@ -48,11 +48,12 @@ constexpr int kWorkTile = kThreads * kPerThread;
 static_assert(kAggregateRun % kWorkTile == 0, "a work tile must not span two runs");
 static_assert(kThreads % 32 == 0 && kWorkTile < 65536, "counts of a work tile fit in 16 bits");
 
-// The selection gives each block one run of consecutive work tiles, so that a prefix over all of
-// them is one over at most this many sums.
+// The selection gives each block one run of consecutive work tiles, so that a prefix over all tiles
+// is one over at most this many sums.
 constexpr int kMaxGroups = GMC_GROUPS;
-constexpr int kResidentBlocks = 6;  // of emit on a multiprocessor; refine and count leave room
-constexpr int kScanTiles = GMC_SCAN_TILES;  // of such a run, tiles placed at a time
+constexpr int kResidentBlocks =
+    6;  // blocks of emit on a multiprocessor; refine and count need less
+constexpr int kScanTiles = GMC_SCAN_TILES;  // how many tiles of such a run are placed at a time
 static_assert(kScanTiles <= kThreads, "one thread places one tile");
 
 // The repair usually has nothing to do, so its blocks should all start, and end, at once.
@@ -62,7 +63,7 @@ constexpr int kMergeThreads = GMC_MERGE_THREADS;
 constexpr int kMergeWarps = kMergeThreads / 32;
 constexpr int kMergeWindow = GMC_MERGE_WINDOW;  // merged entries summed at a time
 
-// Segments that travel as kernel parameters, whose limit is 4 KiB on older drivers.
+// How many segments travel as kernel parameters, whose limit is 4 KiB on older drivers.
 constexpr int kInlineSegments = GMC_INLINE_SEGMENTS;
 
 // A float32 sum over ranks counts on exactly up to here. A count that stops here does not depend on
@@ -71,7 +72,8 @@ constexpr uint32_t kLargestCount = GMC_LARGEST_COUNT;
 
 GMC_HD int64_t work_tile_count(int64_t numel) { return (numel + kWorkTile - 1) / kWorkTile; }
 
-// Of refine, count and emit, on a device with so many multiprocessors: what runs there at once.
+// How many blocks refine, count and emit have on a device with so many multiprocessors: as many as
+// run there at once.
 GMC_HD int64_t group_count(int64_t numel, int processors) {
   const int64_t tiles = work_tile_count(numel), resident = int64_t{kResidentBlocks} * processors;
   const int64_t most = resident < kMaxGroups ? resident : kMaxGroups;

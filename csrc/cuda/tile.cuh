@@ -1,12 +1,12 @@
-// A work tile in the registers of a block, and how its candidates are put aside.
+// A work tile in the registers of a block: loaded from, and stored to, an array of floats or the
+// tensors of a bucket.
 //
 // Thread t holds, for each quad q, the four elements from tile begin + 4 * (q * kThreads + t) on: a
 // warp then reads 512 consecutive bytes with one 16-byte load per thread.
 #pragma once
 
-#include "block.cuh"
-#include "rule.h"
-#include "workspace.h"
+#include "segments.h"
+#include "shared/rule.h"
 
 namespace gmc::cuda {
 
@@ -19,10 +19,10 @@ struct WorkTile {
         size(numel - begin < kWorkTile ? static_cast<uint32_t>(numel - begin) : kWorkTile) {}
 
   __device__ bool full() const { return size == kWorkTile; }
-  // Place of a thread's element in the tile.
+  // The place of a thread's element in the tile.
   __device__ uint32_t place(int e) const { return 4 * threadIdx.x + step(e); }
-  // The same, from the thread's first element on: known to the compiler, so that one address with
-  // constant offsets serves all of a thread's loads.
+  // The place counted from the thread's first element. The compiler knows it, so that one address
+  // with constant offsets serves all of a thread's loads.
   static __device__ constexpr int step(int e) { return e / 4 * (4 * kThreads) + e % 4; }
 };
 
@@ -30,7 +30,8 @@ __device__ __forceinline__ bool aligned(const void* pointer, uintptr_t nbytes) {
   return reinterpret_cast<uintptr_t>(pointer) % nbytes == 0;
 }
 
-// A thread's 16 elements of a full tile: four accesses of 16 or 8 bytes. `words` is the first.
+// Loads a thread's 16 elements of a full tile by four accesses of 16 or 8 bytes. words: its first
+// element.
 template <class Format>
 __device__ __forceinline__ void load_quads(const typename Format::Word* words,
                                            float (&x)[kPerThread]) {
@@ -90,118 +91,77 @@ __device__ __forceinline__ void store_floats(float* to, const WorkTile& tile,
     if (tile.place(e) < tile.size) to[tile.step(e)] = x[e];
 }
 
-// Comparing magnitudes as floats instead of keys: the absolute value costs no instruction and,
-// unlike 16 keys, no registers.
-__device__ __forceinline__ bool reaches(float x, uint32_t threshold) {
-  return fabsf(x) >= bits_float(threshold);
+// ---------------------------------------------------------------------------------------------
+// Tiles of a list of tensors. A tile that holds one tensor's elements alone, aligned, takes wide
+// loads and stores. Others (at a tensor's end, or of an unaligned tensor) go element by element,
+// still coalesced.
+// ---------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void zero(float (&x)[kPerThread]) {
+#pragma unroll
+  for (int e = 0; e < kPerThread; ++e) x[e] = 0.0f;
 }
 
-// Bit e: element e lies in the bucket and its magnitude reaches the threshold, a key.
-__device__ __forceinline__ uint32_t reaching(const WorkTile& tile, const float (&x)[kPerThread],
-                                             uint32_t threshold) {
-  uint32_t mask = 0;
-#pragma unroll
-  for (int e = 0; e < kPerThread; ++e) mask |= static_cast<uint32_t>(reaches(x[e], threshold)) << e;
-  if (!tile.full()) {
-#pragma unroll
-    for (int e = 0; e < kPerThread; ++e)
-      if (tile.place(e) >= tile.size) mask &= ~(1u << e);
+// The tensors that share a tile.
+struct TileSegments {
+  const TableSegment* first;
+  int left;    // from the first on, to the end of the table
+  bool whole;  // the first holds all of the tile, and the tile is a full one
+
+  __device__ TileSegments(const TableSegment* segments, int count, int64_t numel,
+                          const WorkTile& tile) {
+    const int index = find_segment(segments, count, tile.begin);
+    first = segments + index;
+    left = count - index;
+    whole = tile.full() && tile.begin + tile.size <= (left > 1 ? first[1].begin : numel);
   }
-  return mask;
+
+  // How many tensors share the tile.
+  __device__ int count(const WorkTile& tile) const {
+    return find_segment(first, left, tile.begin + tile.size - 1) + 1;
+  }
+};
+
+// Calls function(format, words) with the thread's first element, and returns true, if the tile's
+// elements are aligned to quads.
+template <class Function>
+__device__ __forceinline__ bool with_quads(const TableSegment& segment, const WorkTile& tile,
+                                           const Function& function) {
+  return with_dtype(segment.dtype, [&](auto format) {
+    using Word = typename decltype(format)::Word;
+    Word* const words = static_cast<Word*>(segment.data) + (tile.begin - segment.begin);
+    if (!aligned(words, 4 * sizeof(Word))) return false;
+    function(format, words + 4 * threadIdx.x);
+    return true;
+  });
 }
 
-struct CompactShared {
-  uint32_t warp_counts[kWarps];
-  uint32_t offset;
-};
-
-// Appends the tile's candidates in index order: one atomic per tile. Every thread of the block
-// calls it. Returns whether this tile's candidates found room; `position` says where this thread's
-// quads begin.
-struct Compaction {
-  uint32_t position[kQuads];
-  bool stored;
-};
-
-__device__ __forceinline__ Compaction reserve(const WorkTile& tile, uint32_t mask,
-                                              uint32_t* counter, const Workspace& workspace,
-                                              CompactShared* shared) {
-  // One byte per quad: a warp's quad has at most 128 candidates.
-  uint32_t counts = 0;
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q)
-    counts |= static_cast<uint32_t>(__popc(mask >> (4 * q) & 0xfu)) << (8 * q);
-  const uint32_t inclusive = warp_inclusive_sum(counts);
-  if (lane_id() == 31) shared->warp_counts[warp_id()] = inclusive;
-  __syncthreads();
-  // Sums over warps need 16 bits: quads 0 and 2 in one word, 1 and 3 in the other.
-  uint32_t even_before = 0, odd_before = 0, even = 0, odd = 0;
-#pragma unroll
-  for (unsigned warp = 0; warp < kWarps; ++warp) {
-    const uint32_t word = shared->warp_counts[warp];
-    if (warp == warp_id()) {
-      even_before = even;
-      odd_before = odd;
+// Elements past the end of the bucket read as zero. stage: kWorkTile floats of shared memory.
+__device__ __forceinline__ void load_segments(const TableSegment* segments, int count,
+                                              int64_t numel, const WorkTile& tile, float* stage,
+                                              float (&x)[kPerThread]) {
+  const TileSegments shared(segments, count, numel, tile);
+  if (shared.whole) {
+    const TableSegment segment = *shared.first;
+    if (!segment.data) return zero(x);
+    if (with_quads(segment, tile,
+                   [&](auto format, const auto* words) { load_quads<decltype(format)>(words, x); }))
+      return;
+  }
+  const int candidates = shared.count(tile);
+  for (uint32_t place = threadIdx.x; place < kWorkTile; place += kThreads) {
+    float value = 0.0f;
+    if (place < tile.size) {
+      const uint32_t i = tile.begin + place;
+      const TableSegment segment = shared.first[find_segment(shared.first, candidates, i)];
+      if (segment.data) value = load_value(segment.data, segment.dtype, i - segment.begin);
     }
-    even += word & 0x00ff00ffu;
-    odd += word >> 8 & 0x00ff00ffu;
-  }
-  const uint32_t quad1 = even & 0xffffu, quad2 = quad1 + (odd & 0xffffu);
-  const uint32_t quad3 = quad2 + (even >> 16), total = quad3 + (odd >> 16);
-  if (threadIdx.x == 0) {
-    const uint32_t offset = total ? atomicAdd(counter, total) : 0;
-    workspace.tiles[tile.number] = make_uint2(offset, total);
-    shared->offset = offset;
+    stage[place] = value;
   }
   __syncthreads();
-  const uint32_t offset = shared->offset;
-  const uint32_t before = inclusive - counts;
-  return {{offset + (even_before & 0xffffu) + (before & 0xffu),
-           offset + quad1 + (odd_before & 0xffffu) + (before >> 8 & 0xffu),
-           offset + quad2 + (even_before >> 16) + (before >> 16 & 0xffu),
-           offset + quad3 + (odd_before >> 16) + (before >> 24)},
-          offset + total <= workspace.capacity};
-}
-
-__device__ __forceinline__ uint32_t bin_of(uint32_t key, uint32_t base) {
-  const uint32_t bin = (key - base) >> kBinBits;
-  return bin < kBins - 1 ? bin : kBins - 1;
-}
-
-// Leaves in x what stays in memory of the elements in `mask` if they are sent. One by one, through
-// the thread's own places of stage (kWorkTile floats of shared memory): most threads have none, and
-// 16 copies of every wire type's rounding would cost registers.
-__device__ __forceinline__ void take_out(const WorkTile& tile, uint32_t mask, WireType wire,
-                                         int scale, float* stage, float (&x)[kPerThread]) {
-  if (mask == 0) return;
-#pragma unroll
-  for (int e = 0; e < kPerThread; ++e) stage[tile.place(e)] = x[e];
-  for (; mask; mask &= mask - 1) {
-    float& value = stage[tile.place(__ffs(mask) - 1)];
-    value = with_wire_type(
-        wire, [&](auto format) { return left_behind<decltype(format)>(value, scale); });
-  }
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) x[e] = stage[tile.place(e)];
-}
-
-// Stores the candidates of `mask` where `reserve` said, and counts them in `bins`.
-__device__ __forceinline__ void store_candidates(const WorkTile& tile, uint32_t mask,
-                                                 const float (&x)[kPerThread], uint32_t base,
-                                                 const Compaction& compaction,
-                                                 const Workspace& workspace, uint32_t* bins) {
-  if (!compaction.stored || mask == 0) return;
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    uint32_t position = compaction.position[q];
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int e = 4 * q + c;
-      if (!(mask >> e & 1)) continue;
-      workspace.candidates[position++] = make_uint2(tile.begin + tile.place(e), float_bits(x[e]));
-      atomicAdd(&bins[bin_of(magnitude_key(x[e]), base)], 1u);
-    }
-  }
+  __syncthreads();  // before anyone uses the stage again
 }
 
 }  // namespace gmc::cuda

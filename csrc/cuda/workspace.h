@@ -5,7 +5,7 @@
 
 #include <cuda_runtime.h>
 
-#include "guess.h"
+#include "shared/guess.h"
 #include "sizes.h"
 
 namespace gmc::cuda {
@@ -20,7 +20,7 @@ constexpr int kCoarseBins = 1 << (31 - kCoarseShift);
 // The scale of 8- and 4-bit values comes from the exponents of what is selected.
 constexpr int kFields = 256;
 
-// What came of the guess.
+// How good the guess was.
 enum Outcome : uint32_t {
   kUseful,     // the pass's candidates and bins serve the selection
   kFewValues,  // fewer than k values are not zero, and all of them are candidates
@@ -30,11 +30,11 @@ enum Outcome : uint32_t {
 
 struct Control {
   Guess guess;  // carried from call to call, but for the part that look writes
-  // Zero between calls.
+  // These are zero between calls.
   uint32_t found;      // candidates of the pass
   uint32_t refound;    // candidates of the repair
   uint32_t nonfinite;  // values counted as zero
-  // Written in each call before they are read.
+  // These are written in each call before they are read.
   int32_t scale;  // the one for which the pass takes candidates out of memory
   Outcome outcome;
   uint32_t from_memory;  // whether the selection's entries are all of memory, not the candidates
@@ -54,7 +54,7 @@ struct Workspace {
   uint32_t* coarse_bins;       // [kCoarseBins] all of memory
   uint32_t* field_bins;        // [kFields] entries above the threshold; cleared before each use
   unsigned long long* groups;  // [kMaxGroups] entries above the threshold << 32 | equal to it
-  uint32_t* selected;          // [work tiles] the same of one tile, << 16
+  uint32_t* selected;          // [work tiles] entries of one tile above it << 16 | equal to it
   uint2* tiles;                // [work tiles] where its candidates begin, and how many there are
   uint2* candidates;           // [capacity] index and value's bits
   uint32_t capacity;
@@ -64,13 +64,13 @@ constexpr int64_t kControlBytes = 256;
 constexpr int64_t kClearedWords = 3 * kBins + kCoarseBins;  // from pass_bins on
 constexpr int64_t kZeroBytes = kControlBytes + 4 * kClearedWords;
 
-// Without its candidates.
+// The workspace's size without its candidates.
 inline int64_t workspace_base_nbytes(int64_t numel) {
   const int64_t tiles = work_tile_count(numel);
   return kZeroBytes + 4 * kFields + 8 * kMaxGroups + pad16(4 * tiles) + 8 * tiles;
 }
 
-// Room for three times k; the guess aims at less than twice.
+// The workspace has room for three times k candidates, while the guess aims at less than twice k.
 inline int64_t workspace_nbytes(int64_t numel, int64_t k) {
   const int64_t wanted = 3 * k + 8192;
   return workspace_base_nbytes(numel) + 8 * (wanted < numel ? wanted : numel);

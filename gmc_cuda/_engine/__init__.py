@@ -26,6 +26,7 @@ What can go wrong
   checks         what users pass: options, param groups, parameters, gradients
   comparison     whether all workers have the same model and options
   watch          damaged payloads, workers that send the same, skipped steps, differing replicas
+  fingerprint    numbers that differ where parameters differ
   ddp_guard      a DistributedDataParallel that averages the same gradients
 
 Around other optimizers

@@ -297,7 +297,7 @@ class _Places:
         params: contiguous parameters.
     """
 
-    _MAGIC = int.from_bytes(b"gcplaces", "little")  # csrc/ops.cpp
+    _MAGIC = int.from_bytes(b"gcplaces", "little")  # csrc/torch/segments.h
     _CODES: ClassVar[dict[torch.dtype, int]] = {
         torch.float32: 0, torch.bfloat16: 1, torch.float16: 2
     }  # fmt: skip

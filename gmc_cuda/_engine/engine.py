@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmc_cuda import ops
 from gmc_cuda._engine import checks, comparison, ddp_guard, shards, steps
 from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import MAX_NUMEL, Bucket, in_storage_order
 from gmc_cuda._engine.exchange import Exchange, GroupLost
+from gmc_cuda._engine.fingerprint import fingerprints
 from gmc_cuda._engine.meeting import meet
 from gmc_cuda._engine.overlap import Overlap
 from gmc_cuda._engine.packing import Packing
@@ -122,7 +122,7 @@ class Engine:
             return {}
         params = [p for bucket in self._packing.buckets for p in bucket.flat_params()]
         names = [self._name(p) for bucket in self._packing.buckets for p in bucket.params]
-        prints = ops.fingerprint(params).tolist() if params else []
+        prints = fingerprints(params).tolist() if params else []
         return {f"bits of {name}": bits for name, bits in zip(names, prints, strict=True)}
 
     # ------------------------------------------------------------------ parameters and buckets

@@ -48,16 +48,20 @@ class Sent(NamedTuple):
 
     def nonfinite(self) -> Tensor:
         """Every rank's count of non-finite values, int64 [p]."""
-        if self.counts is None:
-            return torch.cat([ops.payload_nonfinite(payloads) for payloads in self.payloads])
+        if self.counts is None:  # the second word of each header, unsigned
+            return self._header_word(1).to(torch.int64) & 0xFFFFFFFF
         return self.counts.chunk(2)[0].to(torch.int64)
 
     def tags(self) -> list[int]:
         """Every rank's tag; reads the device."""
         if self.counts is None:  # the last word of each header
-            words = [payloads[:, 20:24].contiguous() for payloads in self.payloads]
-            return torch.cat(words).view(torch.int32).flatten().tolist()
+            return self._header_word(5).tolist()
         return [int(tag) for tag in self.counts.chunk(2)[1].tolist()]
+
+    def _header_word(self, i: int) -> Tensor:
+        """The i-th 32-bit word of every payload's header, int32."""
+        words = [payloads[:, 4 * i : 4 * i + 4].contiguous() for payloads in self.payloads]
+        return torch.cat(words).view(torch.int32).flatten()
 
 
 class Target(NamedTuple):

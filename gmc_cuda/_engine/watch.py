@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gmc_cuda import ops
 from gmc_cuda._engine.exchange import Exchange
+from gmc_cuda._engine.fingerprint import fingerprints
 
 
 class DamageWatch:
@@ -151,7 +152,7 @@ def check_replicas(
     """
     if exchange.size == 1 or not params:
         return
-    prints = ops.fingerprint(params)
+    prints = fingerprints(params)
     weights = torch.arange(prints.numel(), dtype=torch.int64, device=prints.device) * 2 + 1
     if _all_equal(exchange, (prints * weights).sum().view(1)) is None:
         return

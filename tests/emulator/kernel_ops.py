@@ -41,7 +41,6 @@ def program(flavour, small=True):
     small: with the sizes above, not those that users get.
     """
     sources = sorted((CUDA_SOURCES / "cuda").glob("*.cu"))
-    sources = [path for path in sources if path.stem != "device"]  # a probe for real devices
     defines = [f"{name}={value}" for name, value in SMALL.items()] if small else []
     return Program(
         build(
@@ -122,9 +121,7 @@ class Kernels:
         tag=0,
         **rule,
     ):
-        fresh = state is None
-        if fresh:  # what newly allocated memory may hold
-            state = self.select_state(memory.numel(), k).fill_(0xA5)
+        arrays = {} if state is None else {"state": to_numpy(state)}
         out = self._run_rule(
             "compress",
             memory,
@@ -133,10 +130,10 @@ class Kernels:
             k=k,
             wire=WIRES.index(wire_dtype),
             tag=tag,
-            state=to_numpy(state),
-            fresh=int(fresh),
+            **arrays,
         )
-        state.copy_(torch.from_numpy(out["state"]))
+        if state is not None:
+            state.copy_(torch.from_numpy(out["state"]))
         self.repairs = int(out["repairs"][0])
         self.outcome = OUTCOMES[out["outcome"][0]]
         self.from_memory = bool(out["from_memory"][0])
@@ -211,24 +208,6 @@ class Kernels:
         ranks = np.array([p.size(0) for p in payloads], np.int64)
         out = self._call("verdict", buckets=len(payloads), dense=len(counts), ranks=ranks, **arrays)
         return torch.from_numpy(out["flags"].view(np.int32))
-
-    def payload_nonfinite(self, payloads):
-        out = self._call("payload_nonfinite", payloads=to_numpy(payloads), ranks=payloads.size(0))
-        return torch.from_numpy(out["nonfinite"])
-
-    def aggregate_flags(self, aggregates):
-        arrays = {f"aggregate{i}": to_numpy(a) for i, a in enumerate(aggregates)}
-        out = self._call("aggregate_flags", count=len(aggregates), **arrays)
-        return torch.from_numpy(out["flags"])
-
-    def fingerprint(self, params):
-        """One launch for each tensor, as in the operator."""
-        prints = []
-        for param in params:
-            data, code = to_numpy(param).view(np.uint8), DTYPES.index(param.dtype)
-            out = self._call("fingerprint", data=data, dtype=code, numel=param.numel())
-            prints.append(torch.from_numpy(out["print"].view(np.int64)))
-        return torch.cat(prints)
 
     def merge(self, payloads, numel, k, wire_dtype=torch.bfloat16, *, skip=None):
         arrays = self._payload("payloads", payloads, numel, k, wire_dtype, skip)

@@ -19,7 +19,7 @@ from emulator.kernel_ops import (
 )
 from gmc_cuda import ops, reference
 from support.cases import assert_same_bytes, sample_call
-from support.payload_sections import section_begin, spare_bits
+from support.payload_sections import aggregate_flags, section_begin, spare_bits
 from support.sampling import misleading, places
 
 FLOAT8, FLOAT4 = reference.FLOAT8, reference.FLOAT4
@@ -527,7 +527,7 @@ def test_nonfinite_values(running, rule):
                 grad_scale=0.5,
                 found_inf=found_inf,
             )
-            assert ops.payload_nonfinite(payload.unsqueeze(0)).item() != 0
+            assert ops.unpack(payload, numel, k)[2] != 0
             assert bool(bucket.sides[0][0].isfinite().all())
 
 
@@ -592,7 +592,6 @@ def test_verdict(running):
     overflowed[1, 4] = 7
     assert kernels.verdict([overflowed] + [small] * 140).item() == 1
     assert kernels.verdict([small] * 140 + [overflowed]).item() == 1
-    assert kernels.payload_nonfinite(overflowed).tolist() == [0, 7]
     for place, expected in ((None, 0), (0, 1), (139, 1)):
         counts = [torch.zeros(6) for _ in range(140)]
         if place is not None:
@@ -600,7 +599,6 @@ def test_verdict(running):
         assert kernels.verdict([], counts).item() == expected
         assert kernels.verdict([small], counts).item() == expected
     odd = torch.full((70, 37), 1, dtype=torch.uint8)  # no payload at all
-    assert_same_bytes(kernels.payload_nonfinite(odd), ops.payload_nonfinite(odd), "counts")
     assert kernels.verdict([small, odd]).item() == ops.verdict([small, odd]).item() == 3
 
 
@@ -690,28 +688,6 @@ def test_damaged_aggregates(running):
     assert not bool(kernels.densify(flagged, numel).any())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_fingerprint(running, dtype):
-    params = [torch.randn(n).to(dtype) for n in (1, 33, 5000)]
-    expected = reference.fingerprint(params)
-    for seed in (0, 3):
-        assert torch.equal(Kernels(running, seed).fingerprint(params), expected)
-    assert torch.equal(ops.fingerprint(params), expected)
-
-
-def test_aggregate_flags(running):
-    """More aggregates than one launch takes."""
-    kernels = Kernels(running)
-    payloads = payloads_of(2, 50, 5, torch.bfloat16, seed=0)
-    skip = torch.ones(1, dtype=torch.int32)
-    skipped = kernels.merge(payloads, 50, 5, skip=skip)
-    payloads[1, 0] ^= 1
-    damaged = kernels.merge(payloads, 50, 5)
-    assert kernels.aggregate_flags([skipped, damaged]).tolist() == [1, 2]
-    many = [ops.sparsify(torch.ones(1))] * 300 + [damaged]
-    assert kernels.aggregate_flags(many).tolist() == ops.aggregate_flags(many).tolist()
-
-
 @pytest.mark.parametrize("wire", [torch.bfloat16, FLOAT8, FLOAT4])
 def test_damaged_payloads(running, wire):
     """Each byte of a payload changed in turn: the kernels call damaged what the CPU op calls
@@ -727,7 +703,7 @@ def test_damaged_payloads(running, wire):
             broken = payloads.clone()
             broken[1] = flipped(broken[1], byte, bit)
             aggregate = kernels.merge(broken, numel, k, wire)
-            damaged = is_damaged(kernels, aggregate)
+            damaged = is_damaged(aggregate)
             assert damaged == damaged_on_cpu(lambda b=broken: ops.merge(b, numel, k, wire)), byte
             found += damaged
             if damaged:
@@ -747,8 +723,8 @@ def test_damaged_payloads(running, wire):
     assert found > 70
 
 
-def is_damaged(kernels, aggregate):
-    return bool(kernels.aggregate_flags([aggregate]).item() & 2)
+def is_damaged(aggregate):
+    return bool(aggregate_flags(aggregate) & ops.DAMAGED)
 
 
 @pytest.mark.parametrize("wire", [torch.bfloat16, FLOAT8, FLOAT4])
@@ -761,7 +737,7 @@ def test_bits_that_no_section_owns(running, wire):
     for bit in list(spare_bits(numel, k, wire))[::every]:
         broken = payloads.clone()
         broken[bit % 3] = flipped(broken[bit % 3], bit // 8, 1 << bit % 8)
-        assert is_damaged(kernels, kernels.merge(broken, numel, k, wire)), bit
+        assert is_damaged(kernels.merge(broken, numel, k, wire)), bit
         for rank, payload in enumerate(broken):
             indices = kernels.unpack(payload, numel, k, wire)[0]
             assert bool((indices == -1).all()) == (rank == bit % 3), bit
@@ -790,7 +766,7 @@ def test_damaged_indices(running, damage, wire):
     kernels = Kernels(running, seed=2)
     assert damaged_on_cpu(lambda: ops.merge(payloads, numel, k, wire))
     aggregate = kernels.merge(payloads, numel, k, wire)
-    assert kernels.aggregate_flags([aggregate]).item() == 2
+    assert aggregate_flags(aggregate) == ops.DAMAGED
     assert not bool(kernels.densify(aggregate, numel).any())
     memory = torch.ones(numel)
     kernels.restore_(memory, payloads[1], k, wire)
@@ -813,7 +789,7 @@ def test_values_that_are_not_finite(running, wire):
         codes = payloads[1, begin : begin + k * wire.itemsize].view(wire)
         codes[place] = value
         assert damaged_on_cpu(lambda p=payloads: ops.merge(p, numel, k, wire))
-        assert is_damaged(kernels, kernels.merge(payloads, numel, k, wire))
+        assert is_damaged(kernels.merge(payloads, numel, k, wire))
         assert bool((kernels.unpack(payloads[1], numel, k, wire)[0] == -1).all())
         memory = torch.ones(numel)
         kernels.restore_(memory, payloads[1], k, wire)
@@ -986,7 +962,7 @@ def test_every_entry_of_a_block_is_checked(running, full_size):
             low[place : place + 2] = low[place : place + 2].flip(0) if swapped else low[place]
             for kernels in (Kernels(running), Kernels(full_size)):
                 merged = kernels.merge(payloads, numel, k, wire)
-                assert is_damaged(kernels, merged), (place, swapped)
+                assert is_damaged(merged), (place, swapped)
 
 
 @pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16, torch.float16])
@@ -997,10 +973,10 @@ def test_a_code_of_ones_at_a_tiles_last_element(full_size, wire):
     x[-1] = 1.0
     payloads = ops.compress_(torch.zeros(numel), [x], 1, wire_dtype=wire).unsqueeze(0)
     kernels = Kernels(full_size)
-    assert not is_damaged(kernels, kernels.merge(payloads, numel, 1, wire))
+    assert not is_damaged(kernels.merge(payloads, numel, 1, wire))
     begin = section_begin("values", numel, 1, wire)
     payloads[0, begin : begin + wire.itemsize] = 255
-    assert is_damaged(kernels, kernels.merge(payloads, numel, 1, wire))
+    assert is_damaged(kernels.merge(payloads, numel, 1, wire))
 
 
 def test_a_whole_tile_in_its_last_block(full_size):
@@ -1014,5 +990,5 @@ def test_a_whole_tile_in_its_last_block(full_size):
     payloads[0, begin : begin + bitmap.numel()] = bitmap
     assert damaged_on_cpu(lambda: ops.merge(payloads, numel, numel, wire))
     kernels = Kernels(full_size, seed=4)
-    assert is_damaged(kernels, kernels.merge(payloads, numel, numel, wire))
+    assert is_damaged(kernels.merge(payloads, numel, numel, wire))
     assert bool((kernels.unpack(payloads[0], numel, numel, wire)[0] == -1).all())

@@ -14,6 +14,7 @@ import torch
 
 import gmc_cuda
 from gmc_cuda._engine.exchange import Exchange, GroupLost
+from gmc_cuda._engine.fingerprint import fingerprints
 from soak.equation import TOLERANCE, Broken, MassEquation, aggregate_of, mean
 from soak.plan import SHAPES, Life, Plan
 from support.problems import memory_of
@@ -115,7 +116,7 @@ class _Worker:
         if bool(optimizer.last_step_skipped()) != equation.skips:
             raise Broken(f"step {step}: skipped or not, against the gradients")
         self.count(faults, equation.skips)
-        self.report.weights[step] = hash(tuple(gmc_cuda.ops.fingerprint(self.params).tolist()))
+        self.report.weights[step] = hash(tuple(fingerprints(self.params).tolist()))
         if step % plan.save_every == 0 and step != self.life.last:
             self.save(step)
         elif step == self.life.last and self.life.moment == "while saving":

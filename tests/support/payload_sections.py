@@ -1,4 +1,6 @@
-"""Where the sections of a payload begin, and the bits that none of them owns."""
+"""Bytes of payloads and aggregates: where sections begin, bits that none owns, words of headers."""
+
+import torch
 
 from gmc_cuda import reference
 
@@ -20,3 +22,14 @@ def spare_bits(numel, k, wire):
     for i, bits in enumerate(used):
         begin, end = (section_begin(section, numel, k, wire) for section in SECTIONS[i : i + 2])
         yield from range(8 * begin + bits, 8 * end)
+
+
+def nonfinite_counts(payloads):
+    """Each rank's count of non-finite values, from the headers of uint8 [p, n]."""
+    words = payloads[:, 4:8].contiguous().view(torch.int32).flatten()
+    return [count % 2**32 for count in words.tolist()]
+
+
+def aggregate_flags(aggregate):
+    """The flags in an aggregate's header."""
+    return int(aggregate[4:8].view(torch.int32))

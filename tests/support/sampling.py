@@ -1,4 +1,4 @@
-"""Where compress_ looks before it guesses (csrc/guess.h), so that tests can mislead it."""
+"""Where compress_ looks before it guesses (csrc/shared/guess.h), so that tests can mislead it."""
 
 import torch
 

@@ -9,11 +9,19 @@
 // u does not decay either.
 #pragma once
 
-#include "numbers.h"
+#include "shared/numbers.h"
 
 namespace gmc {
 
-// No compiler may contract these into a fused operation.
+// The numbers of the rule that the host always knows.
+struct RuleOptions {
+  float weight_decay;  // lambda
+  float memory_decay;  // d
+  bool maximize;       // ascend
+  bool nesterov;       // look ahead; local momentum only
+};
+
+// No compiler may contract add, multiply and subtract into a fused operation.
 GMC_HD float add(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fadd_rn(a, b);
@@ -39,13 +47,13 @@ GMC_HD float subtract(float a, float b) {
 }
 
 // What a gradient is multiplied by.
-GMC_HD float gradient_factor(float grad_scale, bool maximize) {
+GMC_HD float gradient_factor(float grad_scale, const RuleOptions& options) {
 #if defined(__CUDA_ARCH__)
   const float inverse = __fdiv_rn(1.0f, grad_scale);
 #else
   const float inverse = 1.0f / grad_scale;
 #endif
-  return maximize ? -inverse : inverse;
+  return options.maximize ? -inverse : inverse;
 }
 
 // g' = g * factor, or zero where that is not finite, which is counted.
@@ -55,8 +63,10 @@ GMC_HD float scaled_gradient(float g, float factor, uint32_t* nonfinite) {
   return finite_or_zero(scaled);
 }
 
-// d * u. Exact for d = 1, so that nobody needs a rule without it.
-GMC_HD float decayed(float u, float memory_decay) { return multiply(memory_decay, u); }
+// d * u. It is exact for d = 1, so that no rule without it is needed.
+GMC_HD float decayed(float u, const RuleOptions& options) {
+  return multiply(options.memory_decay, u);
+}
 
 // x + lambda * w, and x + beta * a.
 GMC_HD float add_scaled(float x, float factor, float y) { return add(x, multiply(factor, y)); }
@@ -65,10 +75,11 @@ GMC_HD float next_momentum(float m, float g, float momentum) {
   return add(multiply(momentum, m), g);
 }
 
-// u: decayed. m: already that of this step.
-GMC_HD float local_momentum_value(float u, float g, float m, float momentum, bool nesterov) {
+// v of local momentum. u: decayed. m: already that of this step.
+GMC_HD float local_momentum_value(float u, float g, float m, float momentum,
+                                  const RuleOptions& options) {
   const float ahead = add_scaled(add(u, g), momentum, m);
-  return nesterov ? ahead : add(u, m);
+  return options.nesterov ? ahead : add(u, m);
 }
 
 // Turns -0 into +0, so that an aggregate's missing entries equal entries of zero.

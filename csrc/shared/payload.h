@@ -1,14 +1,14 @@
 // The wire format and the layout of an aggregate: one source for the CPU and the CUDA kernels, and
-// the only check of their headers.
-// Torch-free; of the standard library only what needs no code.
+// the only check of their headers. It knows no torch, and of the standard library only what needs
+// no code.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
-#include "numbers.h"
-#include "scale.h"
+#include "shared/numbers.h"
+#include "shared/scale.h"
 
 namespace gmc {
 
@@ -55,7 +55,7 @@ GMC_HD uint32_t payload_magic(WireType wire) {
   return kPayloadMagic | (static_cast<uint32_t>(wire) << 24);
 }
 
-// Tags are what a float32 holds exactly, as which those of dense buckets travel.
+// Tags are numbers that a float32 holds exactly, because those of dense buckets travel as one.
 constexpr uint32_t kTags = 1u << 24;
 constexpr uint32_t kCalledOff = 1;
 
@@ -84,7 +84,7 @@ GMC_HD PayloadHeader make_header(const PayloadShape& shape, uint32_t nonfinite, 
 struct PayloadLayout {
   int64_t starts, starts_end, low, low_end, bitmap, bits, bitmap_end, values, values_end, nbytes;
 
-  // All in bytes but `bits`, the length of the bitmap.
+  // All are in bytes except `bits`, the length of the bitmap.
   GMC_HD explicit PayloadLayout(const PayloadShape& shape)
       : starts(pad16(sizeof(PayloadHeader))),
         starts_end(starts + 4 * tile_count(shape.numel)),
@@ -97,7 +97,7 @@ struct PayloadLayout {
         values_end(values + wire_nbytes(shape.wire, shape.k)),
         nbytes(pad16(values_end)) {}
 
-  // Calls function(begin, end) for the bytes of padding behind each section.
+  // Calls function(begin, end) for the bytes of padding after each section.
   GMC_ANY_SIDE
   template <class Function>
   GMC_HD void for_each_gap(const Function& function) const {
@@ -108,9 +108,9 @@ struct PayloadLayout {
     function(values_end, nbytes);
   }
 
-  // Whether the bits behind the last one of the bitmap and of the values are zero, within the bytes
+  // Whether the bits after the last one of the bitmap and of the values are zero, within the bytes
   // that these share.
-  GMC_HD bool clear_behind(const uint8_t* payload, const PayloadShape& shape) const {
+  GMC_HD bool clear_after_bits(const uint8_t* payload, const PayloadShape& shape) const {
     const bool half = shape.wire == WireType::kFloat4 && shape.k % 2 != 0;
     return (bits % 8 == 0 || payload[bitmap_end - 1] >> (bits % 8) == 0) &&
            (!half || payload[values_end - 1] >> 4 == 0);
@@ -134,7 +134,7 @@ struct PayloadView {
         values(payload + layout.values) {}
 };
 
-// Byte by byte, for bytes that are perhaps no payload and lie anywhere.
+// Reads a header byte by byte, from bytes that are perhaps no payload and have any alignment.
 GMC_HD PayloadHeader read_header(const uint8_t* payload) {
   const auto word = [payload](int i) {
     const uint8_t* at = payload + 4 * i;
@@ -143,11 +143,11 @@ GMC_HD PayloadHeader read_header(const uint8_t* payload) {
   return {word(0), word(1), word(2), word(3), static_cast<int32_t>(word(4)), word(5)};
 }
 
-// How a header contradicts what is expected of it. Any tag will do: it is compared with those of
-// the other ranks, by the verdict.
+// How a header contradicts what is expected of it. A tag contradicts nothing: the verdict compares
+// it with those of the other ranks.
 enum class HeaderFault : uint32_t { kNone, kFormat, kK, kNumel, kSize, kScale };
 
-// Of a payload whose shape is known.
+// The fault of a payload whose shape is known.
 GMC_HD HeaderFault header_fault(const PayloadHeader& header, const PayloadShape& expected) {
   if (header.magic != payload_magic(expected.wire)) return HeaderFault::kFormat;
   if (header.k != expected.k) return HeaderFault::kK;
@@ -156,7 +156,8 @@ GMC_HD HeaderFault header_fault(const PayloadHeader& header, const PayloadShape&
   return HeaderFault::kNone;
 }
 
-// Of a payload of which only the size is known: it must describe one that has this size.
+// The fault of a payload of which only the size is known: its header must describe one of this
+// size.
 GMC_HD HeaderFault header_fault(const PayloadHeader& header, int64_t nbytes) {
   const uint32_t wire = (header.magic >> 24) & 0xfu;
   if (wire >= kWireTypes) return HeaderFault::kFormat;
@@ -188,10 +189,11 @@ GMC_HD TileRange tile_range(const uint32_t* starts, const PayloadShape& shape, i
 // outside this library:
 //   Header | starts uint32 [tiles] | counts uint32 [tiles] | runs uint16 [16 tiles] |
 //   indices uint16 [capacity] | values float32 [capacity]
-// The entries of tile t lie at starts[t] .. starts[t] + counts[t], ascending, with gaps behind
-// them: starts[t] = min(sum of the ranks' starts, 65536 t) leaves room for every tile and needs no
-// prefix sum over the merged counts. Where counts[t] is not zero, runs[16 t + i] of them lie before
-// the i-th run of 4096 elements of the tile, so that who works on less than a tile finds its own.
+// The entries of tile t lie at starts[t] .. starts[t] + counts[t], ascending, with gaps after them:
+// starts[t] = min(sum of the ranks' starts, 65536 t) leaves room for every tile and needs no prefix
+// sum over the merged counts. Where counts[t] is not zero, runs[16 t + i] of them lie before the
+// i-th run of 4096 elements of the tile, so that a kernel that works on less than a tile finds its
+// entries.
 // ---------------------------------------------------------------------------------------------
 
 constexpr int64_t kAggregateRun = 4096;
@@ -206,12 +208,11 @@ constexpr uint32_t kDamaged = 2;
 constexpr uint32_t kMismatch = 4;  // two ranks' tags differ
 constexpr uint32_t kOff = 8;       // a rank called its step off
 
-// What a word that steps leave behind keeps of their verdicts: all but non-finite values, which are
-// counted.
+// The bits of a verdict that Skip::flags keeps: all but non-finite values, which are counted.
 constexpr uint32_t kKept = kDamaged | kMismatch | kOff;
 
 // What the ranks say of one bucket. They are compared with each other, never with the rank that
-// asks: all received the same bytes, so all come to the same verdict.
+// computes the verdict: all ranks received the same bytes, so all come to the same verdict.
 struct BucketVerdict {
   uint32_t flags = 0;
   uint32_t least = ~0u, largest = 0;  // of the tags' words, so that none, one or equal ones agree
@@ -226,8 +227,8 @@ struct BucketVerdict {
     }
   }
 
-  // The numbers that stand for a header where a bucket is sent whole. The tag is compared by its
-  // bits, so that a sum that went wrong need not be a number.
+  // Adds the numbers that stand for a header where a bucket is sent whole. The tag is compared by
+  // its bits, because a sum that went wrong may not be a number.
   GMC_HD void add(float nonfinite, float tag) {
     if (nonfinite != 0.0f) flags |= kNonfinite;
     add_tag(float_bits(tag), float_bits(static_cast<float>(kCalledOff)));
@@ -259,7 +260,7 @@ GMC_HD int64_t aggregate_capacity(int64_t numel, int64_t k, int64_t ranks) {
 }
 
 struct AggregateLayout {
-  int64_t starts, counts, runs, indices, values, nbytes;  // the first three know no capacity
+  int64_t starts, counts, runs, indices, values, nbytes;  // the first three depend on numel alone
 
   GMC_HD AggregateLayout(int64_t numel, int64_t capacity)
       : starts(sizeof(AggregateHeader)),

@@ -1,6 +1,6 @@
-// Tensors, as torch's stable C++ interface has them: what every file that sees one includes.
-// Only torch/csrc/stable, torch/headeronly and the C interface below them keep their binary form
-// from one version of torch to the next; nothing else of torch may be included anywhere.
+// Tensors of torch's stable C++ interface. Every file that sees a tensor includes this one. Only
+// torch/csrc/stable, torch/headeronly and the C interface below them keep their binary form from
+// one version of torch to the next; nothing else of torch may be included anywhere.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,6 +17,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using TensorList = std::vector<Tensor>;
+using TensorOrNoneList = std::vector<OptionalTensor>;
 
 // A device in torch's own numbers, which the stable interface names only by functions.
 struct Device {

@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "launch.h"
-#include "segment_table.h"
+#include "segments.h"
 
 namespace gmc::cuda {
 namespace {
@@ -11,8 +11,8 @@ __global__ void store_segments_kernel(const __grid_constant__ SegmentPiece piece
   for (int i = threadIdx.x; i < count; i += blockDim.x) stored[i] = piece.segment[i];
 }
 
-// Without empty tensors, and with neighbours in one run joined (a flat buffer's views, or several
-// Nones).
+// The table has no empty tensors, and neighbours in memory are joined (views of a flat buffer, or
+// several Nones).
 std::vector<TableSegment> table_of(const std::vector<Segment>& segments) {
   std::vector<TableSegment> table;
   for (const Segment& segment : segments) {
@@ -29,36 +29,31 @@ std::vector<TableSegment> table_of(const std::vector<Segment>& segments) {
   return table;
 }
 
-cudaError_t store(const std::vector<TableSegment>& table, TableSegment* stored,
-                  cudaStream_t stream) {
+void store(const std::vector<TableSegment>& table, TableSegment* stored, const Stream& stream) {
   const int count = static_cast<int>(table.size());
   for (int first = 0; first < count; first += kInlineSegments) {
     SegmentPiece piece = {};
     const int length = std::min(count - first, kInlineSegments);
     std::copy_n(table.begin() + first, length, piece.segment);
-    const cudaError_t status =
-        launch(store_segments_kernel, 1, 64, stream, piece, length, stored + first);
-    if (status != cudaSuccess) return status;
+    launch(store_segments_kernel, 1, 64, stream, piece, length, stored + first);
   }
-  return cudaSuccess;
 }
 
 }  // namespace
 
-cudaError_t place_segments(const std::vector<Segment>& segments, SegmentPiece* own, int* used,
-                           const std::function<void*(int64_t)>& allocate, cudaStream_t stream,
-                           SegmentList* list) {
+SegmentList place_segments(const std::vector<Segment>& segments, SegmentPiece* own, int* used,
+                           const Stream& stream) {
   const std::vector<TableSegment> table = table_of(segments);
   const int count = static_cast<int>(table.size());
   if (*used + count <= kInlineSegments) {
     std::copy(table.begin(), table.end(), own->segment + *used);
-    *list = {nullptr, *used, count};
+    const int first = *used;
     *used += count;
-    return cudaSuccess;
+    return {nullptr, first, count};
   }
-  auto* stored = static_cast<TableSegment*>(allocate(count * sizeof(TableSegment)));
-  *list = {stored, 0, count};
-  return store(table, stored, stream);
+  auto* const stored = static_cast<TableSegment*>(stream.allocate(count * sizeof(TableSegment)));
+  store(table, stored, stream);
+  return {stored, 0, count};
 }
 
 }  // namespace gmc::cuda

@@ -2,14 +2,14 @@
 // It follows from the exponents of the selected entries alone, so that every backend finds the
 // same.
 //
-// The largest code should stand where the entries end. 4-bit codes reach over less than four
+// The largest code should be about as large as the largest entry. 4-bit codes span less than four
 // octaves, so for them a few entries may lie above and saturate: the others are then rounded more
 // finely. What saturation leaves in memory comes back larger at the next step, and would grow
-// without bound if it always exceeded what one step may send; so once entries stand far above the
+// without bound if it always exceeded what one step may send; so once entries lie far above the
 // others, nothing saturates.
 #pragma once
 
-#include "numbers.h"
+#include "shared/numbers.h"
 
 namespace gmc {
 
@@ -23,7 +23,7 @@ GMC_HD int64_t may_saturate(WireType wire, int64_t k) {
 
 constexpr uint32_t kFarAbove = 6;  // octaves
 
-// What the scale depends on, of the k selected entries.
+// What the scale depends on: exponents of the k selected entries.
 struct Exponents {
   uint32_t largest;  // exponent field
   uint32_t fitting;  // the smallest field that at most may_saturate(wire, k) entries exceed
@@ -50,7 +50,7 @@ GMC_HD bool is_scaled(WireType wire) {
   return with_wire_type(wire, [](auto format) { return decltype(format)::kScaled; });
 }
 
-// Whether a header may say so.
+// True if a sound header can carry this scale.
 GMC_HD bool sound_scale(WireType wire, int scale) {
   return with_wire_type(wire, [=](auto format) {
     using Format = decltype(format);

@@ -1,17 +1,17 @@
 // The guess: a key expected to lie a little under the k-th largest, so that a pass can put
 // candidates aside before the k-th is known. It decides only which path a selection takes, never
-// its result; so this policy is one for all backends, though their guesses need not be the same.
+// its result. So all backends share this policy, though their guesses need not be the same.
 //
 // There are two sources. What is carried from the last call is precise while gradients are steady:
 // it follows the growth of the k-th magnitude and stays below it by a distance at which 1.2 k
-// candidates were found. A sample of this call's v, taken before the pass, is rough but knows of
+// candidates were found. A sample of this call's v, taken before the pass, is rough but sees
 // everything new: a scale that jumps, another k, memory that is zero. As long as the sample does
 // not contradict it, the carried guess is used.
 #pragma once
 
 #include <math.h>
 
-#include "rule.h"
+#include "shared/rule.h"
 
 #ifndef GMC_SMALLEST_SAMPLE
 #define GMC_SMALLEST_SAMPLE 2048
@@ -19,19 +19,19 @@
 
 namespace gmc {
 
-// All zero: nothing is known yet.
+// All zeros mean that nothing is known yet.
 struct Guess {
-  uint64_t repairs;  // guesses that were of no use
-  // What later calls learn from.
+  uint64_t repairs;  // how many guesses were useless
+  // These are what later calls learn from.
   float kth;         // the k-th magnitude of the last call
-  float growth;      // of the k-th magnitude from call to call, as a share, smoothed
+  float growth;      // of the k-th magnitude from call to call: a smoothed share
   float distance;    // below the k-th, as a share, within which 0.2 k more were found
   float caution;     // above 1 after repairs: widens that distance
   float unseen;      // share of the candidates that the sample does not account for
   int32_t scale;     // of the last payload (scale.h)
   uint32_t k;        // of the last call
   uint32_t trusted;  // whether the carried guess was, or would have been, a good one
-  // Of this call.
+  // These are of this call.
   uint32_t key;     // the guess; 1 lets everything through that is not zero
   float carried;    // the carried guess, a magnitude; 0: there was none
   float in_sample;  // how many of the sample reach the guess, of k times this expected:
@@ -77,15 +77,18 @@ struct Sample {
   }
 };
 
-// v but for the aggregate, whose entries take too long to find. u: decayed. g: g' of rule.h.
-GMC_HD float sampled_value(float u, float g, float decay, float w) {
-  return add_scaled(add(u, g), decay, w);
+// v of global momentum, without the aggregate, whose entries take too long to find. g: g' of
+// rule.h. w: zero without weight decay.
+GMC_HD float sampled_value(float u, float g, float w, const RuleOptions& options) {
+  return add_scaled(add(decayed(u, options), g), options.weight_decay, w);
 }
 
-GMC_HD float sampled_value(float u, float g, float decay, float w, float m, float momentum,
-                           bool nesterov) {
-  g = add_scaled(g, decay, w);
-  return local_momentum_value(u, g, next_momentum(m, g, momentum), momentum, nesterov);
+// v of local momentum.
+GMC_HD float sampled_value(float u, float g, float w, float m, float momentum,
+                           const RuleOptions& options) {
+  g = add_scaled(g, options.weight_decay, w);
+  return local_momentum_value(decayed(u, options), g, next_momentum(m, g, momentum), momentum,
+                              options);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -97,7 +100,7 @@ constexpr float kSteady = 0.25f;  // change of the gradient's scale, as a share 
 
 GMC_HD float clamped(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 
-// The same for this k: how many there are near the k-th is noise where k is small.
+// Candidates to aim at, over k. Small k get more, because the count near the k-th is noisy.
 GMC_HD float surplus(int64_t k) { return kSurplus + 3.0f / sqrtf(static_cast<float>(k)); }
 
 // How far the guess should be below the k-th magnitude, as a share. The number of entries above a
@@ -115,9 +118,9 @@ GMC_HD float carried_guess(const Guess& guess, int64_t k) {
          (1.0f - distance_below(guess, k));
 }
 
-// Sampled: reaching(key) is how many of the sample have this key or a larger one, about; at(n) is a
-// key that about n reach, 0 if the sample has no more than n that are not zero; gradient() is the
-// sum of |g'|.
+// Chooses a call's guess. Sampled has three functions: reaching(key) is about how many of the
+// sample have this key or a larger one; at(n) is a key that about n reach, or 0 if the sample has
+// no more than n that are not zero; gradient() is the sum of |g'|.
 template <class Sampled>
 GMC_HD Guess choose_guess(Guess guess, int64_t k, const Sample& sample, const Sampled& sampled) {
   guess.rate = static_cast<float>(sample.size) / static_cast<float>(sample.numel);
@@ -127,7 +130,7 @@ GMC_HD Guess choose_guess(Guess guess, int64_t k, const Sample& sample, const Sa
   guess.gradient = sampled.gradient() / guess.rate;
   const float change = fabsf(guess.gradient - before);
   const bool steady = change <= kSteady * fmaxf(guess.gradient, before);
-  const bool whole = sample.size == sample.numel;  // then it knows better
+  const bool whole = sample.size == sample.numel;  // a whole sample is exact
   if (steady && !whole && guess.trusted && guess.carried > 0.0f &&
       guess.carried < bits_float(kInfKey)) {
     guess.key = float_bits(guess.carried);
@@ -145,11 +148,11 @@ GMC_HD Guess choose_guess(Guess guess, int64_t k, const Sample& sample, const Sa
   return guess;
 }
 
-// After the call. threshold: the k-th largest key. found: how many reached the guess. repaired:
-// they were too few, or more than there was room for.
+// Learns from a call after it. threshold: the k-th largest key. found: how many reached the guess.
+// repaired: whether they were too few, or more than there was room for.
 GMC_HD void learn(Guess* guess, uint32_t threshold, int64_t k, int64_t found, bool repaired) {
   const float kth = bits_float(threshold), before = guess->kth;
-  // A repair costs far more than some candidates too many.
+  // A repair costs far more than a few candidates too many.
   guess->caution = fmaxf(1.0f, 0.97f * guess->caution);
   if (repaired) {
     ++guess->repairs;

@@ -7,13 +7,13 @@
 #include <stdexcept>
 #include <string>
 
-#include "payload.h"
+#include "shared/bucket.h"
 #include "tensor.h"
 
 namespace gmc {
 
-// Through the stable interface every exception arrives as a RuntimeError. The kind that it should
-// be stands at the head of its text; gmc_cuda/ops.py makes it that kind.
+// Through the stable interface every exception arrives as a RuntimeError. Its text begins with the
+// kind that it should be, and gmc_cuda/ops.py makes it that kind.
 template <class... Arguments>
 [[noreturn]] void raise(const char* kind, const Arguments&... arguments) {
   std::ostringstream text;
@@ -47,17 +47,22 @@ DType check_float_dtype(ScalarType dtype, Name name);
 WireType check_wire_type(ScalarType dtype);
 void check_numel(int64_t numel, Name name);
 void check_k(int64_t k, int64_t numel);
+PayloadShape check_shape(int64_t numel, int64_t k, ScalarType wire_dtype);
 
 // A dense, contiguous tensor on the given device. dtype: checked when given.
 void check_tensor(const Tensor& tensor, Name name, Device device,
                   std::optional<ScalarType> dtype = std::nullopt);
-// The same, one-dimensional and of the given length.
+// A tensor as check_tensor asks for, one-dimensional and of the given length.
 void check_vector(const Tensor& tensor, Name name, Device device, ScalarType dtype, int64_t numel);
 // One floating-point number, on the CPU or on the given device.
-void check_number(const Tensor& tensor, Name name, Device device);
-void check_skip(const OptionalTensor& skip, Device device);
-void check_payload(const Tensor& payload, Device device, const PayloadShape& shape);
-// Opaque bytes that merge or sparsify made for numel elements.
-void check_aggregate(const Tensor& aggregate, Device device, int64_t numel);
+Scalar check_number(const Tensor& tensor, Name name, Device device);
+// Opaque bytes. On a GPU they are read 16 at a time at most, so a view must begin at a multiple of
+// 16 bytes; fresh tensors are aligned to far more.
+const uint8_t* readable_bytes(const Tensor& tensor, Name name);
+uint8_t* writable_bytes(const Tensor& tensor, Name name);
+Payload check_payload(const Tensor& payload, Device device, int64_t numel, int64_t k,
+                      ScalarType wire_dtype);
+// What merge or sparsify made for numel elements.
+Aggregate check_aggregate(const Tensor& aggregate, Device device, int64_t numel);
 
 }  // namespace gmc

@@ -32,6 +32,28 @@ bool is_floating(ScalarType dtype) {
   }
 }
 
+Scalar::Type scalar_type(ScalarType dtype, Name name) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return Scalar::kFloat32;
+    case ScalarType::BFloat16:
+      return Scalar::kBFloat16;
+    case ScalarType::Half:
+      return Scalar::kFloat16;
+    case ScalarType::Double:
+      return Scalar::kFloat64;
+    default:
+      raise("TypeError", name, ": got ", dtype_name(dtype),
+            ", must be torch.float32, bfloat16, float16 or float64");
+  }
+}
+
+void check_alignment(const Tensor& tensor, const void* data, Name name) {
+  GMC_CHECK_VALUE(tensor.is_cpu() || reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
+                  ": got a view that begins at byte ", tensor.storage_offset(),
+                  " of its storage, must begin at a multiple of 16");
+}
+
 }  // namespace
 
 std::ostream& operator<<(std::ostream& out, const Name& name) {
@@ -107,6 +129,12 @@ void check_k(int64_t k, int64_t numel) {
   GMC_CHECK_VALUE(k >= 1 && k <= numel, "k: got ", k, ", must be between 1 and numel = ", numel);
 }
 
+PayloadShape check_shape(int64_t numel, int64_t k, ScalarType wire_dtype) {
+  check_numel(numel, "numel");
+  check_k(k, numel);
+  return {numel, k, check_wire_type(wire_dtype)};
+}
+
 void check_tensor(const Tensor& tensor, Name name, Device device, std::optional<ScalarType> dtype) {
   int32_t layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
@@ -130,7 +158,7 @@ void check_vector(const Tensor& tensor, Name name, Device device, ScalarType dty
                   sizes_of(tensor), ", must be [", numel, "]");
 }
 
-void check_number(const Tensor& tensor, Name name, Device device) {
+Scalar check_number(const Tensor& tensor, Name name, Device device) {
   GMC_CHECK_VALUE(tensor.numel() == 1, name, ": got shape ", sizes_of(tensor),
                   ", must hold one number");
   GMC_CHECK_TYPE(is_floating(tensor.scalar_type()), name, ": got ",
@@ -138,23 +166,37 @@ void check_number(const Tensor& tensor, Name name, Device device) {
   const Device own(tensor);
   GMC_CHECK_VALUE(own == device || own.is_cpu(), name, ": got device ", own, ", must be cpu or ",
                   device);
+  if (own.is_cpu()) return scalar(number(tensor));
+  return {tensor.const_data_ptr(), scalar_type(tensor.scalar_type(), name), 0.0f};
 }
 
-void check_skip(const OptionalTensor& skip, Device device) {
-  if (skip) check_vector(*skip, "skip", device, ScalarType::Int, 1);
+const uint8_t* readable_bytes(const Tensor& tensor, Name name) {
+  const auto* bytes = data<uint8_t>(tensor);
+  check_alignment(tensor, bytes, name);
+  return bytes;
 }
 
-void check_payload(const Tensor& payload, Device device, const PayloadShape& shape) {
+uint8_t* writable_bytes(const Tensor& tensor, Name name) {
+  auto* bytes = mutable_data<uint8_t>(tensor);
+  check_alignment(tensor, bytes, name);
+  return bytes;
+}
+
+Payload check_payload(const Tensor& payload, Device device, int64_t numel, int64_t k,
+                      ScalarType wire_dtype) {
+  const PayloadShape shape = check_shape(numel, k, wire_dtype);
   check_vector(payload, "payload", device, ScalarType::Byte, PayloadLayout(shape).nbytes);
+  return {readable_bytes(payload, "payload"), shape};
 }
 
-void check_aggregate(const Tensor& aggregate, Device device, int64_t numel) {
+Aggregate check_aggregate(const Tensor& aggregate, Device device, int64_t numel) {
   check_tensor(aggregate, "aggregate", device, ScalarType::Byte);
   GMC_CHECK_VALUE(aggregate.dim() == 1 && aggregate.numel() >= AggregateLayout(numel, 1).nbytes,
                   "aggregate: got shape ", sizes_of(aggregate),
                   ", must come from merge or sparsify for ", numel, " elements");
-  if (!device.is_cpu()) return;  // the header is checked by the kernels
-  const auto* bytes = data<uint8_t>(aggregate);
+  const uint8_t* const bytes = readable_bytes(aggregate, "aggregate");
+  const Aggregate result{bytes, aggregate.numel()};
+  if (!device.is_cpu()) return result;  // the header is checked by the kernels
   const AggregateHeader& header = *at<AggregateHeader>(bytes, 0);
   GMC_CHECK_VALUE(header.tag == kAggregateMagic,
                   "aggregate: got bytes that are no aggregate, must come from merge or sparsify");
@@ -171,6 +213,7 @@ void check_aggregate(const Tensor& aggregate, Device device, int64_t numel) {
     sound &= tile * kTile + indices[count - 1] < numel;
   }
   GMC_CHECK_VALUE(sound, "aggregate: got damaged bytes, must come from merge or sparsify");
+  return result;
 }
 
 }  // namespace gmc

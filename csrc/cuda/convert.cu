@@ -1,7 +1,8 @@
-// Between an aggregate and a dense tensor: sparsify and densify. A block owns one wire tile.
+// sparsify and densify convert between an aggregate and a dense tensor. A block owns one wire tile.
+#include "aggregate.cuh"
 #include "block.cuh"
-#include "kernels.h"
 #include "launch.h"
+#include "shared/calls.h"
 
 namespace gmc::cuda {
 namespace {
@@ -59,14 +60,14 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t sparsify_launch(const float* dense, int64_t numel, uint8_t* aggregate,
-                            cudaStream_t stream) {
-  return launch(sparsify_kernel, tile_count(numel), kThreads, stream, dense, numel, aggregate);
+void run(const SparsifyCall& call, const Stream& stream) {
+  launch(sparsify_kernel, tile_count(call.numel), kThreads, stream, call.dense, call.numel,
+         call.aggregate);
 }
 
-cudaError_t densify_launch(const Aggregate& aggregate, int64_t numel, float* dense,
-                           cudaStream_t stream) {
-  return launch(densify_kernel, tile_count(numel), kThreads, stream, aggregate, numel, dense);
+void run(const DensifyCall& call, const Stream& stream) {
+  launch(densify_kernel, tile_count(call.numel), kThreads, stream, call.aggregate, call.numel,
+         call.dense);
 }
 
 }  // namespace gmc::cuda

@@ -1,13 +1,13 @@
 // Number formats, by integer arithmetic so that every backend rounds alike: what parameters and
-// gradients are stored as (DType), and what values are sent as (WireType).
-// Torch-free, and free of the standard library beyond fixed-width integers.
+// gradients are stored as (DType), and what values are sent as (WireType). It knows no torch, and
+// of the standard library only fixed-width integers.
 #pragma once
 
 #include <cstdint>
 
 #if defined(__CUDACC__)
 #define GMC_HD __host__ __device__ __forceinline__
-// For templates that call whatever they are given, on either side.
+// Marks templates that call the function they are given, on host or device.
 #define GMC_ANY_SIDE _Pragma("nv_exec_check_disable")
 #else
 #define GMC_HD inline __attribute__((always_inline))
@@ -43,7 +43,7 @@ GMC_HD uint32_t magnitude_key(float x) { return float_bits(x) & kKeyMask; }
 
 GMC_HD bool is_finite(float x) {
 #if defined(__CUDA_ARCH__)
-  // As floats, not keys: the absolute value costs no instruction and no register.
+  // Compares floats, not keys: the absolute value costs no instruction and no register.
   return fabsf(x) < bits_float(kInfKey);
 #else
   return magnitude_key(x) < kInfKey;
@@ -63,7 +63,8 @@ GMC_HD float fp16_to_float(uint16_t h) {
   return bits_float(sign | magnitude);
 }
 
-// Both round to nearest even, and saturate at the largest finite value. x must be finite.
+// float_to_bf16 and float_to_fp16 round to nearest even, and saturate at the largest finite value.
+// x must be finite.
 GMC_HD uint16_t float_to_bf16(float x) {
   const uint32_t bits = float_bits(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -83,8 +84,8 @@ GMC_HD uint16_t float_to_fp16(float x) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Parameters and gradients. They round to nearest even as well, but overflow to infinity and keep
-// NaN, like torch.
+// Parameters and gradients. Their formats round to nearest even too, but overflow to infinity and
+// keep NaN, like torch.
 // ---------------------------------------------------------------------------------------------
 
 enum class DType : uint32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -196,7 +197,7 @@ struct WireFloat16 {
   static GMC_HD bool sound(uint32_t code) { return (code & 0x7fffu) < 0x7c00u; }
 };
 
-// A sign, an exponent and `mantissa` bits. Every value is a whole number of steps of
+// A format of a sign, an exponent and `mantissa` bits. Every value is a whole number of steps of
 // 2**(scale + step); `top` is the exponent of the largest, `largest` its code. The scale is bounded
 // so that steps and values are normal numbers of float32.
 template <int bits, int mantissa, int step, int top, uint32_t largest>
@@ -232,8 +233,8 @@ struct WireSmall {
   static constexpr uint32_t kSign = 1u << (bits - 1), kMagnitude = kSign - 1;
   static constexpr int kDropped = 23 - mantissa;  // bits of float32's fraction
   static constexpr uint32_t kFirstNormal = 1u << mantissa;
-  // From a code's bits, shifted to their place in float32, to float32's: 2**(step + mantissa) has
-  // an exponent field of 1 here.
+  // The difference between float32's bits and a code's, shifted to their place in float32: 2**(step
+  // + mantissa) has an exponent field of 1 in a code.
   static constexpr uint32_t kOffset = static_cast<uint32_t>(step + mantissa - 1 + 127) << 23;
   static constexpr uint32_t kLargestKey = (largest << kDropped) + kOffset;
 
@@ -284,8 +285,8 @@ GMC_HD uint32_t load_code(const void* codes, int64_t i) {
   }
 }
 
-// Of whole bytes. How halves of a byte are written is each backend's own matter, because two
-// threads may share one.
+// Stores the i-th code of an array, for codes of whole bytes. Each backend writes halves of a byte
+// itself, because two threads may share one.
 template <class Format>
 GMC_HD void store_code(void* codes, int64_t i, uint32_t code) {
   static_assert(Format::kBits >= 8, "a code of its own bytes");

@@ -1,16 +1,33 @@
 // The step of a dense bucket: v itself is summed over all ranks, between these two kernels. A block
 // owns one work tile.
-#include "kernels.h"
+#include "block.cuh"
 #include "launch.h"
 #include "rule_tile.cuh"
 
 namespace gmc::cuda {
 namespace {
 
+struct AccumulateArgs {
+  RuleArgs rule;
+  const float* aggregate;  // [numel]; nullptr: there is none
+  float* total;
+  int64_t rank, ranks;
+};
+static_assert(sizeof(AccumulateArgs) <= kParameterLimit, "kernel parameters");
+
+struct ApplyDenseArgs {
+  float* memory;
+  float* total;
+  int64_t numel;
+  float factor;  // 1 / ranks
+  MoveArgs move;
+};
+static_assert(sizeof(ApplyDenseArgs) <= kParameterLimit, "kernel parameters");
+
 // *counter += x, a whole number, up to kLargestCount.
 __device__ void add_count(float* counter, uint32_t x) {
   auto* const bits = reinterpret_cast<uint32_t*>(counter);
-  uint32_t seen = 0, expected;  // as launched
+  uint32_t seen = 0, expected;  // the launcher has set the counter to zero
   do {
     expected = seen;
     const uint32_t sum = min(static_cast<uint32_t>(bits_float(expected)) + x, kLargestCount);
@@ -43,8 +60,8 @@ __global__ void __launch_bounds__(kThreads)
   const WorkTile tile(blockIdx.x, args.numel);
   float a[kPerThread], w[kPerThread];
   const MoveArgs& move = args.move;
-  if (blockIdx.x == 0 && threadIdx.x == 0) move.leave_behind(0);
-  if (move.skipped()) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) move.skip.leave_behind(0);
+  if (move.skip.skipped()) {
     zero(a);
     store_floats(args.total, tile, a);
     return;
@@ -81,18 +98,20 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t accumulate_launch(const AccumulateArgs& args, cudaStream_t stream) {
+void run(const AccumulateCall& call, const Stream& stream) {
+  const AccumulateArgs args{RuleArgs(call.rule, stream), call.aggregate, call.total, call.rank,
+                            call.ranks};
   const int64_t numel = args.rule.numel;
-  const cudaError_t status = cudaMemsetAsync(args.total + numel, 0, 4 * args.ranks, stream);
-  if (status != cudaSuccess) return status;
-  return with_rule(args.rule, [&](auto rule) {
-    return launch(accumulate_kernel<decltype(rule)>, work_tile_count(numel), kThreads, stream,
-                  args);
+  check(cudaMemsetAsync(args.total + numel, 0, 4 * args.ranks, stream.stream));
+  with_rule(args.rule, [&](auto rule) {
+    launch(accumulate_kernel<decltype(rule)>, work_tile_count(numel), kThreads, stream, args);
   });
 }
 
-cudaError_t apply_dense_launch(const ApplyDenseArgs& args, cudaStream_t stream) {
-  return launch(apply_dense_kernel, work_tile_count(args.numel), kThreads, stream, args);
+void run(const ApplyDenseCall& call, const Stream& stream) {
+  const ApplyDenseArgs args{call.memory, call.total, call.numel, mean_factor(call.ranks),
+                            MoveArgs(call.move, stream)};
+  launch(apply_dense_kernel, work_tile_count(args.numel), kThreads, stream, args);
 }
 
 }  // namespace gmc::cuda

@@ -1,0 +1,55 @@
+// What is done with the entries of one payload: unpack, giving a skipped step's payload back to
+// memory, and DGC's momentum factor masking.
+#include "partition.h"
+#include "payload_reader.h"
+#include "shared/calls.h"
+
+namespace gmc::cpu {
+namespace {
+
+// Calls function(position, index, value) for each entry, with the tiles divided between threads.
+template <class Function>
+void for_each_entry(const Payload& payload, const Function& function) {
+  const PayloadReader reader(payload, 0);
+  for_each_tile_with<TileIndices>(payload.shape.numel, [&](int64_t tile, TileIndices* indices) {
+    const PayloadEntries entries = reader.tile(tile, indices);
+    with_wire_type(payload.shape.wire, [&](auto format) {
+      for (int64_t i = 0; i < entries.count; ++i)
+        function(entries.start + i, tile * kTile + entries.indices[i],
+                 entries.template value<decltype(format)>(i));
+    });
+  });
+}
+
+// A damaged payload must be found before anything was changed.
+void check(const Payload& payload) {
+  for_each_entry(payload, [](int64_t, int64_t, float) {});
+}
+
+}  // namespace
+
+void run(const UnpackCall& call) {
+  *call.nonfinite = PayloadReader(call.payload, 0).nonfinite();
+  for_each_entry(call.payload, [&](int64_t position, int64_t index, float value) {
+    call.indices[position] = index;
+    call.values[position] = value;
+  });
+}
+
+void run(const RestoreCall& call) {
+  if (call.skip.verdict && !call.skip.skipped()) return;
+  check(call.payload);
+  float* const memory = call.memory;
+  for_each_entry(call.payload,
+                 [=](int64_t, int64_t index, float value) { memory[index] += value; });
+}
+
+void run(const MaskCall& call) {
+  if (call.skip.skipped()) return;
+  check(call.payload);
+  for_each_entry(call.payload, [&](int64_t, int64_t index, float value) {
+    if (value != 0.0f) call.momentum_buffer[index] = 0.0f;
+  });
+}
+
+}  // namespace gmc::cpu
