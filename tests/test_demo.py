@@ -77,6 +77,7 @@ def test_text_with_every_method(tmp_path):
     assert len({r["runs"][0]["curve"][0]["loss"] for r in content["results"].values()}) == 1
 
 
+@pytest.mark.slow
 def test_torchrun_on_a_line_of_ones_own(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = ["--task", "digits", "--non-iid", "--steps", "6", "--seeds", "2"]
@@ -97,6 +98,7 @@ def trained(group, seed):
     return training.train("gmc", task, options, seed, torch.device("cpu"), progress).curve
 
 
+@pytest.mark.slow
 def test_a_seed_decides_the_numbers(pool, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     first, again, other = (pool.run(4, trained, seed) for seed in (0, 0, 1))

@@ -54,6 +54,9 @@ def test_density_one_is_torch_sgd(pool, size, make, options, sgd_options):
 NAN_STEPS = {20: 0, 21: 0, 90: 1, 150: 3}  # step: rank (modulo p) that meets a NaN
 
 
+SLOW = pytest.mark.slow
+
+
 class Step(NamedTuple):
     """One step in float64; u and g are the means over the workers, a is what was applied."""
 
@@ -163,7 +166,7 @@ def check_equations(group, steps, options, drop_at, nan_steps, density_change=No
     assert optimizer.stats()["skipped_steps"] == len(nan_steps)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [pytest.param(n, marks=SLOW if n != 2 else ()) for n in SIZES])
 @pytest.mark.parametrize("form", ["buffer", "iterate"])
 @pytest.mark.parametrize("wire", WIRES)
 def test_transformation_equation(pool, size, form, wire):

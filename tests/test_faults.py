@@ -383,6 +383,7 @@ def assert_same_bits(values, expected):
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_go_on_exactly(tmp_path):
     """Two deaths, one of them in the middle of a file: the same bits as without."""
     runs = tmp_path / "restarted", tmp_path / "undisturbed"

@@ -63,6 +63,7 @@ def losses(folder):
     return {int(k): v for k, v in json.loads((folder / "losses.json").read_text()).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "framework,script",
     [
@@ -97,6 +98,7 @@ def test_example_trains_saves_and_resumes(framework, script, tmp_path):
 # --------------------------------------------------------------------------------------- float16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "package,framework",
     [
@@ -239,6 +241,7 @@ EARLY = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "framework,how",
     [
@@ -293,6 +296,7 @@ def fsdp2(folder, *arguments):
     return losses(folder)
 
 
+@pytest.mark.slow
 def test_fsdp2_trains_saves_and_resumes(tmp_path):
     straight = fsdp2(tmp_path, "--steps", STEPS)
     assert sorted(straight) == list(range(1, STEPS + 1))

@@ -36,6 +36,7 @@ def left_behind():
     return {name for name, pid in owners.items() if not Path("/proc", pid).exists()}
 
 
+@pytest.mark.slow
 def test_two_workers(tmp_path):
     reason = why_not()
     if reason:
@@ -65,6 +66,7 @@ def test_two_workers(tmp_path):
     assert left_behind() <= before
 
 
+@pytest.mark.slow
 def test_time_to_loss(tmp_path):
     reason = why_not()
     if reason:

@@ -7,9 +7,15 @@ from emulator.compilation import compiler
 HERE = Path(__file__).resolve().parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items):
-    if compiler() is None:
-        skip = pytest.mark.skip(reason="no GCC (set CXX to its g++): kernels cannot run on the CPU")
-        for item in items:
-            if HERE in item.path.parents:
-                item.add_marker(skip)
+    """Kernels under a sanitizer are slow; the executor itself rarely changes."""
+    skip = pytest.mark.skip(reason="no GCC (set CXX to its g++): kernels cannot run on the CPU")
+    for item in items:
+        if HERE not in item.path.parents:
+            continue
+        if compiler() is None:
+            item.add_marker(skip)
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("running", "plain") != "plain" or item.path.stem == "test_executor":
+            item.add_marker(pytest.mark.slow)

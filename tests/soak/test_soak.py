@@ -2,9 +2,12 @@
 
 import re
 
+import pytest
+
 from soak.__main__ import main
 
 
+@pytest.mark.slow
 def test_the_short_form_holds(capsys):
     assert main(["--steps", "60"]) == 0
     said = capsys.readouterr().out
