@@ -193,7 +193,8 @@ def test_other_optimizers_are_scaled_as_by_torch(clip):
             scaler.step(optimizer)
             scaler.update()
         outcomes.append((flat(params), scaler.state_dict()))
-    assert torch.equal(outcomes[0][0], outcomes[1][0]) and outcomes[0][1] == outcomes[1][1]
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    assert outcomes[0][1] == outcomes[1][1]
 
 
 def scale_without_effect(group):
@@ -226,7 +227,8 @@ def test_only_a_scaler_is_told_to_leave_unscaling_to_the_optimizer(make):
     scaler = scaler_of()
     scaled_step(params, optimizer, scaler, 0, 0)
     assert seen == [SCALE], "the scaler left unscaling to step()"
-    assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
+    assert not hasattr(optimizer, "grad_scale")
+    assert not hasattr(optimizer, "found_inf")
 
 
 def test_a_scaler_needs_all_gradients_at_step():

@@ -57,7 +57,8 @@ def run(module, *arguments):
 def read_result(folder, what):
     (path,) = folder.glob(f"{what}-*.json")
     text = path.read_text()
-    assert str(folder) not in text and str(Path.home()) not in text
+    assert str(folder) not in text
+    assert str(Path.home()) not in text
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
 
 
@@ -74,7 +75,8 @@ def check_common(content, what):
             "left_out", "results"} <= content.keys()  # fmt: skip
     assert len(content["load"]["before"]) == 3
     for record in content["results"]:
-        assert record["bytes"] > 0 and record["gb_per_s"] > 0
+        assert record["bytes"] > 0
+        assert record["gb_per_s"] > 0
         assert record["time"]["rounds"] >= timing.MIN_ROUNDS
         assert record["fraction_of_copy"] * record["times_of_copy"] == pytest.approx(1)
         assert 0 < record["time"]["min_seconds"] <= record["time"]["median_seconds"]
@@ -175,7 +177,8 @@ def test_convergence_at_equal_bytes(tmp_path):
         means = {place: compared[place, 1] + compared[place, 2] for place in finalists}
         assert tuple(point.values()) == min(means, key=means.get)
     for r in content["results"]:
-        assert 100 <= r["bytes_ratio"] < 101 and r["density"] < 0.03
+        assert 100 <= r["bytes_ratio"] < 101
+        assert r["density"] < 0.03
     some = {run["method"]: run for run in content["results"]}
     float4 = some["gmc:float4"]
     seconds = {run["seconds"] for run in content["results"]}
@@ -268,8 +271,10 @@ def test_without_a_gpu_the_gpu_is_refused(tmp_path):
     assert done.returncode != 0
     assert done.stdout == ""
     said = [line for line in done.stderr.splitlines() if "***" not in line]
-    assert len(said) == 1 and "there is no GPU on this machine" in said[0]
-    assert not (ROOT / "no-such-venv").exists() and not list(tmp_path.iterdir())
+    assert len(said) == 1
+    assert "there is no GPU on this machine" in said[0]
+    assert not (ROOT / "no-such-venv").exists()
+    assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------------------- parts
@@ -306,7 +311,8 @@ def test_problem_keeps_what_is_not_sent(kind, method):
 def test_supports_are_independent_with_a_small_pool(monkeypatch):
     monkeypatch.setattr(data, "CPU_CACHE_BYTES", 0)
     problem = Problem(Case(70_001, 0.01, "fp32", "bf16", 8, "gmc", "gaussian"), CPU)
-    assert problem.gradients.parts == 4 and len(problem.payloads) == 4
+    assert problem.gradients.parts == 4
+    assert len(problem.payloads) == 4
     entries = int(problem.touched().sum())
     assert 7.6 * problem.case.k < entries <= 8 * problem.case.k  # they overlap by 3.4 %
     assert not torch.equal(problem.payloads[0], problem.payloads[1])
@@ -318,7 +324,8 @@ def test_gradients_are_fresh(monkeypatch, numel, dtype):
     gradients = data.Gradients(numel, dtype, "gaussian", CPU, torch.Generator().manual_seed(0))
     given = [gradients.fresh() for _ in range(20)]
     for one, another in itertools.pairwise(given):
-        assert one.numel() == numel and one.data_ptr() % 16 == 0
+        assert one.numel() == numel
+        assert one.data_ptr() % 16 == 0
         first, second = sorted([one.storage_offset(), another.storage_offset()])
         assert second - first > numel - data.ALIGNED
     assert numel == 1 or len({one.storage_offset() for one in given}) > 15
@@ -337,7 +344,8 @@ def test_bytes_are_counted():
 
 def test_ratios_are_taken_within_rounds():
     ratio = timing.ratio({0: 2.0, 1: 40.0, 2: 3.0}, {0: 1.0, 1: 10.0, 2: 2.0, 3: 0.5})
-    assert ratio["median"] == 2.0 and ratio["rounds"] == 3
+    assert ratio["median"] == 2.0
+    assert ratio["rounds"] == 3
     assert ratio["of_shortest"] == 4.0
 
 
@@ -349,7 +357,8 @@ def test_a_peer_that_fails_or_is_slow_is_skipped_and_ours_is_not():
     slow = timing.Participant("slow", [timing.Stage("x", lambda _: sum(range(10**6)))], cap=1e-9)
     fine = timing.Participant("fine", [timing.Stage("x", lambda _: None)])
     timing.run_rounds([peer, slow, fine], CPU, 0.01)
-    assert peer.skipped == "RuntimeError: no compiler" and not peer.total()
+    assert peer.skipped == "RuntimeError: no compiler"
+    assert not peer.total()
     assert "over the cap" in slow.skipped
     assert len(fine.total()) >= timing.MIN_ROUNDS
     ours = timing.Participant("ours", [timing.Stage("x", fail)])
@@ -407,7 +416,8 @@ def test_host(tmp_path):
     done = run("ops.host", "--tensors", "5", "--steps", "12", "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     content = read_result(tmp_path, "host")
-    assert content["options"]["tensors"] == 5 and content["ratio"] > 0
+    assert content["options"]["tensors"] == 5
+    assert content["ratio"] > 0
     assert set(content["seconds"]) == {"gmc_cuda.GMC", "fused SGD"}
     assert f"ratio {content['ratio']:.2f}, goal 1.3 or less" in done.stdout
 
@@ -450,9 +460,11 @@ def test_local_updates(tmp_path):
                "--output", str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     content = read_result(tmp_path, "local-updates-2-rounds")
-    assert content["not_tried"] == [] and content["options"]["every"] == 2
+    assert content["not_tried"] == []
+    assert content["options"]["every"] == 2
     dense, sparse = content["results"]
-    assert settings[0].items() <= dense.items() and settings[1].items() <= sparse.items()
+    assert settings[0].items() <= dense.items()
+    assert settings[1].items() <= sparse.items()
     assert dense["rounds"] == sparse["rounds"] == 2
     assert dense["bytes_per_round"] >= dense["dense_bytes_per_round"]
     assert 60 < dense["bytes_sent"] / sparse["bytes_sent"] < 66  # 3.1 bytes for an entry
@@ -462,4 +474,5 @@ def test_local_updates(tmp_path):
                "--output", str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     results = read_result(tmp_path, "local-updates-2-rounds")["results"]
-    assert results[:2] == [dense, sparse] and [r["name"] for r in results[2:]] == ["more"]
+    assert results[:2] == [dense, sparse]
+    assert [r["name"] for r in results[2:]] == ["more"]

@@ -34,4 +34,5 @@ def test_all_workers_have_rank_0s_buffers(pool, size):
     for other in others:
         for name, value in first.items():
             assert torch.equal(other[name], value), name
-    assert first["scalar_"] == 0 and first["0.num_batches_tracked"] == 1
+    assert first["scalar_"] == 0
+    assert first["0.num_batches_tracked"] == 1

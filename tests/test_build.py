@@ -66,7 +66,8 @@ def test_wrapper_script_leads_to_the_toolkit_it_starts(find, tmp_path):
     write_program(tmp_path / "path" / "nvcc", f'exec "{home}/bin/nvcc" "$@"\n')
     (found,) = find()
     assert (found.home, found.version) == (home, "13.0")
-    assert found.nvcc.exists() and found.include.exists()
+    assert found.nvcc.exists()
+    assert found.include.exists()
 
 
 def test_link_leads_to_the_toolkit_too(find_cuda, tmp_path):
@@ -241,7 +242,8 @@ def test_archs_become_flags_of_the_compiler(find_cuda, archs, codes):
 
 def test_the_plan_keeps_what_was_left_out_for_the_end_of_the_build(plan):
     made = plan("13.2", ["13.0"], TORCH_CUDA_ARCH_LIST="7.5 8.0")
-    assert made.archs == "8.0" and "left out 7.5" in made.left_out
+    assert made.archs == "8.0"
+    assert "left out 7.5" in made.left_out
     # A build for the CPU does not look at the list.
     assert plan(None, TORCH_CUDA_ARCH_LIST="7.5").left_out == ""
 
@@ -344,7 +346,9 @@ def test_a_cxx_that_cannot_build_is_refused_in_one_sentence(compilers, cxx, said
     with pytest.raises(SystemExit, match=r"must .*C\+\+20 \(g\+\+ 10 or later\)") as error:
         compilers(cxx)
     message = str(error.value).strip()
-    assert f"CXX={cxx!r}" in message and said in message and "\n" not in message
+    assert f"CXX={cxx!r}" in message
+    assert said in message
+    assert "\n" not in message
 
 
 def test_this_machines_compiler_will_do(find_cuda):
@@ -364,7 +368,8 @@ def test_the_launcher_starts_the_compiler_and_nvcc_gets_the_compiler_alone(
     compile.write_ninja_file(tmp_path, plan("13.2", ["13.0"]), Path("/torch"), cxx)
     rules = (tmp_path / "build.ninja").read_text()
     assert "\ncxx = ccache g++ -m64\n" in rules
-    assert " -ccbin g++ -Xcompiler=-m64 " in rules and "-ccbin ccache" not in rules
+    assert " -ccbin g++ -Xcompiler=-m64 " in rules
+    assert "-ccbin ccache" not in rules
 
 
 @pytest.mark.parametrize("asked", ["four", "0", "-1", "2.5", "٣"])
@@ -435,7 +440,8 @@ def test_plan_takes_the_toolkit_of_torchs_major_version(plan):
 )
 def test_without_cuda_the_reason_is_said_and_force_cuda_fails(plan, torch_cuda, toolkits, reason):
     without = plan(torch_cuda, toolkits)
-    assert without.toolkit is None and reason in without.reason
+    assert without.toolkit is None
+    assert reason in without.reason
     with pytest.raises(SystemExit, match=reason):
         plan(torch_cuda, toolkits, FORCE_CUDA="1")
 

@@ -66,7 +66,8 @@ def load_and_go_on(group, folder, make, options, start, end):
         warnings.simplefilter("error", UserWarning)
         extra = checkpoint.load(folder, model, optimizer)
     scheduler.load_state_dict(extra["scheduler"])
-    assert extra["step"] == 3 and optimizer.param_groups[0]["lr"] == 0.05
+    assert extra["step"] == 3
+    assert optimizer.param_groups[0]["lr"] == 0.05
     unsent, aggregate, weights = start
     torch.testing.assert_close(mean(group, memory_of(optimizer, params)), unsent)
     if make is gmc_cuda.GMC:
@@ -359,7 +360,8 @@ def test_defaults_of_torch_have_no_effect(tmp_path, make, dtype, wait):
     assert extra["t"].device.type == "cpu"
     for other, own in zip(twin[1].state.values(), optimizer.state.values(), strict=True):
         for name in own:
-            assert other[name].dtype == torch.float32 and torch.equal(other[name], own[name])
+            assert other[name].dtype == torch.float32
+            assert torch.equal(other[name], own[name])
     assert torch.equal(flat(list(twin[0].parameters())), flat(list(model.parameters())))
 
 
@@ -378,7 +380,8 @@ def test_extra_state_of_modules(tmp_path):
     model.said = {"seen": 3, "scale": torch.ones(2)}
     checkpoint.save(tmp_path, model, gmc_cuda.GMC(model.parameters(), lr=0.1))
     checkpoint.load(tmp_path, fresh, gmc_cuda.GMC(fresh.parameters(), lr=0.1))
-    assert fresh.said["seen"] == 3 and torch.equal(fresh.said["scale"], torch.ones(2))
+    assert fresh.said["seen"] == 3
+    assert torch.equal(fresh.said["scale"], torch.ones(2))
     model.said = object()
     with pytest.raises(TypeError, match="extra state: got an object that torch.load"):
         checkpoint.save(tmp_path, model, gmc_cuda.GMC(model.parameters(), lr=0.1))

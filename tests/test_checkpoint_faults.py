@@ -96,7 +96,8 @@ def test_killed_saves_leave_a_whole_checkpoint(tmp_path, destroy):
         args = str(tmp_path / "run"), str(place / "again"), destroy
         with Workers(2, place, save_for_ever, *args) as workers:
             loaded = workers.results()
-            assert loaded[0] == loaded[1] and loaded[0] >= confirmed
+            assert loaded[0] == loaded[1]
+            assert loaded[0] >= confirmed
             if life == KILLS:
                 break
             time.sleep(moments.uniform(0, 0.4))
@@ -153,7 +154,8 @@ def test_a_script_that_ends_after_a_save_in_the_background(tmp_path, disk):
     optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1)
     extra = checkpoint.load(folder, model, optimizer)
     if disk == "free":
-        assert extra == {"step": 2} and not any("RuntimeWarning" in error for error in errors)
+        assert extra == {"step": 2}
+        assert not any("RuntimeWarning" in error for error in errors)
     else:
         assert extra == {"step": 1}
         for error in errors:
@@ -461,7 +463,8 @@ def test_what_killed_saves_left_goes_and_other_folders_stay(tmp_path):
         (tmp_path / name / "facts.pt").touch()
     checkpoint.save(tmp_path, model, optimizer)
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert len(left) == 4 and {"logs", "0123456", "current"} < set(left)
+    assert len(left) == 4
+    assert {"logs", "0123456", "current"} < set(left)
 
 
 def test_what_is_saved_beside_the_training_is_the_state_at_the_call(tmp_path):
@@ -473,7 +476,8 @@ def test_what_is_saved_beside_the_training_is_the_state_at_the_call(tmp_path):
     extra["nested"]["steps"][0].zero_()
     saved.result()
     loaded = checkpoint.load(tmp_path, model, optimizer)
-    assert loaded["losses"] == [1.0] and loaded["nested"]["steps"][0].tolist() == [1.0, 1.0]
+    assert loaded["losses"] == [1.0]
+    assert loaded["nested"]["steps"][0].tolist() == [1.0, 1.0]
 
 
 def test_group_lost_is_a_runtime_error():

@@ -50,14 +50,16 @@ CASES = [
 @pytest.mark.parametrize("change,words", CASES)
 def test_every_rank_says_what_differs(pool, change, words):
     for result in pool.try_run(2, build, change):
-        assert isinstance(result, Failure) and result.type == "ValueError"
+        assert isinstance(result, Failure)
+        assert result.type == "ValueError"
         assert "all ranks must train the same model" in result.message
         assert re.search(words, result.message), result.message
 
 
 def test_an_error_of_one_rank_reaches_all(pool):
     first, second = pool.try_run(2, build, "complex")
-    assert second.type == "TypeError" and "got torch.complex64, must be" in second.message
+    assert second.type == "TypeError"
+    assert "got torch.complex64, must be" in second.message
     assert first.type == "RuntimeError"
     assert "rank 1 could not set its optimizer up: TypeError" in first.message
 

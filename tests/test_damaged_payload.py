@@ -46,7 +46,9 @@ def judged(payload, wire):
     assert len(rejected) == 1, "all readers judge alike"
     if rejected == {False}:
         indices, values, _ = ops.unpack(payload, N, K, wire)
-        assert (indices.diff() > 0).all() and indices[0] >= 0 and indices[-1] < N
+        assert (indices.diff() > 0).all()
+        assert indices[0] >= 0
+        assert indices[-1] < N
         assert values.isfinite().all()
     return rejected.pop()
 

@@ -101,6 +101,8 @@ def test_payloads_are_the_same_bytes(wire_dtype, name):
     with defaults(name):
         found = payloads()
         values = reference.unpack(found[1], 700, 40, wire_dtype)[1]
-    assert values.dtype == torch.float32 and values.is_cpu
+    assert values.dtype == torch.float32
+    assert values.is_cpu
     for payload in found:
-        assert torch.equal(payload, wanted[0]) and torch.equal(payload, wanted[1])
+        assert torch.equal(payload, wanted[0])
+        assert torch.equal(payload, wanted[1])

@@ -253,7 +253,8 @@ def test_an_error_changes_nothing():
     for wrong in ({"tag": -1}, {"memory_decay": 2.0}):
         with pytest.raises(ValueError):
             reference.compress_(memory, [torch.ones(N)], K, momentum_buffer=buffer, **wrong)
-    assert torch.equal(memory, torch.ones(N)) and torch.equal(buffer, torch.ones(N))
+    assert torch.equal(memory, torch.ones(N))
+    assert torch.equal(buffer, torch.ones(N))
 
 
 def test_the_operators_themselves_check_too():

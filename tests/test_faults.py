@@ -192,7 +192,8 @@ def go_on_without_the_victim(params, optimizer):
         ubar_next = mean(None, memory_of(optimizer, resumed))
         torch.testing.assert_close(ubar_next + a, ubar + came_in, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(flat(resumed), w - LR * a, rtol=1e-6, atol=1e-6)
-        assert same_on_all_ranks(None, resumed) and a.any()
+        assert same_on_all_ranks(None, resumed)
+        assert a.any()
     return equal
 
 
@@ -249,7 +250,8 @@ def test_a_paused_worker_only_delays(tmp_path, undisturbed, make, overlap):
             workers.hear(SURVIVORS[0], patience=0.5)
         workers.send_signal(VICTIM, signal.SIGCONT)
         for rank, (seen, error) in enumerate(workers.results()):
-            assert error is None and len(seen) == FATAL + 2
+            assert error is None
+            assert len(seen) == FATAL + 2
             assert_same(seen, undisturbed[rank])
 
 
@@ -263,7 +265,8 @@ def test_a_worker_that_comes_too_late(tmp_path, undisturbed, make, overlap):
         workers.send_signal(VICTIM, signal.SIGCONT)
         results[VICTIM] = workers.hear(VICTIM)
     for rank, (seen, (step, went_on)) in results.items():
-        assert step == FATAL and (went_on or rank == VICTIM)
+        assert step == FATAL
+        assert went_on or rank == VICTIM
         assert_same(seen, undisturbed[rank])
 
 
@@ -273,7 +276,8 @@ def test_a_group_that_fails_when_a_collective_is_issued(tmp_path, undisturbed, m
     arguments = (make, overlap, "issuing fails", range(SIZE))
     with Workers(SIZE, tmp_path, run, *arguments) as workers:
         for rank, (seen, (step, went_on)) in enumerate(workers.results()):
-            assert step == FATAL and (went_on or rank == VICTIM)
+            assert step == FATAL
+            assert went_on or rank == VICTIM
             assert_same(seen, undisturbed[rank])
 
 
@@ -342,7 +346,8 @@ def test_an_interrupt_while_waiting(monkeypatch, density):
         patch.setattr(exchange.Work, "wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
             step(train[1])
-    assert torch.equal(flat(params), w) and aggregate_of(optimizer, params).count_nonzero() == 0
+    assert torch.equal(flat(params), w)
+    assert aggregate_of(optimizer, params).count_nonzero() == 0
     v = u + train[1] + MOMENTUM * a
     torch.testing.assert_close(memory_of(optimizer, params), v, rtol=1e-6, atol=1e-6)
 

@@ -145,7 +145,8 @@ def test_without_a_build_nothing_is_measured(rehearse):
     assert done.returncode == 1
     ended = outcomes(written)
     assert ended.pop("build") == "failed: it broke"
-    assert set(ended.values()) == {"not run: the build did not pass"} and len(ended) == 9
+    assert set(ended.values()) == {"not run: the build did not pass"}
+    assert len(ended) == 9
     assert calls.count("\n") == 1
 
 
@@ -161,11 +162,14 @@ def test_no_compute_sanitizer(rehearse):
 )
 def test_no_gpu(rehearse, smi, words):
     done, written, calls = rehearse(smi=smi)
-    assert done.returncode == 1 and words in done.stderr
-    assert not written and not calls
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert not written
+    assert not calls
 
 
 def test_unknown_share(rehearse):
     done, _, calls = rehearse("--share", "kernles=3")
-    assert done.returncode == 2 and "--share: got kernles, must be a part" in done.stderr
+    assert done.returncode == 2
+    assert "--share: got kernles, must be a part" in done.stderr
     assert not calls

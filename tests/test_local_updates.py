@@ -303,7 +303,8 @@ def averaging(group, change):
             assert same_on_all_ranks(group, own)
         torch.testing.assert_close(flat(own), flat(twins), rtol=1e-5, atol=1e-6)
     copies = [p for g in optimizer.outer.param_groups for p in g["params"]]
-    assert len(copies) == len(own) and len(optimizer.outer.state) == len(own)
+    assert len(copies) == len(own)
+    assert len(optimizer.outer.state) == len(own)
 
 
 def freeze(first, last):
@@ -457,11 +458,13 @@ def waiting(group):
     before, weights = memory(), flat(params[:1])
     assert before.any()
     train(range(H, 3 * H))
-    assert torch.equal(memory(), before) and torch.equal(flat(params[:1]), weights)
+    assert torch.equal(memory(), before)
+    assert torch.equal(flat(params[:1]), weights)
     saved = deepcopy(optimizer.state_dict())
     params[0].requires_grad_(True)
     train(range(3 * H, 5 * H))
-    assert not torch.equal(memory(), before) and not torch.equal(flat(params[:1]), weights)
+    assert not torch.equal(memory(), before)
+    assert not torch.equal(flat(params[:1]), weights)
     assert same_on_all_ranks(group, params)
     # A new process, in which the layer has never been trained, has it as well.
     others = parameters()
@@ -565,7 +568,8 @@ def test_what_float32_cannot_hold_is_refused_or_left_alone(dtype):
     weights, steps = flat(params), optimizer._steps
     with pytest.raises(TypeError, match=refused):
         optimizer.step()
-    assert torch.equal(flat(params), weights) and optimizer._steps == steps
+    assert torch.equal(flat(params), weights)
+    assert optimizer._steps == steps
     assert torch.equal(odd.detach(), torch.ones(4, dtype=dtype))
     odd.requires_grad_(False)
     optimizer.step()
@@ -869,8 +873,10 @@ def test_state_is_the_inner_optimizers():
     params = parameters()
     inner = torch.optim.AdamW(params, lr=0.01)
     optimizer = gmc_cuda.LocalUpdates(inner)
-    assert optimizer.state and len(optimizer.state) == 0
-    assert params[0] not in optimizer.state and optimizer.state.get(params[0]) is None
+    assert optimizer.state
+    assert len(optimizer.state) == 0
+    assert params[0] not in optimizer.state
+    assert optimizer.state.get(params[0]) is None
     set_gradients(params, 0, 0)
     optimizer.step()
     assert optimizer.state[params[0]] is inner.state[params[0]]

@@ -97,7 +97,8 @@ def test_steps_to_a_loss():
 def test_estimate():
     found = network.estimate([ROW], "DDP", 10)
     assert found["step"]["median"] == pytest.approx(0.25 + 48)
-    assert found["estimated"] and found["rate_mbit"] == 10
+    assert found["estimated"]
+    assert found["rate_mbit"] == 10
     with pytest.raises(SystemExit, match="PowerSGD at 10 Mbit/s is estimated from a higher rate"):
         network.estimate([ROW], "PowerSGD", 10)
 

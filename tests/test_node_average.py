@@ -85,7 +85,8 @@ def mass(group, shape, density, nan_at):
                 params[-1].grad[0, 0] = torch.nan
             w = flat(params)
             optimizer.step()
-            assert torch.equal(flat(params), w) and optimizer.last_step_skipped()
+            assert torch.equal(flat(params), w)
+            assert optimizer.last_step_skipped()
             assert not whole(optimizer, "momentum_buffer").any()
         else:
             step_keeps_mass(group, optimizer, params, gradient)
@@ -321,7 +322,8 @@ def odd(group):
     assert not torch.equal(start, flat(params))
     for p in params:
         assert same_on_all_ranks(group, [p])
-    assert torch.equal(strange[0].detach(), torch.arange(4)) and not optimizer.state.get(strange[0])
+    assert torch.equal(strange[0].detach(), torch.arange(4))
+    assert not optimizer.state.get(strange[0])
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
 
@@ -468,7 +470,8 @@ def raised_step(group, shape):
             w = flat(params)
             with pytest.raises(FloatingPointError, match="non-finite gradient"):
                 optimizer.step()
-            assert torch.equal(flat(params), w) and all(p.grad is None for p in params)
+            assert torch.equal(flat(params), w)
+            assert all(p.grad is None for p in params)
             left = average(optimizer, "memory")  # but for the element itself
             torch.testing.assert_close(left[1:], expected[1:], rtol=1e-5, atol=1e-6)
         else:
@@ -649,11 +652,13 @@ def scaled(group, unscale, shape):
         params[0].grad[0, 0] = torch.inf
     scaler.step(optimizer)
     scaler.update()
-    assert torch.equal(flat(params), w) and scaler.get_scale() == scale / 2
+    assert torch.equal(flat(params), w)
+    assert scaler.get_scale() == scale / 2
     torch.testing.assert_close(average(optimizer, "memory"), expected, rtol=1e-5, atol=1e-6)
     set_gradients(params, rank, 10)
     scaler.step(optimizer)
-    assert same_on_all_ranks(group, params) and not torch.equal(flat(params), w)
+    assert same_on_all_ranks(group, params)
+    assert not torch.equal(flat(params), w)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

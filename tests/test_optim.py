@@ -45,7 +45,8 @@ def test_training_with_names_groups_scheduler_and_closure(make):
         scheduler.step()
     assert losses[-1] < 0.2 * losses[0]
     stats = optimizer.stats()
-    assert stats["steps"] == 150 and stats["skipped_steps"] == 0
+    assert stats["steps"] == 150
+    assert stats["skipped_steps"] == 0
     assert stats["dense_bytes_per_step"] == 4 * sum(p.numel() for p in model.parameters())
     assert stats["bytes_per_step"] < stats["dense_bytes_per_step"] / 4
 
@@ -124,7 +125,8 @@ def test_below_density_one_nothing_is_added_where_there_is_no_gradient(make):
     assert (now[0] - left[0]).abs().max() > 0.01
     if make is gmc_cuda.DGC:  # masked where its memory was sent, otherwise as it was
         after = optimizer.state[params[2]]["momentum_buffer"]
-        assert ((after == buffer) | (after == 0)).all() and after.any()
+        assert ((after == buffer) | (after == 0)).all()
+        assert after.any()
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
@@ -136,7 +138,8 @@ def test_frozen_parameters_are_left_alone_until_they_are_unfrozen(make):
     for step in range(3):
         set_gradients(params[1:], 0, step)
         optimizer.step()
-    assert torch.equal(params[0], before) and params[0] not in optimizer.state
+    assert torch.equal(params[0], before)
+    assert params[0] not in optimizer.state
     memory = optimizer.state[params[1]]["memory"].clone()
     params[0].requires_grad_(True)
     params[1].requires_grad_(False)
@@ -145,7 +148,8 @@ def test_frozen_parameters_are_left_alone_until_they_are_unfrozen(make):
         set_gradients([params[0], *params[2:]], 0, step)
         params[1].grad = None
         optimizer.step()
-    assert not torch.equal(params[0], before) and torch.equal(params[1], held)
+    assert not torch.equal(params[0], before)
+    assert torch.equal(params[1], held)
     assert torch.equal(optimizer.state[params[1]]["memory"], memory)
     params[1].requires_grad_(True)
     for step in range(5):
@@ -179,10 +183,12 @@ def test_channels_last_equals_contiguous():
                 param.grad = gradient.to(memory_format=gradient_layout)
                 optimizer.step()
             memory = optimizer.state[param]["memory"]
-            assert memory.shape == param.shape and memory.stride() == param.stride()
+            assert memory.shape == param.shape
+            assert memory.stride() == param.stride()
             outcomes.append((param.detach().contiguous(), memory.contiguous()))
     for param, memory in outcomes[1:]:
-        assert torch.equal(param, outcomes[0][0]) and torch.equal(memory, outcomes[0][1])
+        assert torch.equal(param, outcomes[0][0])
+        assert torch.equal(memory, outcomes[0][1])
 
 
 def test_tied_weights():
@@ -195,7 +201,8 @@ def test_tied_weights():
     before = embedding.weight.detach().clone()
     model(torch.arange(30)).logsumexp(1).sum().backward()
     optimizer.step()
-    assert head.weight is embedding.weight and not torch.equal(embedding.weight, before)
+    assert head.weight is embedding.weight
+    assert not torch.equal(embedding.weight, before)
 
 
 def test_empty_parameters():
@@ -267,7 +274,8 @@ def test_gradient_scaler_on_one_worker():
         scaler.update()
         moved = not torch.equal(flat(list(model.parameters())), before)
         assert moved == (step != 2)
-    assert scaler.get_scale() == 2.0**9 and optimizer.stats()["skipped_steps"] == 1
+    assert scaler.get_scale() == 2.0**9
+    assert optimizer.stats()["skipped_steps"] == 1
     memory = flat([optimizer.state[p]["memory"] for p in model.parameters()])
     assert memory.abs().max() < 10, "memory must not hold loss-scaled values"
 
@@ -361,7 +369,8 @@ def test_an_error_between_two_buckets_loses_nothing(monkeypatch):
     memory = flat([optimizer.state[p]["memory"] for p in params])
     taken = [optimizer.engine.bucket_of[p] is optimizer.engine.buckets[0] for p in params]
     expected = [g * t for g, t in zip(grads, taken, strict=True)]
-    assert torch.equal(memory, flat(expected)) and came_in.norm() > memory.norm() > 0
+    assert torch.equal(memory, flat(expected))
+    assert came_in.norm() > memory.norm() > 0
     monkeypatch.undo()
     optimizer.step()
     assert not torch.equal(flat(params), before)

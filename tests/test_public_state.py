@@ -145,7 +145,8 @@ def assert_same(run, sgd):
     """Equal parameters and momentum; at density 1 nothing waits in memory."""
     close = {"rtol": 2e-2, "atol": 2e-2} if run.loose else {"rtol": 1e-5, "atol": 2e-6}
     for i, (param, twin) in enumerate(zip(run.params, sgd.params, strict=True)):
-        assert param.dtype == twin.dtype and param.shape == twin.shape
+        assert param.dtype == twin.dtype
+        assert param.shape == twin.shape
         assert_close(param, twin, f"parameter {i}", **close)
         assert_close(run.momentum(param), sgd.momentum(twin), f"momentum {i}", **close)
         assert not run.memory(param).any(), f"memory {i} is not empty"
@@ -164,7 +165,8 @@ def assert_state_fits(run):
     for param in run.params:
         for key, value in run.state.get(param, {}).items():
             assert value.dtype == torch.float32, f"{key} is {value.dtype}"
-            assert value.shape == param.shape and value.device == param.device
+            assert value.shape == param.shape
+            assert value.device == param.device
 
 
 def compare(make, *changes):
@@ -328,7 +330,8 @@ def test_a_model_moves_before_the_first_step(make, swapped):
     for param in run.params:
         assert param.device.type == "meta"
         for value in run.state.get(param, {}).values():
-            assert value.device.type == "meta" and value.shape == param.shape
+            assert value.device.type == "meta"
+            assert value.shape == param.shape
 
 
 @every_kind
@@ -348,7 +351,8 @@ def test_a_model_moves_between_two_steps(make, swapped, state_moves_too):
         run.optimizer.zero_grad()
     for param in run.params:
         for value in run.state[param].values():
-            assert value.device.type == "meta" and value.shape == param.shape
+            assert value.device.type == "meta"
+            assert value.shape == param.shape
 
 
 @every_kind
@@ -1138,7 +1142,8 @@ def test_what_only_moves_the_state_changes_no_bit(make, overlap, way):
         with torch.no_grad():
             STATE[way](run)
         for p, q in zip(run.params, twin.params, strict=True):
-            assert torch.equal(p, q) and torch.equal(run.momentum(p).float(), twin.momentum(q))
+            assert torch.equal(p, q)
+            assert torch.equal(run.momentum(p).float(), twin.momentum(q))
             assert torch.equal(run.memory(p).float(), twin.memory(q))
 
 
@@ -1293,7 +1298,8 @@ def test_a_copy_of_local_updates_goes_on_bit_by_bit(way, inner, steps):
     optimizer = gmc_cuda.LocalUpdates(inner(params, lr=0.1), every=3)
     rounds(optimizer, params, range(steps))
     twin, twins = COPIES[way]((optimizer, params))
-    assert twin.every == 3 and type(twin.inner) is inner
+    assert twin.every == 3
+    assert type(twin.inner) is inner
     rounds(twin, twins, range(steps, steps + 7))
     assert not any(map(torch.equal, params, twins)), "the copy trains the original's parameters"
     rounds(optimizer, params, range(steps, steps + 7))
@@ -1621,7 +1627,8 @@ def test_a_layer_frozen_between_the_backward_pass_and_the_step(make, moment):
         before = [p.detach().clone() for p in run.params]
         run.step()
         moved = [not torch.equal(p, old) for p, old in zip(run.params, before, strict=True)]
-        assert any(moved) and moved[2] <= run.params[2].requires_grad
+        assert any(moved)
+        assert moved[2] <= run.params[2].requires_grad
 
 
 def alone(make, steps):
@@ -1753,7 +1760,8 @@ def test_a_parameter_that_was_removed_keeps_its_gradients(make):
     run.backward()
     assert old.grad is not None
     run.optimizer.step()
-    assert old.grad is not None and torch.equal(old, run.gone[0][1])
+    assert old.grad is not None
+    assert torch.equal(old, run.gone[0][1])
 
 
 @overlapped
@@ -1823,8 +1831,10 @@ def test_reentrant_checkpoints_of_a_shared_layer_work_or_are_named(make):
                 layers[2](x).square().mean().backward()
                 optimizer.step()
             except RuntimeError as error:
-                assert checkpointed and step == 1
-                assert "reentrant" in str(error) and "overlap=False" in str(error)
+                assert checkpointed
+                assert step == 1
+                assert "reentrant" in str(error)
+                assert "overlap=False" in str(error)
                 outcomes.append("refused")
             optimizer.zero_grad()
         return torch.nn.utils.parameters_to_vector(layers.parameters())

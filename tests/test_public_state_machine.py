@@ -273,7 +273,8 @@ class AsSGD(Changes):
         assert self.run.optimizer.stats()["steps"] == before + 1
         close = {"rtol": 1e-5, "atol": 2e-5}
         for i, (param, twin) in enumerate(zip(self.run.params, self.sgd.params, strict=True)):
-            assert param.dtype == twin.dtype and param.shape == twin.shape
+            assert param.dtype == twin.dtype
+            assert param.shape == twin.shape
             if param.dtype == torch.bfloat16:
                 close = {"rtol": 2e-2, "atol": 2e-2}
             momentum = self.run.momentum(param)
@@ -317,7 +318,8 @@ class Mass(Changes):
             after, left = param.detach().double(), run.memory(param).double()
             aggregate = run.momentum(param).double()
             if not param.requires_grad:
-                assert torch.equal(after, value) and torch.equal(left, memory)
+                assert torch.equal(after, value)
+                assert torch.equal(left, memory)
                 assert torch.equal(aggregate, momentum)
                 continue
             group = next(g for g in run.groups if any(p is param for p in g["params"]))

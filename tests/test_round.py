@@ -242,7 +242,8 @@ def disturbed(group, method, overlap, error):
             return outcomes, number
         run.check(group)
         fired_at = told[1][0]
-        assert len(told[1][1]) == 1 and fired_at in told[1][1][0], told
+        assert len(told[1][1]) == 1, told
+        assert fired_at in told[1][1][0], told
         outcomes.setdefault(fired_at, set()).add(tuple(told[0][1]))
     raise AssertionError("the fault came for ever")
 
@@ -263,7 +264,8 @@ def test_an_exception_on_one_worker(pool, method, overlap):
 
 def test_an_interrupt_on_one_worker(pool):
     (outcomes, number), _ = pool.run(2, disturbed, "GMC", False, Interrupt)
-    assert number > 15 and all(errors == {()} for errors in outcomes.values())
+    assert number > 15
+    assert all(errors == {()} for errors in outcomes.values())
 
 
 def abandon(group, ranks, arrived):
@@ -292,7 +294,8 @@ def test_an_abandoned_backward_pass(pool, ranks, arrived):
     """What was sent of it is not lost, and who waits for the rest learns that there is none."""
     for rank, (steps_made, errors) in enumerate(pool.run(2, abandon, ranks, arrived)):
         if arrived == 6 and ranks == [1]:  # all of it: rank 0 makes the step that rank 1 does not
-            assert steps_made < STEPS and errors
+            assert steps_made < STEPS
+            assert errors
             assert all(f"step: {FAULTY + 2} on rank 0, {FAULTY + 1}" in error for error in errors)
         else:
             told = rank not in ranks and arrived >= 3
@@ -328,7 +331,8 @@ def change_on_one(group, change, overlap):
         assert torch.equal(flat(run.params), before)
     options.update(old)
     run.train()
-    assert run.steps() == STEPS and same_on_all_ranks(group, run.params)
+    assert run.steps() == STEPS
+    assert same_on_all_ranks(group, run.params)
     if not {"momentum", "weight_decay", "memory_decay", "maximize"} & old.keys():
         run.check(group)  # with these, rank 1 took something else in
     return words
@@ -340,7 +344,8 @@ def test_an_option_that_one_worker_changes(pool, change, overlap):
     for words in pool.run(2, change_on_one, change, overlap):
         assert len(words) == 2
         assert words[0].startswith("step 3: what the workers sent does not belong together")
-        assert f"\n  {change}: " in words[0] and " on rank 0, " in words[0], words
+        assert f"\n  {change}: " in words[0], words
+        assert " on rank 0, " in words[0], words
 
 
 def freeze_on_one(group, overlap):
@@ -353,16 +358,16 @@ def freeze_on_one(group, overlap):
     for param in run.params:
         param.requires_grad_(True)
     run.train()
-    assert run.steps() == STEPS and same_on_all_ranks(group, run.params)
+    assert run.steps() == STEPS
+    assert same_on_all_ranks(group, run.params)
     return words
 
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_layers_that_one_worker_freezes(pool, overlap):
     for words in pool.run(2, freeze_on_one, overlap):
-        assert (
-            len(words) == 1 and "requires_grad of parameter 0, group 1: True on rank 0" in words[0]
-        )
+        assert len(words) == 1
+        assert "requires_grad of parameter 0, group 1: True on rank 0" in words[0]
 
 
 def change_on_all(group, overlap):
@@ -395,7 +400,8 @@ def behind(group):
 
 def test_a_worker_that_is_a_step_behind_is_noticed(pool):
     for words in pool.run(2, behind):
-        assert len(words) == 2 and all("step: 3 on rank 0, 2 on rank 1" in word for word in words)
+        assert len(words) == 2
+        assert all("step: 3 on rank 0, 2 on rank 1" in word for word in words)
 
 
 def cross(group, first, second):
@@ -423,4 +429,5 @@ def cross(group, first, second):
 @pytest.mark.parametrize("density", [0.1, 1.0])
 def test_optimizers_whose_steps_cross(pool, density):
     for words in pool.run(2, cross, density, density):
-        assert len(words) == 2 and all("optimizers crossed" in word for word in words), words
+        assert len(words) == 2, words
+        assert all("optimizers crossed" in word for word in words), words

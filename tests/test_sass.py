@@ -97,7 +97,8 @@ def by_kernel(listing, begin):
 def test_no_spills_and_no_stack(arch, compiled):
     for name, part in by_kernel(compiled(arch)[0], r"Compiling entry function ").items():
         match = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", part)
-        assert match and match.groups() == ("0", "0", "0"), f"{name}: {match and match[0]}"
+        assert match, f"{name}: no report"
+        assert match.groups() == ("0", "0", "0"), f"{name}: {match[0]}"
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -135,7 +136,8 @@ def test_the_pass_waits_behind_its_loads(name, machine_code):
         [match.start() for match in re.finditer(word, code)] for word in ("PREEXIT", "ACQBULK")
     )
     of_memory_and_gradient = loads[: KERNELS[name][0] - 4 * ("ILb1" in name)]
-    assert start < loads[0] and of_memory_and_gradient[-1] < wait < code.index("ATOMG")
+    assert start < loads[0]
+    assert of_memory_and_gradient[-1] < wait < code.index("ATOMG")
 
 
 def test_all_loads_before_the_first_use(machine_code):

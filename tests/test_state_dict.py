@@ -77,7 +77,8 @@ def test_state_holds_float32_memory_before_the_first_step():
     optimizer = gmc_cuda.GMC([torch.nn.Parameter(torch.ones(4, 5).bfloat16())], lr=0.1)
     (param,) = optimizer.param_groups[0]["params"]
     memory = optimizer.state[param]["memory"]
-    assert memory.dtype == torch.float32 and memory.shape == param.shape
+    assert memory.dtype == torch.float32
+    assert memory.shape == param.shape
     assert optimizer.state_dict()["state"][0]["memory"].shape == param.shape
 
 
@@ -92,7 +93,8 @@ def test_layouts_need_not_match():
     optimizers[1].load_state_dict(optimizers[0].state_dict())
     states = [optimizers[i].state_dict()["state"][0] for i in (0, 1)]
     for name in ("memory", "momentum_buffer"):
-        assert states[0][name].any() and torch.equal(states[0][name], states[1][name])
+        assert states[0][name].any()
+        assert torch.equal(states[0][name], states[1][name])
 
 
 # ---------------------------------------------------------------- what users and frameworks do
@@ -131,7 +133,8 @@ def assert_same_run(first, second, rank=0):
 
 def assert_same_state(first, second):
     states = [optimizer.state_dict()["state"] for optimizer in (first, second)]
-    assert states[0].keys() == states[1].keys() and states[0]
+    assert states[0].keys() == states[1].keys()
+    assert states[0]
     for i, tensors in states[0].items():
         assert tensors.keys() == states[1][i].keys()
         for name, tensor in tensors.items():
@@ -275,7 +278,8 @@ def test_sgd_state_goes_on_here_and_back(make):
     for param, twin in zip(params, twins, strict=True):
         param.data.copy_(twin)
     dense.load_state_dict(sgd.state_dict())
-    assert dense.param_groups[0]["lr"] == 0.1 and dense.param_groups[0]["density"] == 1.0
+    assert dense.param_groups[0]["lr"] == 0.1
+    assert dense.param_groups[0]["density"] == 1.0
     for optimizer in (sgd, dense):
         go_on(optimizer, range(3, 6))
     torch.testing.assert_close(flat(params), flat(twins), rtol=1e-5, atol=1e-6)
@@ -293,7 +297,8 @@ def test_sgd_before_its_first_step_or_without_momentum():
     params = parameters()
     sgd = torch.optim.SGD([{"params": params[:4]}, {"params": params[4:]}], lr=0.3)
     optimizer.load_state_dict(sgd.state_dict())
-    assert optimizer.param_groups[0]["lr"] == 0.3 and optimizer.param_groups[0]["momentum"] == 0
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    assert optimizer.param_groups[0]["momentum"] == 0
     for state in optimizer.state_dict()["state"].values():
         assert not any(tensor.any() for tensor in state.values())
 

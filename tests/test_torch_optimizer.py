@@ -171,7 +171,8 @@ def test_learning_rate_tensors_are_scheduled_in_place(make, density, form):
             return optimizer
 
         runs.append(run(build, "step and plateau", lr=given, density=density, **options))
-    assert optimizer.param_groups[0]["lr"] is lr and lr.item() < 0.003
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr.item() < 0.003
     torch.testing.assert_close(runs[0][2], runs[1][2], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(runs[0][3], runs[1][3], rtol=1e-5)
 
@@ -235,7 +236,8 @@ def test_groups_with_their_own_options(make):
         for optimizer in alone:
             optimizer.step()
     assert torch.equal(flat(params), flat(twins))
-    assert torch.equal(params[2], parameters()[2]) and not torch.equal(params[3], parameters()[3])
+    assert torch.equal(params[2], parameters()[2])
+    assert not torch.equal(params[3], parameters()[3])
 
 
 # ---------------------------------------------------------------------------------- gradients
@@ -247,12 +249,14 @@ def test_without_gradients_nothing_happens(make, density):
     params, optimizer = trained(make, steps=0, density=density, weight_decay=0.1)
     before = flat(params)
     optimizer.step()
-    assert torch.equal(flat(params), before) and not memory_of(optimizer, params).any()
+    assert torch.equal(flat(params), before)
+    assert not memory_of(optimizer, params).any()
     optimizer.param_groups[0]["weight_decay"] = 0.0
     for param in params:
         param.grad = torch.zeros_like(param)
     optimizer.step()
-    assert torch.equal(flat(params), before) and not memory_of(optimizer, params).any()
+    assert torch.equal(flat(params), before)
+    assert not memory_of(optimizer, params).any()
 
 
 @makers
@@ -476,7 +480,8 @@ def test_a_copy_has_every_public_attribute(make, copied):
     names = {name for name in vars(optimizer) if not name.startswith("_")}
     assert names == {name for name in vars(twin) if not name.startswith("_")}
     assert {"defaults", "param_groups", "state"} <= names
-    assert optimizer.defaults.items() <= twin.defaults.items() and repr(twin) == repr(optimizer)
+    assert optimizer.defaults.items() <= twin.defaults.items()
+    assert repr(twin) == repr(optimizer)
 
 
 # ----------------------------------------------------------------------------------------- hooks
@@ -504,7 +509,8 @@ def test_hooks_around_a_step(make):
         for handle in handles:
             handle.remove()
     assert calls == ["global before", "before", ("after", 5.0, True), "global after"]
-    assert optimizer.step() is None and len(calls) == 4
+    assert optimizer.step() is None
+    assert len(calls) == 4
 
 
 @makers
@@ -531,7 +537,9 @@ def test_hooks_around_state_dict(make):
         lambda _, state: early.append(1) or {**state, "early": True}, prepend=True
     )
     state = optimizer.state_dict()
-    assert early and state["early"] and "saved_by" in state["param_groups"][0]
+    assert early
+    assert state["early"]
+    assert "saved_by" in state["param_groups"][0]
     twins, twin = trained(make, steps=0)
     twin.load_state_dict(state)
     assert torch.equal(memory_of(twin, twins), memory_of(optimizer, params))
@@ -565,7 +573,8 @@ def test_hooks_around_load_state_dict(make):
     before = copy.deepcopy(state)
     twin.load_state_dict(state)
     assert calls == ["first", "second", ("third", 4.0, True), "fourth"]
-    assert same(state, before) and twin.param_groups[0]["lr"] == 4.0
+    assert same(state, before)
+    assert twin.param_groups[0]["lr"] == 4.0
 
 
 # ----------------------------------------------------------------------------- names and defaults
@@ -576,7 +585,9 @@ def test_what_is_printed(make):
     _, optimizer = trained(make, momentum=0.7, density=0.25)
     text = repr(optimizer)
     assert text.startswith(f"{make.__name__} (\nParameter Group 0\n")
-    assert "momentum: 0.7" in text and "density: 0.25" in text and "lr: 0.1" in text
+    assert "momentum: 0.7" in text
+    assert "density: 0.25" in text
+    assert "lr: 0.1" in text
 
 
 @makers

@@ -98,7 +98,8 @@ def hooked(group, kind):
     name = type(inner).__name__
     outer = ["GMC"] if kind == "LocalUpdates" else []
     assert told == ["pre", "inner pre", "inner post", name, *outer, "post", kind]
-    assert torch.equal(seen[0], start) and torch.equal(seen[-1], flat(params))
+    assert torch.equal(seen[0], start)
+    assert torch.equal(seen[-1], flat(params))
     assert same_on_all_ranks(group, params)
     assert not torch.equal(seen[-1], start)
     assert optimizer.param_groups[0]["lr"] == schedule.get_last_lr()[0]
@@ -134,7 +135,8 @@ def dict_hooks(group, kind):
     saved = optimizer.state_dict()
     assert saved["mine"] == 1
     optimizer.load_state_dict(saved)
-    assert saved["mine"] == 1 and told == ["saving", "loading", "loaded"]
+    assert saved["mine"] == 1
+    assert told == ["saving", "loading", "loaded"]
     for step in range(2):
         set_gradients(params, dist.get_rank(), step)
         optimizer.step()
@@ -149,7 +151,8 @@ def test_state_dict_hooks(pool, kind):
 def small_things(group, kind):
     params = parameters()
     optimizer = make(kind, params, group)
-    assert kind in repr(optimizer) and "lr: " in repr(optimizer)
+    assert kind in repr(optimizer)
+    assert "lr: " in repr(optimizer)
     with pytest.raises(TypeError, match=r"copy.deepcopy\(\(model, optimizer\)\)"):
         copy.copy(optimizer)
     for to_none in (False, True):
@@ -187,7 +190,8 @@ def leftovers(group, kind):
     handle.remove()
     if kind == "NodeAverage":
         optimizer.engine.scaled_together = False
-    assert not hasattr(optimizer, "found_inf") and not hasattr(optimizer, "grad_scale")
+    assert not hasattr(optimizer, "found_inf")
+    assert not hasattr(optimizer, "grad_scale")
     set_gradients(params, dist.get_rank(), 0)
     optimizer.step()
     assert same_on_all_ranks(group, params)

@@ -71,7 +71,8 @@ class Owner:
     def keep(self, aggregate: Tensor, whole: Tensor | None) -> None:
         """Makes this what :meth:`aggregate_of` returns for the bucket's aggregate ``whole``."""
         if aggregate.is_cuda and torch.cuda.is_current_stream_capturing():
-            assert self._aggregate is not None and whole is self._whole
+            assert self._aggregate is not None
+            assert whole is self._whole
             self._aggregate.copy_(aggregate)  # a graph's replay reads it there
         else:
             self._aggregate, self._whole = aggregate, whole

@@ -206,8 +206,10 @@ def test_report_names_kernel_block_and_thread():
     with program("plain", "scan", "EARLY_EXIT") as samples, pytest.raises(KernelFault) as caught:
         samples.call("scan", seed=0, x=np.ones(70, np.uint32))
     text = str(caught.value)
-    assert "scan_kernel<64>" in text and "block (0, 0, 0)" in text
-    assert "thread (0, 0, 0) waits in __syncthreads at " in text and "scan.cu:" in text
+    assert "scan_kernel<64>" in text
+    assert "block (0, 0, 0)" in text
+    assert "thread (0, 0, 0) waits in __syncthreads at " in text
+    assert "scan.cu:" in text
     assert "thread (6, 0, 0) has left the kernel" in text
 
 
@@ -217,7 +219,8 @@ def test_report_of_the_address_sanitizer_names_them_too():
             samples.call("scan", seed=0, x=np.ones(64 + 6, np.uint32))
         text = str(caught.value)
         thread = 63 if bug == "OUT_OF_BOUNDS_SHARED" else 6
-        assert "scan_kernel<64>" in text and f"block (0, 0, 0), thread ({thread}, 0, 0)" in text
+        assert "scan_kernel<64>" in text
+        assert f"block (0, 0, 0), thread ({thread}, 0, 0)" in text
 
 
 def test_a_seed_repeats_its_schedule():

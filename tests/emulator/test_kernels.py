@@ -715,7 +715,8 @@ def test_damaged_payloads(running, wire):
                 assert_same_aggregate(aggregate, ops.merge(broken, numel, k, wire), numel)
         if byte % 5 == 0:
             indices, values, _ = kernels.unpack(broken[1], numel, k, wire)
-            assert int(indices.min()) >= -1 and int(indices.max()) < numel
+            assert int(indices.min()) >= -1
+            assert int(indices.max()) < numel
             assert bool(values.isfinite().all())
             kernels.restore_(memory, broken[1], k, wire)
             kernels.mask_(memory, broken[1], k, wire)
