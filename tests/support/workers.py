@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE = 60  # seconds without a word from a worker, far more than any needs
+PATIENCE = 180  # seconds without a word from a worker, far more than any needs
 SIZES = (1, 2, 4)  # what most tests are run with
 POOL_SIZES = (1, 2, 3, 4, 8)  # numbers of ranks that the pool can run
-TIMEOUT = 120  # seconds a function may take in the pool, far more than any needs
+TIMEOUT = 300  # seconds a function may take in the pool, far more than any needs
 
 # A server that has imported everything forks the workers, so that each starts in milliseconds.
 # The first optimizer of a process imports torch._dynamo.
