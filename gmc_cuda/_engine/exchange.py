@@ -29,7 +29,7 @@ class GroupLost(RuntimeError):
 
 
 class Work:
-    """A collective that has ended. Those of a single worker end at once.
+    """A collective that has ended, as all collectives of a single worker have.
 
     Attributes:
         arrived: whether wait() has returned without an error.

@@ -1,4 +1,4 @@
-"""Fingerprints of parameters, by which replicas that differ are told apart."""
+"""Fingerprints of parameters, which tell differing replicas apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of all buckets: send, receive, apply; and what an error leaves behind.
+"""One step of all buckets: send, receive, apply; and what state an error leaves.
 
 A step is a transaction. Whatever can be refused is refused before a round is opened. While this
 worker still has something to send, an error calls the step off on every worker: the others get
