@@ -57,6 +57,20 @@ def test_the_map_of_csrc_lists_every_file():
     assert sorted(listed) == sorted(files)
 
 
+def test_the_benchmarks_map_lists_every_file():
+    folder = ROOT / "benchmarks"
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*.[pc][yu]")}
+    section = (folder / "README.md").read_text().split("## Files")[1].split("## ")[0]
+    listed = re.findall(r"`([\w/]+\.(?:py|cu))`", section)
+    assert sorted(listed) == sorted(path for path in there if not path.endswith("__init__.py"))
+
+
+def test_the_demos_map_lists_every_file():
+    folder = ROOT / "examples" / "demo"
+    listed = re.findall(r"^(\w+)  +\S", (folder / "__init__.py").read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == sorted({path.stem for path in folder.glob("*.py")} - {"__init__"})
+
+
 def test_what_is_to_be_touched_is_there():
     def place(path):  # the package may be an installed one
         ours = path.startswith("gmc_cuda/")

@@ -51,13 +51,17 @@ class Gradients:
 
 
 def _draw(numel: int, data: str, device: torch.device, generator: torch.Generator) -> torch.Tensor:
-    options = {"device": device, "generator": generator}
+    def integers(low: int, high: int) -> torch.Tensor:
+        return torch.randint(
+            low, high, (numel,), dtype=torch.int8, device=device, generator=generator
+        )
+
     if data == "zero":
         return torch.zeros(numel, device=device)
     if data == "ties":
-        return torch.randint(-3, 4, (numel,), dtype=torch.int8, **options).float()
+        return integers(-3, 4).float()
     values = torch.empty(numel, device=device)
     if data == "laplace":
-        signs = torch.randint(0, 2, (numel,), dtype=torch.int8, **options).mul_(2).sub_(1)
+        signs = integers(0, 2).mul_(2).sub_(1)
         return values.exponential_(generator=generator).mul_(signs)
     return values.normal_(generator=generator)

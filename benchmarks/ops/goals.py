@@ -1,5 +1,7 @@
 """The numbers to reach, next to what was measured: met, missed or not measured."""
 
+from collections.abc import Callable
+
 from benchmarks.ops.cases import TORCH_DTYPES
 from gmc_cuda import ops
 from gmc_cuda._engine import budget
@@ -91,7 +93,14 @@ def _at_least(what: str, limit: float, measured: float | None, why: str) -> Row:
     return _row(what, f"{limit:g}x or more", measured, lambda v: v >= limit, why, "x")
 
 
-def _row(what, goal, measured, reached, why, unit) -> Row:
+def _row(
+    what: str,
+    goal: str,
+    measured: float | None,
+    reached: Callable[[float], bool],
+    why: str,
+    unit: str,
+) -> Row:
     if measured is None:
         return {"what": what, "goal": goal, "measured": "", "outcome": why}
     outcome = "met" if reached(measured) else "missed"

@@ -18,9 +18,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import TextIO
 
 from benchmarks.ops import sanitizers
 
@@ -129,7 +131,9 @@ def plan(options: argparse.Namespace, folder: Path) -> list[Part]:
     return [replace(part, seconds=shares.get(part.name, part.seconds)) for part in parts]
 
 
-def run_parts(parts: list[Part], python: str, capability: str, log, report) -> None:
+def run_parts(
+    parts: list[Part], python: str, capability: str, log: TextIO, report: Callable[[], object]
+) -> None:
     """Runs one after the other; report() after each."""
     environment = {
         **os.environ,
@@ -155,7 +159,7 @@ def run_parts(parts: list[Part], python: str, capability: str, log, report) -> N
             threading.Thread(target=run, args=arguments, daemon=True).start()
 
 
-def run_part(part: Part, python: str, environment: dict, log) -> str:
+def run_part(part: Part, python: str, environment: dict, log: TextIO) -> str:
     if part.command is None:
         outcomes = sanitizers.run(python, ROOT, log, part.seconds)
         for tool, outcome in outcomes.items():
@@ -177,7 +181,9 @@ def run_part(part: Part, python: str, environment: dict, log) -> str:
     return "passed"
 
 
-def run(command: list[str], environment: dict, log, seconds: float) -> tuple[int | None, str]:
+def run(
+    command: list[str], environment: dict, log: TextIO, seconds: float
+) -> tuple[int | None, str]:
     """Exit status (None: stopped, it took too long) and the last line printed."""
     log.write(f"\n===== {' '.join(Path(word).name for word in command[:2])}\n")
     log.flush()
@@ -189,6 +195,7 @@ def run(command: list[str], environment: dict, log, seconds: float) -> tuple[int
 
     def read() -> None:
         nonlocal last
+        assert process.stdout is not None  # a pipe
         for line in process.stdout:
             log.write(line)
             log.flush()

@@ -1,7 +1,7 @@
 """Kernels launched by each stage, counted by torch's profiler on a GPU."""
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # no other place has it
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.ops.timing import Stage

@@ -27,8 +27,10 @@ class Problem:
         self.local = torch.zeros_like(self.memory) if case.method == "dgc" else None
         self.state = ops.select_state(case.numel, case.k, device)
         self.payload = self.payloads[0][0].clone()
-        self.aggregate = self.spare = None
-        self.merge(0)
+        self.spare: torch.Tensor | None = None
+        self.repairs_before = 0  # made before the timed rounds
+        self.merged = self.payloads[0]
+        self.aggregate = ops.merge(self.merged, case.numel, case.k, case.wire_dtype)
 
     def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The bucket's tensors, as views of one buffer."""
@@ -68,6 +70,7 @@ class Problem:
         self.payloads[turn % len(self.payloads)][0].copy_(self.payload)
 
     def mask(self, turn: int) -> None:
+        assert self.local is not None  # of DGC
         ops.mask_(self.local, self.payload, self.case.k, self.case.wire_dtype)
 
     def merge(self, turn: int) -> None:

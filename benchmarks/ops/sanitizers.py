@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import TextIO
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # An aggregate's gaps are never written, and copied with the rest when a test looks at it.
@@ -19,7 +20,7 @@ FOUND = 86  # compute-sanitizer's exit status when its tool found something
 SELECTION = "equals_cpu and not at_size or damaged_payloads or comes_of_the_guess"
 
 
-def run(python: str, root: Path, log, seconds: float) -> dict[str, str]:
+def run(python: str, root: Path, log: TextIO, seconds: float) -> dict[str, str]:
     """By tool, "passed" or what went wrong in one line."""
     program = shutil.which("compute-sanitizer")
     if program is None:

@@ -56,7 +56,7 @@ class Session:
             f"load {self.load_before[0]:g}; {len(chosen)} cases",
             flush=True,
         )
-        records = []
+        records: list[dict] = []
         for case in chosen:
             if records and self.options.limit and time.monotonic() - started > self.options.limit:
                 cases_left = len(chosen) - chosen.index(case)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 import gmc_cuda
 from benchmarks import report
@@ -34,7 +34,7 @@ DENSE = [
     {"name": "dense Nesterov", "lr": lr, "momentum": momentum, "density": 1.0, "nesterov": True}
     for lr, momentum in ((0.7, 0.9), (0.7, 0.5))
 ] + [{"name": "dense average", "lr": 1.0, "momentum": 0.0, "density": 1.0}]
-# What decides comes first; momentum 0 with decay .95 is SparseLoCo's recursion.
+# What decides comes first; momentum 0 with decay 0.95 is SparseLoCo's recursion.
 SPARSE = [
     {
         "name": "SparseLoCo 2 %" if momentum == 0 and decay < 1 else "GMC 2 %",
@@ -76,7 +76,7 @@ def main() -> int:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)  # fail now, not at the end
     with tempfile.TemporaryDirectory(prefix="gmc-local-updates-") as folder:
-        mp.start_processes(
+        start_processes(
             work, (options, f"{folder}/store"), options.workers, start_method="forkserver"
         )
     return 0

@@ -225,8 +225,9 @@ class TwoSided(Gathered):
                 wire_dtype=self.dtype, state=self.state(-1, j),
             )  # fmt: skip
             self.received[j].clear()
-            self.aggregates[j] = ops.merge(answer[None], memory.numel(), k, self.dtype)
-            moved.append(ops.densify(self.aggregates[j], memory.numel()))
+            aggregate = ops.merge(answer[None], memory.numel(), k, self.dtype)
+            self.aggregates[j] = aggregate
+            moved.append(ops.densify(aggregate, memory.numel()))
         ops.apply_([param.data for param in self.params], ops.sparsify(torch.cat(moved)), lr)
 
 

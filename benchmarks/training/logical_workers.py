@@ -53,13 +53,14 @@ def train(method: str, momentum: float, lr: float, seed: int, options: Namespace
         if not math.isfinite(loss.item()):
             break
         way.finish(lr * share_of_lr(step, options.steps, options.warmup))
-    loss, accuracy = evaluate(model, tasks)
+    held_out, accuracy = evaluate(model, tasks)
     numel = sum(param.numel() for param in params)
     return {
         "method": method, "momentum": momentum, "lr": lr, "seed": seed, "parameters": numel,
         "k": way.k, "density": way.k / numel, "bytes": way.nbytes,
-        "bytes_ratio": way.bytes_ratio(numel), "loss": loss if math.isfinite(loss) else None,
-        "accuracy": accuracy, "seconds": time.perf_counter() - started,
+        "bytes_ratio": way.bytes_ratio(numel), "accuracy": accuracy,
+        "loss": held_out if math.isfinite(held_out) else None,
+        "seconds": time.perf_counter() - started,
     }  # fmt: skip
 
 

@@ -101,6 +101,7 @@ class Star:
                     cwd=ROOT, env={**variables, "RANK": str(rank)}, text=True,
                     stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                 ))  # fmt: skip
+            assert started[0].stdout is not None  # a pipe
             for line in started[0].stdout:
                 yield json.loads(line)
             codes = [worker.wait(60) for worker in started]

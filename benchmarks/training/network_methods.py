@@ -8,6 +8,7 @@ the collective to say.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,8 @@ DENSITY = 0.01
 class Optimized:
     every = 1
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Any  # torch's, or one of gmc_cuda
+    payload_bytes: Any
 
     def step(self) -> None:
         self.optimizer.step()
@@ -73,7 +75,7 @@ class Dense(Optimized):
     payload_bytes = None
 
     def __init__(
-        self, hook: Callable | None, model: nn.Module, lr: float, momentum: float, **options: float
+        self, hook: Callable | None, model: nn.Module, lr: float, momentum: float, **options: Any
     ) -> None:
         self.model = DistributedDataParallel(model, **options)
         if hook is not None:
@@ -82,8 +84,11 @@ class Dense(Optimized):
 
 
 def bf16(model: DistributedDataParallel) -> None:
-    # DDP refuses torch's hook on gloo by its name; the wrapped one works.
-    def compress(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    # DDP refuses torch's hook on gloo by its name; the wrapped one works. DDP looks at the types.
+    def compress(
+        state: Any,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
         return default_hooks.bf16_compress_hook(state, bucket)
 
     model.register_comm_hook(None, compress)
@@ -109,7 +114,8 @@ class Eager:
 
     @torch.no_grad()
     def step(self) -> None:
-        gradient = torch.cat([param.grad.view(-1) for param in self.params])
+        grads = [param.grad for param in self.params if param.grad is not None]
+        gradient = torch.cat([grad.view(-1) for grad in grads])
         if self.masking:
             self.momentum.mul_(self.beta).add_(gradient)
             self.memory.add_(self.momentum)
@@ -137,12 +143,13 @@ class Eager:
         self.lr = lr
 
 
-def ours(rule: type = gmc_cuda.GMC, **options: object) -> Callable:
+def ours(rule: Callable = gmc_cuda.GMC, **options: Any) -> Callable:
     return functools.partial(Sparse, functools.partial(rule, **options))
 
 
-FLOAT8 = {"wire_dtype": torch.float8_e4m3fn, "bytes_ratio": 50}  # payloads of 1/100 with 4 workers
-FLOAT4 = {"wire_dtype": torch.float4_e2m1fn_x2, "bytes_ratio": 50}
+# With 4 workers the payloads of an all-gather are then 1/100 of a gradient.
+FLOAT8: dict[str, Any] = {"wire_dtype": torch.float8_e4m3fn, "bytes_ratio": 50}
+FLOAT4: dict[str, Any] = {"wire_dtype": torch.float4_e2m1fn_x2, "bytes_ratio": 50}
 # The last two send all of a gradient: at the slowest rate a step of theirs takes minutes.
 METHODS: dict[str, Callable] = {
     "GMC": ours(density=DENSITY),

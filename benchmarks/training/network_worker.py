@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from benchmarks.training.network_methods import METHODS, ComputeAlone
+from benchmarks.training.network_methods import METHODS, ComputeAlone, Eager, Optimized
 from benchmarks.training.network_models import MODELS
 from examples.demo import text
 
-LR, MOMENTUM = 0.1, 0.5  # of no account to a step's time
+Timed = Optimized | Eager
+LR, MOMENTUM = 0.1, 0.5  # they do not affect the time of a step
 WARM_UP, BLOCK, LEAST_ROUNDS = 3, 4, 3  # steps, steps, rounds
 SLOW = 1.0  # seconds a step: such a method takes part in the first rounds alone, a step in each
 SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
@@ -47,7 +48,9 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def measure(methods: dict, control: ComputeAlone, batches: list, seconds: float) -> dict:
+def measure(
+    methods: dict[str, Timed], control: ComputeAlone, batches: list, seconds: float
+) -> dict:
     """Rounds for about `seconds` for each method, the same number on all workers.
 
     Times are in seconds, from the start of a step to its end, means over a block and the workers.
@@ -85,18 +88,19 @@ class Block(NamedTuple):
     compute_alone: float
 
 
-def block(method, batches: list, steps: int) -> tuple[float, float]:
+def block(method: Timed, batches: list, steps: int) -> tuple[float, float]:
     """(seconds a step, bytes sent in a step)"""
     dist.barrier()
     sent = int(SENT.read_text())
     chosen = random.sample(batches, steps)
     times = [timed_step(method, batch) for batch in chosen]
+    dist.barrier()  # its messages queue after those of the last step, which have then left
     sent = int(SENT.read_text()) - sent
     method.model.zero_grad()
     return average(mean(times)), average(sent / steps)
 
 
-def row(blocks: list[Block], method) -> dict:
+def row(blocks: list[Block], method: Timed) -> dict:
     def statistics(values: list[float]) -> dict:
         low, middle, high = quantiles(values, n=4, method="inclusive")
         return {"median": middle, "quartiles": [low, high]}
@@ -111,7 +115,7 @@ def row(blocks: list[Block], method) -> dict:
     }
 
 
-def timed_step(method, batch: tuple) -> float:
+def timed_step(method: Timed, batch: tuple) -> float:
     started = time.perf_counter()
     method.model.zero_grad()
     inputs, targets = batch
@@ -124,7 +128,7 @@ def average(value: float) -> float:
     return agree(value, dist.ReduceOp.SUM) / dist.get_world_size()
 
 
-def agree(value: float, how: dist.ReduceOp) -> float:
+def agree(value: float, how: dist.ReduceOp.RedOpType) -> float:
     shared = torch.tensor([value], dtype=torch.float64)
     dist.all_reduce(shared, how)
     return shared.item()

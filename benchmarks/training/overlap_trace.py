@@ -12,12 +12,14 @@ Both workers share this machine; it shows the order of things, not the speed of 
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import start_processes
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import gmc_cuda
@@ -55,7 +57,7 @@ def main() -> int:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)  # fail now, not at the end
     with tempfile.TemporaryDirectory(prefix="gmc-overlap-") as folder:
-        mp.start_processes(work, (options, f"{folder}/store"), WORKERS, start_method="forkserver")
+        start_processes(work, (options, f"{folder}/store"), WORKERS, start_method="forkserver")
     return 0
 
 
@@ -95,7 +97,7 @@ def step(model: nn.Module, optimizer: gmc_cuda.GMC, x: torch.Tensor) -> None:
         optimizer.step()
 
 
-def lanes(events) -> dict[str, list[list[float]]]:
+def lanes(events: Iterable[Any]) -> dict[str, list[list[float]]]:
     """Lane -> [start, end] of its events in ms, from the first of all."""
     times = {
         lane: sorted(

@@ -109,7 +109,7 @@ def draw(path: Path, content: dict) -> None:
     figure, panels = plt.subplots(
         1, len(rates), figsize=(3.6 * len(rates), 3.8), sharey=True, squeeze=False
     )
-    colours = plt.get_cmap("tab10").colors
+    colours = [f"C{place}" for place in range(10)]
     for rate, axes in zip(rates, panels[0], strict=True):
         for run, colour in zip(content["training"], colours, strict=False):
             (row,) = (row for row in content["steps"]

@@ -2,12 +2,13 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 
 def number(convert: Callable, accept: Callable, wanted: str) -> Callable:
     """An argparse type: `convert` reads the text, `accept` tells whether the value will do."""
 
-    def parse(text):
+    def parse(text: str) -> Any:
         try:
             value = convert(text)
         except (ValueError, OverflowError):

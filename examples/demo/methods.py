@@ -17,7 +17,7 @@ LR_WARMUP = 0.1  # of the steps
 WARMUP_DENSITY, WARMUP_STAGES = 0.25, 4  # as DGC's 25, 6.25, 1.56, 0.4, then 0.1 percent
 
 
-def make(method: str, model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+def make(method: str, model: nn.Module, options: argparse.Namespace) -> gmc_cuda.GMC | gmc_cuda.DGC:
     sent = {"density": 1.0}
     if method != "dmsgd":
         sent = {"density": options.density}
@@ -34,14 +34,17 @@ def make(method: str, model: nn.Module, options: argparse.Namespace) -> torch.op
     return gmc_cuda.DGC(model.parameters(), momentum_masking=method == "dgc", **common)
 
 
-def make_schedulers(method: str, optimizer, options: argparse.Namespace) -> list[tuple]:
+def make_schedulers(
+    method: str, optimizer: torch.optim.Optimizer, options: argparse.Namespace
+) -> list[tuple]:
     """(n, scheduler): the scheduler is stepped after every n-th optimizer step."""
     rates = torch.optim.lr_scheduler
+    lr: rates.LRScheduler
     if options.schedule is None:
         lr = rates.LambdaLR(optimizer, lambda step: share_of_lr(step, options.steps, LR_WARMUP))
     else:
         lr = rates.MultiStepLR(optimizer, options.schedule, options.gamma)
-    schedulers = [(1, lr)]
+    schedulers: list[tuple] = [(1, lr)]
     if options.warmup and method != "dmsgd":
         warmup = gmc_cuda.DensityWarmup(optimizer, WARMUP_STAGES, WARMUP_DENSITY)
         schedulers.append((math.ceil(options.warmup / WARMUP_STAGES), warmup))

@@ -6,6 +6,7 @@ import math
 import os
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -147,7 +148,7 @@ def _cores() -> str:
     return "1 core" if count == 1 else f"{count} cores"
 
 
-def _without_nan(value):
+def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -17,7 +17,8 @@ class Task:
     unit: str  # what accuracy counts: "next byte", "image"
 
     def to(self, device: torch.device) -> "Task":
-        self.test = tuple(tensor.to(device) for tensor in self.test)
+        inputs, targets = self.test
+        self.test = inputs.to(device), targets.to(device)
         return self
 
 
