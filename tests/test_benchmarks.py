@@ -258,7 +258,7 @@ def test_without_a_gpu_the_gpu_is_refused(tmp_path):
         pytest.skip("this machine has a GPU")
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.ops.kernels", "--device", "cuda"],
-        cwd=ROOT, capture_output=True, text=True, timeout=90,
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr == "kernels: --device cuda: no GPU on this machine that torch can use\n"
@@ -425,7 +425,7 @@ def test_host(tmp_path):
 # ---------------------------------------------------------------------- what several workers do
 
 
-def test_overlap_trace(tmp_path, capfd):
+def test_overlap_trace(tmp_path):
     tiny = ["--steps", "2", "--layers", "3", "--width", "64", "--batch", "8"]
     done = run("training.overlap_trace", *tiny, "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -441,9 +441,7 @@ def test_overlap_trace(tmp_path, capfd):
     assert overlap_trace.share_under(lanes["compress"], lanes["backward"]) == pytest.approx(1)
     for compressed, (start, _) in zip(lanes["compress"], lanes["communicate"], strict=True):
         assert compressed[1] <= start
-    assert (
-        f"{100 * content['share_of_communication_under_backward']:.0f} %" in capfd.readouterr().out
-    )
+    assert f"{100 * content['share_of_communication_under_backward']:.0f} %" in done.stdout
 
 
 def test_share_of_time_under_other_spans():

@@ -10,6 +10,7 @@ Both workers share this machine; it shows the order of things, not the speed of 
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -28,6 +29,7 @@ from examples.demo.arguments import density, positive_int
 from examples.demo.provenance import provenance
 
 WORKERS, WARM_UP = 2, 3
+MEASURED = "measured.json"  # from the worker of rank 0 to this process
 # Lane -> names of the profiler's events, or their part before the first colon. The first three are
 # regions of this file.
 LANES = {
@@ -57,13 +59,17 @@ def main() -> int:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)  # fail now, not at the end
     with tempfile.TemporaryDirectory(prefix="gmc-overlap-") as folder:
-        start_processes(work, (options, f"{folder}/store"), WORKERS, start_method="forkserver")
+        start_processes(work, (options, folder), WORKERS, start_method="forkserver")
+        measured = json.loads(Path(folder, MEASURED).read_text())
+    write(options, measured["stats"], measured["lanes"])
     return 0
 
 
-def work(rank: int, options: argparse.Namespace, store: str) -> None:
+def work(rank: int, options: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORKERS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORKERS
+    )
     torch.manual_seed(0)
     layers = [nn.Linear(options.width, options.width) for _ in range(options.layers)]
     model = nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))
@@ -83,7 +89,8 @@ def work(rank: int, options: argparse.Namespace, store: str) -> None:
         for _ in range(options.steps):
             step(model, optimizer, x)
     if rank == 0:
-        write(options, optimizer.stats(), lanes(profiler.events()))
+        found = {"stats": optimizer.stats(), "lanes": lanes(profiler.events())}
+        Path(folder, MEASURED).write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
