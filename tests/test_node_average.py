@@ -588,7 +588,7 @@ def foreign(group):
     with pytest.raises(ValueError, match="got the state of GMC, must be of NodeAverage"):
         optimizer.load_state_dict(plain.state_dict())
     everyone = [None] * 4
-    dist.all_gather_object(everyone, before)
+    dist.all_gather_object(everyone, before, group=group)
     other = everyone[rank ^ 1]
     with pytest.raises(ValueError, match=r"got that of worker \d of 2 in its node"):
         optimizer.load_state_dict(other)
@@ -687,7 +687,7 @@ def test_a_plain_grad_scaler_is_refused(pool, shape):
 
 def inside_ddp(group, over):
     mesh, model = mesh_of("2x2"), torch.nn.Linear(4, 4)
-    ranks = {"all": None, "across": mesh.get_group(0), "inside": mesh.get_group(1)}[over]
+    ranks = {"all": group, "across": mesh.get_group(0), "inside": mesh.get_group(1)}[over]
     ddp = torch.nn.parallel.DistributedDataParallel(model, process_group=ranks)
     optimizer = gmc_cuda.NodeAverage(model.parameters(), gmc(), mesh)
     ddp(torch.ones(2, 4)).sum().backward()

@@ -158,7 +158,9 @@ class CompressedSGD(torch.optim.Optimizer):
         """Clears gradients as torch.optim does.
 
         With ``overlap=True`` it also ends a backward pass that no step() has followed: what was
-        sent of it returns to memory, for the next step.
+        sent of it returns to memory, for the next step. All workers must end such a pass alike: one
+        that gives up a whole pass alone, where the others make the step, stays a step behind, and
+        every later step raises ValueError on every worker: restart them from a checkpoint.
         """
         self.engine.cancel()
         super().zero_grad(set_to_none)
