@@ -30,6 +30,7 @@ __all__ = [
     "unpack",
     "verdict",
     "merge",
+    "merge_ranges",
     "apply_",
     "restore_",
     "mask_",
@@ -430,6 +431,44 @@ def _(payloads: Tensor, numel: int, k: int, wire_dtype: Any, *, skip: Any = None
 @_fake("merge_")
 def _(*args: Any, **options: Any) -> None:
     """It only changes its arguments."""
+
+
+def merge_ranges(
+    payloads: Tensor,
+    numel: int,
+    width: int,
+    k: int,
+    last_k: int,
+    wire_dtype: torch.dtype = torch.bfloat16,
+    *,
+    skip: Tensor | None = None,
+) -> Tensor:
+    """a_t of a bucket from the payloads of its ranges, side by side (two-sided compression).
+
+    Args:
+        payloads: a row for each range, uint8 [ranges, payload_nbytes(width, k, wire_dtype)]. The
+            last range's payload, which may be smaller, is the beginning of its row.
+        numel: N, elements of the bucket.
+        width: elements of a range; the last has what is left.
+        k, last_k: entries in a payload of a full range, and in that of the last one.
+        skip: int32 [1] from :func:`verdict`; non-zero gives an empty aggregate.
+
+    Returns:
+        The aggregate, as from :func:`merge`.
+
+    Raises:
+        RuntimeError: a payload is damaged (CPU).
+    """
+    return _tensor(_ops.merge_ranges, payloads, numel, width, k, last_k, wire_dtype, skip=skip)
+
+
+@_fake("merge_ranges")
+def _(
+    payloads: Tensor, numel: int, width: int, k: int, last_k: int, wire_dtype: Any, *,
+    skip: Any = None,
+) -> Tensor:  # fmt: skip
+    entries = k * ((numel + width - 1) // width - 1) + last_k
+    return payloads.new_empty(_ops.aggregate_nbytes(numel, entries, 1))
 
 
 def apply_(

@@ -402,6 +402,25 @@ def merge(
     return sparsify(total)
 
 
+def merge_ranges(
+    payloads: Tensor,
+    numel: int,
+    width: int,
+    k: int,
+    last_k: int,
+    wire_dtype: torch.dtype,
+    *,
+    skip: Tensor | None = None,
+) -> Tensor:
+    """a_t of a bucket from the payloads of its ranges, side by side. See ``ops.merge_ranges``."""
+    parts = []
+    for j, payload in enumerate(payloads):
+        size, its_k = (width, k) if j + 1 < len(payloads) else (numel - j * width, last_k)
+        own = payload[: payload_nbytes(size, its_k, wire_dtype)]
+        parts.append(densify(merge(own[None], size, its_k, wire_dtype, skip=skip), size))
+    return sparsify(torch.cat(parts))
+
+
 def apply_(
     params: Sequence[Tensor],
     aggregate: Tensor,

@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmc_cuda import ops, reference
-from support.cases import DTYPES, NUMELS, VALUES, WIRES, Call, assert_same_bytes, ks, sample_call
+from support.cases import (
+    DTYPES,
+    NUMELS,
+    VALUES,
+    WIRES,
+    Call,
+    assert_same_bytes,
+    ks,
+    range_payloads,
+    sample_call,
+)  # fmt: skip
 from support.payload_sections import aggregate_flags, nonfinite_counts
 
 
@@ -415,6 +425,38 @@ def test_skip():
         assert not torch.equal(vector, torch.ones(n))
 
 
+@pytest.mark.parametrize(
+    "ranges,numel,width,k,last_k",
+    [(1, 7, 7, 2, 2), (3, 900, 304, 30, 28), (4, 70_000, 17_504, 170, 170),
+     (2, 200_000, 131_072, 900, 300), (9, 600_000, 66_672, 1, 1), (30, 4000, 136, 136, 56)],
+)  # fmt: skip
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_ranges_side_by_side(ranges, numel, width, k, last_k, wire, threads):
+    torch.set_num_threads(threads)
+    payloads = range_payloads(ranges, numel, width, k, last_k, wire, seed=ranges)
+    arguments = (payloads, numel, width, k, last_k, wire)
+    aggregate = ops.merge_ranges(*arguments)
+    expected = reference.densify(reference.merge_ranges(*arguments), numel)
+    assert expected.any()
+    assert_same_bytes(ops.densify(aggregate, numel), expected, "a")
+    # The next step's pass finds entries by the run, and apply_ by the tile.
+    memory, moved = torch.zeros(numel), torch.zeros(numel)
+    ops.compress_(memory, [torch.zeros(numel)], 1, momentum=1.0, aggregate=aggregate)
+    again = torch.zeros(numel)
+    reference.compress_(
+        again, [torch.zeros(numel)], 1, momentum=1.0, aggregate=reference.sparsify(expected)
+    )
+    assert_same_bytes(memory, again, "v")
+    ops.apply_([moved], aggregate, -1.0)
+    assert_same_bytes(moved, expected, "w")
+    skip = torch.ones(1, dtype=torch.int32)
+    assert not ops.densify(ops.merge_ranges(*arguments, skip=skip), numel).any()
+    payloads[-1, 0] ^= 1
+    with pytest.raises(RuntimeError, match=f"payload of rank {ranges - 1} is damaged"):
+        ops.merge_ranges(*arguments)
+
+
 def test_merge_into_an_older_aggregate():
     n, k, wire = 200_000, 2000, torch.bfloat16
     older, newer = payloads_of(2, n, k, wire), payloads_of(2, n, k, wire)
@@ -708,6 +750,8 @@ OPCHECKS = {
     "merge": ("merge", lambda: call(gathered(), ALL, CHOSEN, WIRE, skip=flag())),
     "merge_": ("merge_", lambda: call(
         ops.merge(gathered(), ALL, CHOSEN, WIRE), gathered(), ALL, CHOSEN, WIRE, skip=flag())),
+    "merge_ranges": ("merge_ranges", lambda: call(
+        gathered(), ALL, ALL, CHOSEN, CHOSEN, WIRE, skip=flag())),
     "apply_": ("apply_", lambda: call(
         [zeros()], aggregate(), LR, skip=flag(), memory=zeros(), payload=payload(), k=CHOSEN,
         wire_dtype=WIRE, flags=flag())),
@@ -717,7 +761,7 @@ OPCHECKS = {
     "densify": ("densify", lambda: call(aggregate(), ALL)),
 }  # fmt: skip
 # An aggregate has gaps that nothing writes or reads, so two runs of these differ there.
-WITH_GAPS = ("merge", "merge_", "sparsify")
+WITH_GAPS = ("merge", "merge_", "merge_ranges", "sparsify")
 
 
 @pytest.mark.parametrize("operator,make_call", OPCHECKS.values(), ids=OPCHECKS)

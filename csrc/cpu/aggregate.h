@@ -1,6 +1,8 @@
 // Reading and writing an aggregate tile by tile.
 #pragma once
 
+#include <algorithm>
+
 #include "shared/payload.h"
 
 namespace gmc::cpu {
@@ -16,6 +18,17 @@ inline AggregateEntries aggregate_entries(const uint8_t* aggregate, int64_t nume
   const AggregateView view(aggregate, AggregateLayout(numel, capacity));
   const uint32_t start = view.starts[tile];
   return {view.indices + start, view.values + start, view.counts[tile]};
+}
+
+inline AggregateHeader aggregate_header(int64_t numel, int64_t capacity, uint32_t flags) {
+  return {kAggregateMagic, flags, static_cast<uint32_t>(capacity), static_cast<uint32_t>(numel)};
+}
+
+// The aggregate of a step that is skipped.
+inline void write_empty(const AggregateView<uint8_t>& out, int64_t numel, int64_t capacity) {
+  *out.header = aggregate_header(numel, capacity, kNonfinite);
+  std::fill_n(out.starts, tile_count(numel), 0u);
+  std::fill_n(out.counts, tile_count(numel), 0u);
 }
 
 // Writes one tile's entries in ascending order, from `start` on: begin_run() comes before the

@@ -47,10 +47,6 @@ class TileSum {
   std::vector<uint64_t> present_ = std::vector<uint64_t>(kTile / 64);
 };
 
-AggregateHeader aggregate_header(int64_t numel, int64_t capacity, uint32_t flags) {
-  return {kAggregateMagic, flags, static_cast<uint32_t>(capacity), static_cast<uint32_t>(numel)};
-}
-
 }  // namespace
 
 void run(const MergeCall& call) {
@@ -59,15 +55,10 @@ void run(const MergeCall& call) {
   const int64_t numel = payloads.shape.numel;
   const int64_t capacity = aggregate_capacity(numel, payloads.shape.k, ranks);
   const AggregateView out(call.aggregate, AggregateLayout(numel, capacity));
-  if (call.skip.skipped()) {
-    *out.header = aggregate_header(numel, capacity, kNonfinite);
-    std::fill_n(out.starts, tile_count(numel), 0u);
-    std::fill_n(out.counts, tile_count(numel), 0u);
-    return;
-  }
+  if (call.skip.skipped()) return write_empty(out, numel, capacity);
 
   std::vector<PayloadReader> readers;
-  for (int64_t rank = 0; rank < ranks; ++rank) readers.emplace_back(payloads, rank);
+  for (int64_t rank = 0; rank < ranks; ++rank) readers.emplace_back(payloads.of_rank(rank), rank);
   const float factor = mean_factor(ranks);
   const int64_t parts = part_count(numel);
   // This is not for_each_tile_with, because access to the sums through its pointer costs a tenth of

@@ -74,11 +74,11 @@ bool all_zero(const uint8_t* begin, const uint8_t* end) {
 
 }  // namespace
 
-PayloadReader::PayloadReader(const Payload& payloads, int64_t rank)
-    : shape_(payloads.shape),
+PayloadReader::PayloadReader(const Payload& payload, int64_t rank)
+    : shape_(payload.shape),
       rank_(rank),
       layout_(shape_),
-      payload_(payloads.data + rank * layout_.nbytes),
+      payload_(payload.data),
       view_(payload_, layout_) {
   const PayloadHeader& header = *view_.header;
   switch (header_fault(header, shape_)) {

@@ -36,9 +36,9 @@ struct TileIndices {
 
 class PayloadReader {
  public:
-  // Throws DamagedPayload when the header is not that of this bucket's payload, or there is more
-  // than zeros between the sections.
-  PayloadReader(const Payload& payloads, int64_t rank);
+  // rank: whose payload it is, for errors. Throws DamagedPayload when the header is not that of
+  // this bucket's payload, or there is more than zeros between the sections.
+  PayloadReader(const Payload& payload, int64_t rank);
 
   uint32_t nonfinite() const { return view_.header->nonfinite; }
 

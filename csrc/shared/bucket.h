@@ -16,6 +16,25 @@ struct Segment {
 struct Payload {
   const uint8_t* data;
   PayloadShape shape;
+
+  Payload of_rank(int64_t rank) const {
+    return {data + rank * PayloadLayout(shape).nbytes, shape};
+  }
+};
+
+// A payload for each range of a bucket, one after the other. All ranges have as many elements, but
+// for the last, which may have fewer; its payload begins where one of full size would.
+struct Ranges {
+  Payload full;  // of the first
+  PayloadShape last;
+  int64_t count;
+
+  int64_t width() const { return full.shape.numel; }
+  int64_t numel() const { return (count - 1) * width() + last.numel; }
+  int64_t entries() const { return (count - 1) * full.shape.k + last.k; }
+  Payload payload(int64_t range) const {
+    return {full.of_rank(range).data, range + 1 < count ? full.shape : last};
+  }
 };
 
 // The gathered payloads of a bucket of which only the size is known. Where the bucket is sent

@@ -96,6 +96,14 @@ struct MergeCall {
   uint8_t* aggregate;
 };
 
+// Payloads of the ranges that make up a bucket; nothing is summed. aggregate:
+// AggregateLayout(numel, ranges.entries()).
+struct MergeRangesCall {
+  Ranges ranges;
+  Skip skip;
+  uint8_t* aggregate;
+};
+
 // memory: where a skipped step gives `payload` back to; nullptr: it does not.
 struct ApplyCall {
   MoveCall move;
@@ -143,6 +151,7 @@ void run(const ApplyDenseCall& call);
 void run(const UnpackCall& call);
 void run(const VerdictCall& call);
 void run(const MergeCall& call);
+void run(const MergeRangesCall& call);
 void run(const ApplyCall& call);
 void run(const RestoreCall& call);
 void run(const MaskCall& call);
@@ -163,6 +172,7 @@ void run(const ApplyDenseCall& call, const Stream& stream);
 void run(const UnpackCall& call, const Stream& stream);
 void run(const VerdictCall& call, const Stream& stream);
 void run(const MergeCall& call, const Stream& stream);
+void run(const MergeRangesCall& call, const Stream& stream);
 void run(const ApplyCall& call, const Stream& stream);
 void run(const RestoreCall& call, const Stream& stream);
 void run(const MaskCall& call, const Stream& stream);

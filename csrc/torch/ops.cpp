@@ -377,6 +377,34 @@ Work<MergeCall> merge_inplace(const Tensor& aggregate, const Tensor& payloads, i
   return {call, device, {}};
 }
 
+constexpr char kMergeRanges[] =
+    "merge_ranges(Tensor payloads, int numel, int width, int k, int last_k, "
+    "ScalarType wire_dtype, *, Tensor? skip=None) -> Tensor";
+
+Work<MergeRangesCall, Tensor> merge_ranges(const Tensor& payloads, int64_t numel, int64_t width,
+                                           int64_t k, int64_t last_k, ScalarType wire_dtype,
+                                           const OptionalTensor& skip) {
+  const Device device(payloads);
+  check_numel(numel, "numel");
+  GMC_CHECK_VALUE(width >= 1 && width <= numel, "width: got ", width,
+                  ", must be between 1 and numel = ", numel);
+  const int64_t count = (numel + width - 1) / width;
+  const PayloadShape full = check_shape(width, k, wire_dtype);
+  const PayloadShape last = {numel - (count - 1) * width, last_k, full.wire};
+  GMC_CHECK_VALUE(last_k >= 1 && last_k <= std::min(k, last.numel), "last_k: got ", last_k,
+                  ", must be between 1 and ", std::min(k, last.numel));
+  check_tensor(payloads, "payloads", device, ScalarType::Byte);
+  const int64_t nbytes = PayloadLayout(full).nbytes;
+  GMC_CHECK_VALUE(
+      payloads.dim() == 2 && payloads.size(0) == count && payloads.size(1) == nbytes,
+      "payloads: got shape ", sizes_of(payloads), ", must be [", count, ", ", nbytes, "]");
+  const Ranges ranges = {{readable_bytes(payloads, "payloads"), full}, last, count};
+  Tensor aggregate =
+      empty({AggregateLayout(numel, ranges.entries()).nbytes}, ScalarType::Byte, device);
+  uint8_t* const bytes = writable_bytes(aggregate, "aggregate");
+  return {{ranges, skip_of(skip, device), bytes}, device, {std::move(aggregate)}};
+}
+
 constexpr char kRestore[] =
     "restore_(Tensor(a!) memory, Tensor payload, int k, ScalarType wire_dtype, *, "
     "Tensor? skip=None) -> ()";
@@ -445,6 +473,7 @@ void for_each_op(const Visitor& visit) {
   visit.template operator()<kVerdict, &verdict>();
   visit.template operator()<kMerge, &merge>();
   visit.template operator()<kMergeInplace, &merge_inplace>();
+  visit.template operator()<kMergeRanges, &merge_ranges>();
   visit.template operator()<kRestore, &restore>();
   visit.template operator()<kMask, &mask>();
   visit.template operator()<kSparsify, &sparsify>();

@@ -265,21 +265,24 @@ def notice(exchange: Exchange, plan: Plan, tag: int, device: torch.device) -> Se
 def answer_notice(exchange: Exchange, plan: Plan, device: torch.device) -> Sent:
     """Sends a notice in the place of an owner's answer, see :func:`notice`."""
     part = plan.parts[exchange.rank]
-    return send_answer(
-        exchange, plan, empty_payload(part.numel, part.k, plan.wire_dtype, ops.CALLED_OFF, device)
-    )
+    nothing = empty_payload(part.numel, part.k, plan.wire_dtype, ops.CALLED_OFF, device)
+    return send_answer(exchange, plan, nothing)[1]
 
 
 def send_answer(
     exchange: Exchange, plan: Plan, payload: Tensor, error: BaseException | None = None
-) -> Sent:
-    """Sends an owner's payload to all, padded to the size of the first range's."""
+) -> tuple[Tensor, Sent]:
+    """Sends an owner's payload to all.
+
+    Returns:
+        all owners' payloads, uint8 [p, n], those of shorter ranges padded; and what is on its way.
+    """
     padding = plan.parts[0].nbytes - payload.numel()
     gathered, work = exchange.all_gather(torch.nn.functional.pad(payload, (0, padding)))
     last = plan.parts[-1].nbytes  # only the last range may be shorter
     if last == gathered.size(1):
-        return Sent(work, (gathered,), None, error=error)
-    return Sent(work, (gathered[:-1], gathered[-1:, :last]), None, error=error)
+        return gathered, Sent(work, (gathered,), None, error=error)
+    return gathered, Sent(work, (gathered[:-1], gathered[-1:, :last]), None, error=error)
 
 
 def empty_payload(

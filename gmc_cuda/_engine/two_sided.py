@@ -8,17 +8,17 @@
 
 With r added to the mean of all u, the equations of the papers hold as they do for an all-gather,
 and each link carries (p-1)/p of two payloads, however many workers there are. The owner adds the
-global momentum, so that no worker spends entries on what all workers know. Local momentum (DGC)
-stays with each worker.
+global momentum, so that a worker need not spend entries on what all know. Local momentum (DGC) is
+each worker's, as ever.
 
-In a skipped step an owner keeps what it has received, in r, and only what it has sent returns to
-r. A payload that its owner could not use returns to the sender's memory.
+A payload that has arrived at its owner stays with it, even if the step is skipped then; only what
+the owners have sent is taken back. What was sent to an owner that could not use it returns to the
+sender's memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -35,27 +35,28 @@ from gmc_cuda._engine.steps import CalledOff, Sent, Step, Target, insist, insist
 def two_sided_step(
     bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], plan: Plan
 ) -> Step:
-    """A step like :func:`steps.sparse_step`, with one more yield for what the owners send."""
-    payloads = _towards_owners(bucket, grads, plan)
+    """As :func:`steps.sparse_step`, with one more yield, of what the owners send to all."""
+    errors: list[BaseException] = []
     owning = _Owning(bucket, missing.absent_in(grads), plan, exchange.rank)
-    back = Work()
-    replies: list[Tensor] = []  # d_j of every owner
+    payloads = _towards_owners(bucket, grads, plan, errors)
+    back: Work | None = None
     applied = False
     try:
         received, work = exchange.all_to_all(payloads, owning.part.nbytes)
         try:
             verdict = yield Sent(work, (received,), None, two_sided=True)
             steps.use_on_this_stream(received, *payloads)
-            answer, error = owning.answer(received, verdict)
+            answer, error = owning.answer(received, verdict, errors)
         except CalledOff as called_off:
             answer, error = owning.refuse(called_off.verdict), None
-        sent = steps.send_answer(exchange, plan, answer, error)
-        back, rows = sent.work, chain.from_iterable(sent.payloads)
-        replies = [row[: part.nbytes] for part, row in zip(plan.parts, rows, strict=True)]
+        gathered, sent = insist(  # d_j of every owner
+            lambda: steps.send_answer(exchange, plan, answer, error), errors
+        )
+        back = sent.work
         skip = yield sent
-        steps.use_on_this_stream(*sent.payloads)
-        errors: list[BaseException] = []
-        aggregate, own = insist(lambda: _side_by_side(bucket, replies, plan, skip), errors)
+        steps.use_on_this_stream(gathered)
+        aggregate = insist(lambda: _merge(bucket.numel, gathered, plan, skip), errors)
+        own = insist(lambda: owning.merge(skip), errors)
         target: Target = yield aggregate
 
         def move() -> None:
@@ -75,22 +76,25 @@ def two_sided_step(
         insist_once(move, errors)
         applied = True
         insist_once(lambda: owning.take_back(skip), errors)
-        if not skip.is_cpu:  # on the CPU, calling a step off has raised before
+        if not skip.is_cpu:  # on the CPU a step that was called off has raised
             insist_once(lambda: owning.give_back(payloads, verdict), errors)
         insist_once(lambda: _mask(bucket, payloads, plan, skip), errors)
         insist_once(lambda: owning.keep(aggregate, own), errors)
     finally:
         if not applied:
-            arrived = replies if back.arrived else None
-            insist(lambda: owning.cancel(payloads, arrived), [])
+            answers = None if back is None or not back.arrived else gathered
+            insist(lambda: owning.cancel(payloads, answers), [])
             steps.taken_back(bucket)
     steps.raise_first(errors)
 
 
-def _towards_owners(bucket: Bucket, grads: list[Tensor | None], plan: Plan) -> list[Tensor]:
-    """Compresses each range by itself: the payloads c_kj for all owners j.
+def _towards_owners(
+    bucket: Bucket, grads: list[Tensor | None], plan: Plan, errors: list[BaseException]
+) -> list[Tensor]:
+    """Compresses each range by itself: c_kj for every owner j, as payloads.
 
-    Each header counts the non-finite values of the whole bucket, so that every owner knows of all.
+    Each header has the count of non-finite values in the whole bucket, so that every owner knows
+    all that the workers have met.
     """
     arguments, buffer = plan.arguments, bucket.momentum_buffer
     if buffer is None:
@@ -113,8 +117,8 @@ def _towards_owners(bucket: Bucket, grads: list[Tensor | None], plan: Plan) -> l
                     **arguments,
                 )
 
-            # After the first range has been compressed, the others must be too.
-            payloads.append(insist(compress, []) if payloads else compress())
+            # Once the first range is compressed, the others must be.
+            payloads.append(insist(compress, errors) if payloads else compress())
     _share_counts(payloads)
     return payloads
 
@@ -131,17 +135,12 @@ def _share_counts(payloads: Sequence[Tensor]) -> None:
         count.copy_(word)
 
 
-def _side_by_side(
-    bucket: Bucket, replies: Sequence[Tensor], plan: Plan, skip: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """a_t (all d_j side by side) of the whole bucket, and within this worker's own range."""
-    dense, own = torch.zeros_like(bucket.memory), None
-    for j, (reply, part) in enumerate(zip(replies, plan.parts, strict=True)):
-        aggregate = ops.merge(reply.unsqueeze(0), part.numel, part.k, plan.wire_dtype, skip=skip)
-        ops.apply_([dense[part.begin : part.end]], aggregate, -1.0)
-        if bucket.owner is not None and j == bucket.owner.rank:
-            own = aggregate
-    return ops.sparsify(dense), own
+def _merge(numel: int, gathered: Tensor, plan: Plan, skip: Tensor) -> Tensor:
+    """a_t, all d_j side by side."""
+    first, last = plan.parts[0], plan.parts[-1]
+    return ops.merge_ranges(
+        gathered, numel, first.numel, first.k, last.k, plan.wire_dtype, skip=skip
+    )
 
 
 def _mask(bucket: Bucket, payloads: Sequence[Tensor], plan: Plan, skip: Tensor) -> None:
@@ -154,50 +153,56 @@ def _mask(bucket: Bucket, payloads: Sequence[Tensor], plan: Plan, skip: Tensor) 
 
 
 class _Owning:
-    """The owner's side of a step, and what undoes it.
+    """This worker's part of a step as the owner of a range, and what undoes the step.
 
     Args:
-        absent: indices of the bucket's parameters that have no gradient on this worker.
-        rank: this worker's rank.
+        absent: which parameters of the bucket have no gradient on this worker.
+        rank: this worker's.
 
     Attributes:
-        part: this worker's range, and what is sent of it.
+        part: its range, and what is sent of that.
     """
 
     def __init__(self, bucket: Bucket, absent: list[int], plan: Plan, rank: int) -> None:
         assert bucket.owner is not None
         self._bucket, self._owner, self._absent = bucket, bucket.owner, frozenset(absent)
         self._plan, self.part = plan, plan.parts[rank]
-        self._has_momentum = False  # whether r has decayed and has this step's momentum
+        self._has_decayed = self._has_momentum = False  # whether r has, in this step
         self._took_in = False  # whether r has what the workers have sent
         self._none_took_in = True  # whether no owner has
         self._answer: Tensor | None = None
 
-    def answer(self, received: Tensor, verdict: Tensor) -> tuple[Tensor, BaseException | None]:
-        """Adds what has arrived to r, and selects what goes to all.
+    def answer(
+        self, received: Tensor, verdict: Tensor, errors: list[BaseException]
+    ) -> tuple[Tensor, BaseException | None]:
+        """Takes in what has arrived and selects what goes to all.
 
         Args:
             received: the workers' payloads, uint8 [p, nbytes].
-            verdict: the verdict on all of them.
+            verdict: of all of them.
+            errors: gets what an action raised that was done all the same.
 
         Returns:
-            The payload d_j, and the error if there was one, such as a damaged payload. The other
-            workers wait for an answer, so after an error the payload calls the step off, or makes
-            all skip it.
+            d_j, and what has kept the step from being made, such as a damaged payload. The other
+            workers wait, so there is always something to send: a payload that calls the step off,
+            or lets all skip it.
         """
         part, plan = self.part, self._plan
         self._none_took_in = False
         stop = None if verdict.is_cpu else verdict & ~ops.NONFINITE
         try:
-            merged = ops.merge(received, part.numel, part.k, plan.wire_dtype, skip=stop)
-            self._add_momentum()
-            self._answer = insist(lambda: self._select(merged, verdict), [])
+            merged = insist(
+                lambda: ops.merge(received, part.numel, part.k, plan.wire_dtype, skip=stop), errors
+            )
+            self._add_momentum(errors)
+            self._answer = self._select(merged, verdict, errors)
         except Exception as error:
+            errors.clear()
             self._answer = self._nothing(ops.CALLED_OFF)
             return self._answer, error
-        except BaseException as error:  # an interrupt, raised after an operator has done its work
-            self._took_in = True
+        except BaseException as error:  # an interrupt, which has let the operator do its work
             self._answer = self._nothing(plan.tag, nonfinite=1)
+            self._took_in = True
             return self._answer, error
         self._took_in = True
         return self._answer, None
@@ -206,11 +211,10 @@ class _Owning:
         """Calls the step off.
 
         Args:
-            verdict: the verdict on what all workers have sent, which may have kept the owners from
-                adding it to r.
+            verdict: of what all workers have sent; it may have kept the owners from taking that in.
 
         Returns:
-            The payload to send.
+            what to send.
         """
         self._none_took_in = bool(verdict & (ops.MISMATCH | ops.OFF))
         self._answer = self._nothing(ops.CALLED_OFF)
@@ -222,30 +226,46 @@ class _Owning:
             part.numel, part.k, self._plan.wire_dtype, tag, device, nonfinite
         )
 
-    def _select(self, merged: Tensor, verdict: Tensor) -> Tensor:
+    def _select(self, merged: Tensor, verdict: Tensor, errors: list[BaseException]) -> Tensor:
         memory = self._owner.memory
-        return ops.compress_(
-            memory,
-            [None],
-            self.part.k,
-            params=[memory],  # for its size
-            momentum=1.0,
-            aggregate=merged,
-            found_inf=verdict.float(),  # so that all skip the step
-            wire_dtype=self._plan.wire_dtype,
-            state=self._bucket.select_state(self.part.k),
-            tag=self._plan.tag,
-        )
 
-    def _add_momentum(self) -> None:
-        """r = memory_decay * r + beta * a_{t-1}, except for parameters without a gradient here."""
-        if self._has_momentum:
-            return
-        bucket, owner, rule = self._bucket, self._owner, self._plan.arguments
-        if rule["memory_decay"] != 1:
-            for i, piece in self._pieces(owner.memory):
+        def compress() -> Tensor:
+            return ops.compress_(
+                memory,
+                [None],
+                self.part.k,
+                params=[memory],  # for its size
+                momentum=1.0,
+                aggregate=merged,
+                found_inf=verdict.float(),  # so that all skip the step
+                wire_dtype=self._plan.wire_dtype,
+                state=self._bucket.select_state(self.part.k),
+                tag=self._plan.tag,
+            )
+
+        try:
+            return compress()
+        except Exception as error:
+            errors.append(error)
+            return compress()
+
+    def _add_momentum(self, errors: list[BaseException]) -> None:
+        """r = memory_decay * r + beta * a_{t-1}, but for parameters without a gradient here."""
+        if not self._has_decayed and self._plan.arguments["memory_decay"] != 1:
+            for i, piece in self._pieces(self._owner.memory):
                 if i not in self._absent:
-                    piece.mul_(rule["memory_decay"])
+                    piece.mul_(self._plan.arguments["memory_decay"])
+        self._has_decayed = True
+        aggregate = insist(self._previous, errors)
+        if aggregate is not None and not self._has_momentum:
+            # r - (-beta) a, each operation rounded to float32.
+            beta = self._plan.arguments["momentum"]
+            insist_once(lambda: ops.apply_([self._owner.memory], aggregate, -beta), errors)
+        self._has_momentum = True
+
+    def _previous(self) -> Tensor | None:
+        """a_{t-1} within the range, where momentum is global."""
+        bucket, owner = self._bucket, self._owner
         aggregate = None
         if bucket.momentum_buffer is None and len(self._absent) < len(bucket.params):
             aggregate = owner.aggregate_of(bucket.aggregate, bucket.numel)
@@ -255,24 +275,22 @@ class _Owning:
                 if i in self._absent:
                     piece.zero_()
             aggregate = ops.sparsify(dense)
-        if aggregate is not None:  # r - (-beta) a, each operation rounded to float32
-            ops.apply_([owner.memory], aggregate, -rule["momentum"])
-        self._has_momentum = True
+        return aggregate
 
     def _pieces(self, flat: Tensor) -> list[tuple[int, Tensor]]:
-        """Each parameter's index in the bucket, with its piece of a tensor of the range."""
+        """Each parameter's place in the bucket, with its piece of a tensor of the range."""
         found = within(self._bucket.sizes, self._owner.range)
         pieces = flat.split([last - first for _, first, last in found])
         return [(i, piece) for (i, _, _), piece in zip(found, pieces, strict=True)]
 
     def take_back(self, skip: Tensor | None) -> None:
-        """Returns what was sent to all to r if skip is not zero, or None."""
+        """What was sent to all returns to r where the step is skipped; None: it is."""
         if self._took_in and self._answer is not None:
             part, memory = self.part, self._owner.memory
             ops.restore_(memory, self._answer, part.k, self._plan.wire_dtype, skip=skip)
 
     def give_back(self, payloads: Sequence[Tensor], verdict: Tensor) -> None:
-        """Returns to memory what no owner has added to r, as decided on the device."""
+        """What no owner has taken in returns to this worker's memory, without the host's help."""
         called_off = verdict & (ops.MISMATCH | ops.OFF)
         for part, payload in zip(self._plan.parts, payloads, strict=True):
             self._return(part, payload, called_off)
@@ -281,27 +299,34 @@ class _Owning:
         memory = self._bucket.memory[part.begin : part.end]
         ops.restore_(memory, payload, part.k, self._plan.wire_dtype, skip=skip)
 
+    def merge(self, skip: Tensor) -> Tensor | None:
+        """a_t within this worker's range, where momentum is global."""
+        if self._bucket.momentum_buffer is not None or self._answer is None:
+            return None
+        part, answer = self.part, self._answer.unsqueeze(0)
+        return ops.merge(answer, part.numel, part.k, self._plan.wire_dtype, skip=skip)
+
     def keep(self, aggregate: Tensor, own: Tensor | None) -> None:
-        """Makes these a_{t-1} of the next step, with global momentum."""
-        if self._bucket.momentum_buffer is None and own is not None:
+        """Makes these a_{t-1} of the next step, of the bucket and within the range."""
+        if own is not None:
             self._bucket.keep_aggregate(aggregate)
             self._owner.keep(own, self._bucket.aggregate)
 
-    def cancel(self, payloads: Sequence[Tensor], replies: Sequence[Tensor] | None) -> None:
-        """Undoes a step that is given up: what owners have not added to r returns to memory.
+    def cancel(self, payloads: Sequence[Tensor], answers: Tensor | None) -> None:
+        """Undoes a step that is not made: what owners have not taken in returns to memory.
 
         Args:
             payloads: what this worker has sent to the owners.
-            replies: what the owners have sent to all; None if it did not arrive.
+            answers: what they have sent to all, uint8 [p, nbytes]; None if it did not arrive.
         """
-        self._add_momentum()
+        self._add_momentum([])
         if self._none_took_in:
             taken = [False] * len(payloads)
-        elif replies is None:  # the group was lost: the other owners are assumed to have added it
+        elif answers is None:  # the group was lost; the other owners are taken to have been faster
             taken = [True] * len(payloads)
             taken[self._owner.rank] = self._took_in
         else:
-            tags = torch.stack([reply[20:24] for reply in replies]).view(torch.int32).flatten()
+            tags = answers[:, 20:24].contiguous().view(torch.int32).flatten()
             taken = [tag != ops.CALLED_OFF for tag in tags.tolist()]
         for part, payload, was_taken in zip(self._plan.parts, payloads, taken, strict=True):
             if not was_taken:

@@ -172,6 +172,15 @@ CUDA_CASE(merge) {
   Device().run(call);
 }
 
+CUDA_CASE(merge_ranges) {
+  const Payload full = payload(in, "payloads");  // numel and k are those of a full range
+  const Ranges ranges = {
+      full, {in.integer("last_numel"), in.integer("last_k"), full.shape.wire}, in.integer("ranges")};
+  auto* out = in.output<uint8_t>("aggregate",
+                                 AggregateLayout(ranges.numel(), ranges.entries()).nbytes);
+  Device().run(MergeRangesCall{ranges, skip(in), out});
+}
+
 CUDA_CASE(apply) {
   ApplyCall call = {move(in), aggregate(in), in.integer("numel"), nullptr, {}};
   if (in.has("memory")) {

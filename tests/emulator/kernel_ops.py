@@ -214,6 +214,15 @@ class Kernels:
         out = self._call("merge", ranks=payloads.size(0), **arrays)
         return torch.from_numpy(out["aggregate"])
 
+    def merge_ranges(
+        self, payloads, numel, width, k, last_k, wire_dtype=torch.bfloat16, *, skip=None
+    ):
+        ranges = payloads.size(0)
+        arrays = self._payload("payloads", payloads, width, k, wire_dtype, skip)
+        last = {"last_numel": numel - (ranges - 1) * width, "last_k": last_k}
+        out = self._call("merge_ranges", ranges=ranges, **last, **arrays)
+        return torch.from_numpy(out["aggregate"])
+
     def apply_(self, params, aggregate, lr, *, k=1, wire_dtype=torch.bfloat16, **skipping):
         numel = sum(p.numel() for p in params)
         shape = {"numel": numel, "k": k, "wire": WIRES.index(wire_dtype)}

@@ -18,7 +18,7 @@ from emulator.kernel_ops import (
     program,
 )
 from gmc_cuda import ops, reference
-from support.cases import assert_same_bytes, sample_call
+from support.cases import assert_same_bytes, range_payloads, sample_call
 from support.payload_sections import aggregate_flags, section_begin, spare_bits
 from support.sampling import misleading, places
 
@@ -344,6 +344,25 @@ def test_merge_and_apply(running, ranks, numel, k):
             ops.apply_(right, expected, lr)
             for mine, theirs in zip(moved, right, strict=True):
                 assert_same_bytes(mine, theirs, "params")
+
+
+RANGES = [(1, 900, 900, 9, 9), (3, 900, 304, 30, 28), (5, 1000, 208, 208, 168),
+          (2, 70_000, 35_000, 300, 300), (3, 200_003, 66_672, 400, 390),
+          (30, 4000, 136, 2, 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranges", "numel", "width", "k", "last_k"), RANGES)
+def test_merge_ranges(running, ranges, numel, width, k, last_k):
+    for seed in seeds(running, 2):
+        kernels = Kernels(running, seed)
+        for wire in WIRES:
+            payloads = range_payloads(ranges, numel, width, k, last_k, wire, seed)
+            arguments = (payloads, numel, width, k, last_k, wire)
+            aggregate, expected = kernels.merge_ranges(*arguments), ops.merge_ranges(*arguments)
+            assert_same_aggregate(aggregate, expected, numel)
+            skip = torch.ones(1, dtype=torch.int32)
+            empty = kernels.merge_ranges(*arguments, skip=skip)
+            assert ops.densify(empty, numel).count_nonzero() == 0
 
 
 def test_apply_to_many_tensors(running):

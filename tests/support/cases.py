@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmc_cuda import reference
+from gmc_cuda import ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIRES = reference.WIRE_DTYPES
@@ -142,6 +142,19 @@ def sample_call(seed: int, values: str, n: int, k: int) -> Call:
         [0, reference.CALLED_OFF, reference.TAGS - 1, draw.randrange(2**24)]
     )
     return Call(memory, grads, k, aggregate, momentum_buffer, options)
+
+
+def range_payloads(ranges, numel, width, k, last_k, wire_dtype, seed):
+    """Payloads of the ranges of a bucket as ops.merge_ranges takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    row_nbytes = ops.payload_nbytes(width, k, wire_dtype)
+    rows = []
+    for j in range(ranges):
+        size, its_k = (width, k) if j + 1 < ranges else (numel - j * width, last_k)
+        values = torch.randn(size, generator=generator)
+        payload = ops.compress_(torch.zeros(size), [values], its_k, wire_dtype=wire_dtype)
+        rows.append(torch.nn.functional.pad(payload, (0, row_nbytes - payload.numel())))
+    return torch.stack(rows)
 
 
 def assert_same_bytes(actual: Tensor, expected: Tensor, what: str) -> None:
