@@ -24,11 +24,12 @@ BEFORE_SENDING = [
     (exchange.Exchange, "check"), (watch.DamageWatch, "check"), (packing.Packing, "holds"),
     (Bucket, "flat_grads"), (rules.Rule, "prepare"), (rules.Rule, "plan"), (budget, "entries"),
     (missing, "absent_in"), (Bucket, "select_state"), (ops, "compress_"), (ops, "accumulate_"),
-    (exchange.Exchange, "all_gather"), (exchange.Exchange, "all_reduce"),
+    (exchange.Exchange, "all_gather"), (exchange.Exchange, "all_to_all"),
+    (exchange.Exchange, "all_reduce"),
 ]  # fmt: skip
 AFTER_SENDING = [
     (exchange.Work, "wait"), (exchange._Pending, "wait"), (ops, "verdict"),
-    (Bucket, "spare_aggregate"), (ops, "merge"), (watch.DuplicateWatch, "look"),
+    (Bucket, "spare_aggregate"), (ops, "merge"), (ops, "merge_ranges"), (watch.DuplicateWatch, "look"),
     (watch.DamageWatch, "flags"), (Bucket, "flat_params"), (ops, "apply_"), (ops, "apply_dense_"),
     (ops, "mask_"), (Bucket, "keep_aggregate"), (watch.DamageWatch, "report"),
     (rules.Rule, "finish"), (rules.GlobalMomentum, "finish"),
@@ -188,6 +189,11 @@ METHODS = {
 }
 
 
+TWO_SIDED = {
+    "GMC, two-sided": (gmc_cuda.GMC, {"momentum": 0.5, "exchange": "reduce_scatter"}),
+    "DGC, two-sided": (gmc_cuda.DGC, {"momentum": 0.0, "exchange": "reduce_scatter"}),
+}
+
 # A step that is not made leaves Nesterov's look-ahead where it is, as a skipped one does.
 WITHOUT_NESTEROV = [name for name in METHODS if "nesterov" not in name]
 
@@ -231,7 +237,7 @@ def disturbed(group, method, overlap, error):
     places = BEFORE_SENDING + AFTER_SENDING if error is Fault else INTERRUPTIBLE
     if overlap:  # what step() refuses on one worker when all is sent, the other has done by then
         places = [place for place in places if place[1] != "check"]
-    make, options = METHODS[method]
+    make, options = (METHODS | TWO_SIDED)[method]
     rank, outcomes = dist.get_rank(group), {}
     for number in range(500):
         run = Run(make, overlap, group, rank, **options)
@@ -249,7 +255,7 @@ def disturbed(group, method, overlap, error):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("method", WITHOUT_NESTEROV)
+@pytest.mark.parametrize("method", [*WITHOUT_NESTEROV, *TWO_SIDED])
 def test_an_exception_on_one_worker(pool, method, overlap):
     (outcomes, number), _ = pool.run(2, disturbed, method, overlap, Fault)
     assert number > 40
@@ -262,16 +268,17 @@ def test_an_exception_on_one_worker(pool, method, overlap):
     assert any(outcomes["accumulate_"])
 
 
-def test_an_interrupt_on_one_worker(pool):
-    (outcomes, number), _ = pool.run(2, disturbed, "GMC", False, Interrupt)
+@pytest.mark.parametrize("method", ["GMC", "GMC, two-sided"])
+def test_an_interrupt_on_one_worker(pool, method):
+    (outcomes, number), _ = pool.run(2, disturbed, method, False, Interrupt)
     assert number > 15
     assert all(errors == {()} for errors in outcomes.values())
 
 
-def abandon(group, ranks, arrived):
+def abandon(group, ranks, arrived, options):
     """Some workers give a backward pass up, when the gradients of so many parameters are there."""
     rank = dist.get_rank(group)
-    run, errors = Run(gmc_cuda.GMC, True, group, rank, momentum=0.5), []
+    run, errors = Run(gmc_cuda.GMC, True, group, rank, momentum=0.5, **options), []
     while run.steps() < STEPS and run.tries < MOST_TRIES:
         if rank not in ranks or run.tries != FAULTY:
             errors += map(str, run.try_a_step())
@@ -290,10 +297,13 @@ def abandon(group, ranks, arrived):
 
 @pytest.mark.parametrize("arrived", range(7))
 @pytest.mark.parametrize("ranks", [[1], [0, 1]])
-def test_an_abandoned_backward_pass(pool, ranks, arrived):
+@pytest.mark.parametrize("way", ["all_gather", "reduce_scatter"])
+def test_an_abandoned_backward_pass(pool, way, ranks, arrived):
     """What was sent of it is not lost, and who waits for the rest learns that there is none."""
-    for rank, (steps_made, errors) in enumerate(pool.run(2, abandon, ranks, arrived)):
-        if arrived == 6 and ranks == [1]:  # all of it: rank 0 makes the step that rank 1 does not
+    found = pool.run(2, abandon, ranks, arrived, {"exchange": way})
+    for rank, (steps_made, errors) in enumerate(found):
+        # All of it, where nothing is sent back: rank 0 makes the step that rank 1 does not.
+        if arrived == 6 and ranks == [1] and way == "all_gather":
             assert steps_made < STEPS
             assert errors
             assert all(f"step: {FAULTY + 2} on rank 0, {FAULTY + 1}" in error for error in errors)
