@@ -30,7 +30,8 @@ BEFORE_SENDING = [
 AFTER_SENDING = [
     (exchange.Work, "wait"), (exchange._Pending, "wait"), (ops, "verdict"),
     (Bucket, "spare_aggregate"), (ops, "merge"), (ops, "merge_ranges"),
-    (watch.DuplicateWatch, "look"), (watch.DamageWatch, "flags"), (Bucket, "flat_params"), (ops, "apply_"), (ops, "apply_dense_"),
+    (watch.DuplicateWatch, "look"), (watch.DamageWatch, "flags"), (Bucket, "flat_params"),
+    (ops, "apply_"), (ops, "apply_dense_"),
     (ops, "mask_"), (Bucket, "keep_aggregate"), (watch.DamageWatch, "report"),
     (rules.Rule, "finish"), (rules.GlobalMomentum, "finish"),
 ]  # fmt: skip
