@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gmc_cuda import ops, reference
+from gmc_cuda._engine.library import build_config
 
 N, K, WIRE = 100, 5, torch.bfloat16
 
@@ -276,3 +277,13 @@ def test_other_errors_pass_unchanged():
     with pytest.raises(RuntimeError, match="^payload of rank 0 is damaged") as raised:
         ops.unpack(damaged, N, K, WIRE)
     assert type(raised.value) is RuntimeError
+
+
+@pytest.mark.skipif(build_config["with_cuda"], reason="this build has CUDA kernels")
+@pytest.mark.parametrize("name", ["sparsify", "densify"])
+def test_a_build_without_cuda_says_so(name):
+    """What is registered for CUDA tensors, called with tensors of the CPU."""
+    arguments = {"sparsify": (torch.ones(N),), "densify": (ops.sparsify(torch.ones(N)), N)}[name]
+    operator = getattr(torch.ops.gmc_cuda, name).default
+    with pytest.raises(RuntimeError, match=f"NotImplementedError: {name}: this build of gmc_cuda"):
+        operator._op_dk(torch._C.DispatchKey.CUDA, *arguments)
