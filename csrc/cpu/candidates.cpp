@@ -71,7 +71,7 @@ void Collector::take_out(const uint32_t* index, const uint32_t* bits, int64_t co
   });
 }
 
-void Collector::settle(const Candidates& taken, int scale) const {
+void Collector::take_out_again(const Candidates& taken, int scale) const {
   if (scale != scale_) take_out(taken.index.get(), taken.bits.get(), taken.count, scale);
 }
 

@@ -42,7 +42,7 @@ class Collector {
 
   void put_back(const Candidates& taken) const;
   // Takes candidates out again that were taken out already, if the scale is not the expected one.
-  void settle(const Candidates& taken, int scale) const;
+  void take_out_again(const Candidates& taken, int scale) const;
 
  private:
   float* const memory_;

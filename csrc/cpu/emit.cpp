@@ -47,7 +47,7 @@ Emitter::Emitter(const PayloadShape& shape, int scale, uint8_t* payload, const C
 
 void Emitter::emit(Candidates* candidates) {
   collector_.put_back(separate(candidates));
-  collector_.settle(*candidates, scale_);
+  collector_.take_out_again(*candidates, scale_);
   with_wire_type(wire_, [&](auto format) { write<decltype(format)>(*candidates); });
 }
 
