@@ -31,8 +31,8 @@ template <class Function>
 void for_each_piece(const Ranges& ranges, const std::vector<PayloadReader>& readers, int64_t tile,
                     TileIndices* indices, const Function& function) {
   const int64_t first = tile * kTile, end = first + tile_size(ranges.numel(), tile);
-  for (int64_t range = first / ranges.width();
-       range < ranges.count && range * ranges.width() < end; ++range) {
+  for (int64_t range = first / ranges.width(); range < ranges.count && range * ranges.width() < end;
+       ++range) {
     const int64_t begin = range * ranges.width();
     const int64_t numel = ranges.payload(range).shape.numel;
     const int64_t last = (std::min(end - begin, numel) - 1) / kTile;

@@ -17,9 +17,7 @@ struct Payload {
   const uint8_t* data;
   PayloadShape shape;
 
-  Payload of_rank(int64_t rank) const {
-    return {data + rank * PayloadLayout(shape).nbytes, shape};
-  }
+  Payload of_rank(int64_t rank) const { return {data + rank * PayloadLayout(shape).nbytes, shape}; }
 };
 
 // A payload for each range of a bucket, one after the other. All ranges have as many elements, but

@@ -395,9 +395,9 @@ Work<MergeRangesCall, Tensor> merge_ranges(const Tensor& payloads, int64_t numel
                   ", must be between 1 and ", std::min(k, last.numel));
   check_tensor(payloads, "payloads", device, ScalarType::Byte);
   const int64_t nbytes = PayloadLayout(full).nbytes;
-  GMC_CHECK_VALUE(
-      payloads.dim() == 2 && payloads.size(0) == count && payloads.size(1) == nbytes,
-      "payloads: got shape ", sizes_of(payloads), ", must be [", count, ", ", nbytes, "]");
+  GMC_CHECK_VALUE(payloads.dim() == 2 && payloads.size(0) == count && payloads.size(1) == nbytes,
+                  "payloads: got shape ", sizes_of(payloads), ", must be [", count, ", ", nbytes,
+                  "]");
   const Ranges ranges = {{readable_bytes(payloads, "payloads"), full}, last, count};
   Tensor aggregate =
       empty({AggregateLayout(numel, ranges.entries()).nbytes}, ScalarType::Byte, device);

@@ -174,10 +174,11 @@ CUDA_CASE(merge) {
 
 CUDA_CASE(merge_ranges) {
   const Payload full = payload(in, "payloads");  // numel and k are those of a full range
-  const Ranges ranges = {
-      full, {in.integer("last_numel"), in.integer("last_k"), full.shape.wire}, in.integer("ranges")};
-  auto* out = in.output<uint8_t>("aggregate",
-                                 AggregateLayout(ranges.numel(), ranges.entries()).nbytes);
+  const Ranges ranges = {full,
+                         {in.integer("last_numel"), in.integer("last_k"), full.shape.wire},
+                         in.integer("ranges")};
+  auto* out =
+      in.output<uint8_t>("aggregate", AggregateLayout(ranges.numel(), ranges.entries()).nbytes);
   Device().run(MergeRangesCall{ranges, skip(in), out});
 }
 
