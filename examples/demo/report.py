@@ -59,10 +59,13 @@ def print_end(task: Task, options: argparse.Namespace, results: Results) -> None
     console.print()
     console.print(table)
     console.print()
+    others = options.workers - 1
     start = mean(run.curve[0].loss for runs in results.values() for run in runs)
     print(
         f"Loss and accuracy ({task.unit}) are on held-out data; the loss was {start:.2f} before\n"
-        "training. MB is the payload that a worker hands to the collective in a step."
+        "training. MB is the payload that a worker hands to the collective in a step. With\n"
+        f"{options.workers} workers a link carries a sparse payload {others}x, a dense gradient "
+        f"{2 * others / options.workers:.3g}x."
     )
     if options.lr is None and options.momentum is None:
         print(
