@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ PATIENCE = 180  # seconds without a word from a worker, far more than any needs
 SIZES = (1, 2, 4)  # what most tests are run with
 POOL_SIZES = (1, 2, 3, 4, 8)  # numbers of ranks that the pool can run
 TIMEOUT = 300  # seconds a function may take in the pool, far more than any needs
+AFTER_A_FAILURE = 20  # seconds for the other ranks, once one has failed
 
 # A server that has imported everything forks the workers, so that each starts in milliseconds.
 # The first optimizer of a process imports torch._dynamo.
@@ -131,13 +133,22 @@ class WorkerPool:
         pipes = self._worlds[world].pipes[:size]
         for pipe in pipes:
             pipe.send((size, function, args))
-        results = []
-        for rank, pipe in enumerate(pipes):
-            if not pipe.poll(TIMEOUT):
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + TIMEOUT
+        while waiting := [pipe for rank, pipe in enumerate(pipes) if rank not in results]:
+            ready = connection.wait(waiting, deadline - time.monotonic())
+            if not ready:
                 self.stop()
-                raise AssertionError(f"rank {rank} of {size} hangs in {function.__name__}")
-            results.append(pipe.recv())
-        return results
+                late = min(set(range(size)) - results.keys())
+                failed = [f"rank {rank}: {x.trace}" for rank, x in results.items() if _failed(x)]
+                told = "\n".join([f"rank {late} of {size} hangs in {function.__name__}", *failed])
+                raise AssertionError(told)
+            for pipe in ready:
+                rank = pipes.index(pipe)
+                results[rank] = pipe.recv()
+                if _failed(results[rank]):  # the others may wait for this one for ever
+                    deadline = min(deadline, time.monotonic() + AFTER_A_FAILURE)
+        return [results[rank] for rank in range(size)]
 
     def stop(self) -> None:
         for world in self._worlds.values():
@@ -145,12 +156,16 @@ class WorkerPool:
         self._worlds = {}
 
 
+def _failed(result: Any) -> bool:
+    return isinstance(result, Failure)
+
+
 class _World:
     """Workers that run what comes through their pipes."""
 
     def __init__(self, size: int) -> None:
         pipes = [context.Pipe() for _ in range(size)]
-        self.pipes = [ours for ours, _ in pipes]
+        self.pipes: list[Any] = [ours for ours, _ in pipes]
         theirs = [other for _, other in pipes]
         self._folder = tempfile.TemporaryDirectory(prefix="gmc_cuda-pool-")
         self._workers = Workers(size, Path(self._folder.name), _serve, theirs, seconds=1800)
