@@ -157,6 +157,7 @@ def test_a_killed_worker_ends_the_run_with_one_message(started):
     assert errors == f"demo: {said}\n"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_run_with_one_message(started):
     process, workers = started
     process.send_signal(signal.SIGINT)

@@ -44,8 +44,8 @@ def train(group, method, steps, dtype, nan_at=()):
 @pytest.mark.parametrize(
     "size,method,dtype,steps",
     [
-        (4, "gmc", torch.float32, 500),
-        (2, "dgc", torch.bfloat16, 500),
+        pytest.param(4, "gmc", torch.float32, 500, marks=pytest.mark.slow),
+        pytest.param(2, "dgc", torch.bfloat16, 500, marks=pytest.mark.slow),
         *[(4, method, torch.float32, 40) for method in METHODS],
         *[(2, method, torch.bfloat16, 40) for method in METHODS],
         (1, "gmc", torch.bfloat16, 40),

@@ -65,6 +65,9 @@ def disassembled(cubin):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+pytestmark = pytest.mark.slow  # nvcc compiles for three architectures
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """arch -> (the compiler's report, the folder with pass.cubin and pass.ptx); each once."""

@@ -51,6 +51,7 @@ def ask(folder, question):
     ).stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [(), ("ensurepip",), ("ensurepip", "pip")], ids=str)
 def test_what_python3_has_is_used_without_a_network(tmp_path, hidden):
     version = importlib.metadata.version("torch").split("+")[0]
@@ -74,6 +75,7 @@ def test_a_package_that_cannot_be_had_is_an_error(tmp_path):
     assert not (tmp_path / "venv/demo.installed").exists()
 
 
+@pytest.mark.slow
 def test_a_torch_of_ones_own_hides_that_of_python3(tmp_path):
     project(tmp_path, demo=[])
     done = make(tmp_path, "venv/created", TORCH="torch==2.13.0")
@@ -81,6 +83,7 @@ def test_a_torch_of_ones_own_hides_that_of_python3(tmp_path):
     assert ask(tmp_path, "importlib.util.find_spec('torch')") == "None"
 
 
+@pytest.mark.slow
 def test_another_torch_is_installed_when_it_is_asked_for(tmp_path):
     project(tmp_path, dependencies=["pytest"], requires=["hypothesis"])
     assert make(tmp_path, "venv/build.installed").returncode == 0

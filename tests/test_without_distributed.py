@@ -118,7 +118,9 @@ else:
 }
 
 
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(
+    "use", [pytest.param(use, marks=pytest.mark.slow if i else ()) for i, use in enumerate(USES)]
+)
 def test_one_worker_trains_with_a_torch_that_has_no_distributed(use):
     done = subprocess.run(
         [sys.executable, "-c", HIDING + MODEL + USES[use]],

@@ -688,6 +688,7 @@ def test_verdict_over_damage_beside_other_tags(running):
         assert kernels.verdict(*mixed).item() == expected | ops.MISMATCH
 
 
+@pytest.mark.slow
 def test_damaged_aggregates(running):
     """Its header and offsets are checked by every kernel that reads one."""
     if running is program("thread"):
