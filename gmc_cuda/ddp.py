@@ -19,9 +19,9 @@ from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import Bucket, figures
 from gmc_cuda._engine.ddp_buckets import DDPBuckets
 from gmc_cuda._engine.ddp_guard import is_silenced, silence
-from gmc_cuda._engine.engine import owner_of
 from gmc_cuda._engine.exchange import Exchange
 from gmc_cuda._engine.names import plain_names
+from gmc_cuda._engine.owner import owner_of
 from gmc_cuda._engine.round import Round, numbers
 from gmc_cuda._engine.rules import GlobalMomentum, Plan
 from gmc_cuda._engine.scaling import only_grad_scaler, scale_of
@@ -138,7 +138,9 @@ class GMCHookState:
         # It is made late, because a state may be constructed before the default process group.
         if self._known_round is None:
             exchange = Exchange(self._group)
-            self._known_round = Round(exchange, self.wire_dtype, self.nonfinite, 0, self._facts)
+            self._known_round = Round(
+                exchange, self.wire_dtype, self.nonfinite, 0, self._facts, self.exchange
+            )
         return self._known_round
 
     def _options(self) -> dict[str, Any]:

@@ -60,20 +60,23 @@ def aggregates(optimizer, params):
 
 
 def memories(optimizer, params):
-    return [
-        optimizer.state[p]["memory"] if p in optimizer.state else torch.empty_like(p.to_local())
-        for p in params
-    ]
+    """What each has not sent on; what it owns for both nodes counts twice in their mean."""
+    found = []
+    for p in params:
+        state = optimizer.state.get(p, {})
+        own = state.get("memory", torch.zeros_like(p.to_local()))
+        found.append(own + 2 * state.get("owner_memory", torch.zeros_like(own)))
+    return found
 
 
-def mass(group, density, nan_at):
+def mass(group, density, nan_at, way):
     rank = dist.get_rank()
     mesh = mesh_of_nodes()
     model = network()
     fully_shard(model, mesh=mesh["shard"])
     params = list(model.parameters())
     lr = 0.1
-    optimizer = gmc_cuda.GMC(params, lr=lr, density=density, process_group=mesh)
+    optimizer = gmc_cuda.GMC(params, lr=lr, density=density, process_group=mesh, exchange=way)
     across = mesh.get_group("replicate")
     for step in range(8):
         twin = network()
@@ -103,12 +106,37 @@ def mass(group, density, nan_at):
     return optimizer.stats()["bytes_per_step"], sum(p.numel() for p in params)
 
 
-@pytest.mark.parametrize("density", [0.05, 1.0])
-def test_shards_keep_the_flat_runs_mass_equation(pool, density):
-    results = pool.run(4, mass, density, 4)
-    if density == 0.05:  # what leaves a node, against its float32 gradients
+@pytest.mark.parametrize(
+    "density,way", [(0.05, "all_gather"), (1.0, "all_gather"), (0.05, "reduce_scatter")]
+)
+def test_shards_keep_the_flat_runs_mass_equation(pool, density, way):
+    results = pool.run(4, mass, density, 4, way)
+    if (density, way) == (0.05, "all_gather"):  # what leaves a node, against its float32 gradients
         sent, numel = results[0][0] + results[1][0], results[0][1]
         assert sent < 0.1 * 4 * numel + 400
+
+
+def owned_by_some(group):
+    """Two-sided: of the last layer only one worker of a node has a shard."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(10, 400), torch.nn.Linear(400, 1))
+    mesh = mesh_of_nodes()
+    fully_shard(model[-1], mesh=mesh["shard"])
+    optimizer = gmc_cuda.GMC(
+        model[-1].parameters(), lr=0.1, process_group=mesh, exchange="reduce_scatter"
+    )
+    for step in range(3):
+        optimizer.zero_grad()
+        model(batch(dist.get_rank(), step)).square().mean().backward()
+        optimizer.step()
+    return optimizer.stats()["steps"], optimizer.stats()["link_bytes_sent"]
+
+
+def test_workers_whose_shards_are_empty(pool):
+    found = pool.run(4, owned_by_some)
+    assert [steps for steps, _ in found] == [3] * 4
+    assert [sent > 0 for _, sent in found] == [True, False, True, False]
+    assert found[0][1] < 4 * 401 / 2, "it was sent sparsely"
 
 
 def saved(group):

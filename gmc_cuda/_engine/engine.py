@@ -18,6 +18,7 @@ from gmc_cuda._engine.exchange import Exchange, GroupLost
 from gmc_cuda._engine.fingerprint import fingerprints
 from gmc_cuda._engine.meeting import meet
 from gmc_cuda._engine.overlap import Overlap
+from gmc_cuda._engine.owner import owner_of
 from gmc_cuda._engine.packing import Packing
 from gmc_cuda._engine.round import Round
 from gmc_cuda._engine.rules import Group, Rule
@@ -91,7 +92,10 @@ class Engine:
     ) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.rule, self.settings = rule, settings
-        self.round = Round(exchange, settings.wire_dtype, settings.nonfinite, number, self._facts)
+        self.round = Round(
+            exchange, settings.wire_dtype, settings.nonfinite, number, self._facts,
+            settings.exchange,
+        )  # fmt: skip
         self.averaged = self.scaled_together = False
         self.compares_bits = True
         self._refused: dict[str, Any] = {}  # why this worker refuses the step; see refuse()
@@ -433,17 +437,6 @@ class Engine:
         for flat, total in zip(flats, sums, strict=True):
             torch.div(total, self.exchange.size, out=flat)
         self.averaged = True
-
-
-def owner_of(way: str, exchange: Exchange) -> tuple[int, int] | None:
-    """This worker's rank and the world size, if ranges of buckets have owners; else None.
-
-    Args:
-        way: "all_gather" or "reduce_scatter".
-    """
-    if way == "all_gather" or exchange.size == 1:
-        return None
-    return exchange.rank, exchange.size
 
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

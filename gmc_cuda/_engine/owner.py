@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gmc_cuda import ops
+from gmc_cuda._engine.exchange import Exchange
 from gmc_cuda._engine.ranges import Range
 
 
@@ -76,3 +77,14 @@ class Owner:
             self._aggregate.copy_(aggregate)  # a graph's replay reads it there
         else:
             self._aggregate, self._whole = aggregate, whole
+
+
+def owner_of(way: str, exchange: Exchange) -> tuple[int, int] | None:
+    """This worker's rank and the world size, if ranges of buckets have owners; else None.
+
+    Args:
+        way: "all_gather" or "reduce_scatter".
+    """
+    if way == "all_gather" or exchange.size == 1:
+        return None
+    return exchange.rank, exchange.size

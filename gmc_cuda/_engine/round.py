@@ -23,6 +23,7 @@ from gmc_cuda import ops
 from gmc_cuda._engine import comparison, steps
 from gmc_cuda._engine.bucket import Bucket
 from gmc_cuda._engine.exchange import Exchange, GroupLost
+from gmc_cuda._engine.owner import owner_of
 from gmc_cuda._engine.rules import Group, Plan, Rule, tag_of
 from gmc_cuda._engine.watch import DamageWatch, DuplicateWatch, SkipWatch
 
@@ -41,6 +42,7 @@ class Round:
         facts: a method that returns the facts which must be equal on all workers, by the name under
             which errors report them. Its object is not kept alive.
 
+        way: "all_gather" or "reduce_scatter".
     Attributes:
         steps: number of steps so far, skipped ones included.
         skipped: number of skipped steps, int64 [1] on the device; None before the first step.
@@ -55,9 +57,10 @@ class Round:
         nonfinite: str,
         number: int,
         facts: Callable[[], dict[str, Any]],
+        way: str,
     ) -> None:
         self.exchange, self.wire_dtype, self.nonfinite = exchange, wire_dtype, nonfinite
-        self.number = number
+        self.number, self._way = number, way
         self.steps = 0
         self.skipped: Tensor | None = None
         self.verdict: Tensor | None = None
@@ -69,6 +72,11 @@ class Round:
         self._last_plans: list[Plan] | None = None  # of the workers' last collectives
         self._tags: set[int] = set()  # the tags that were last sent
         _rounds.add(self)
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether a step sends twice: to the owners of ranges, and their answers."""
+        return owner_of(self._way, self.exchange) is not None
 
     @property
     def is_open(self) -> bool:
@@ -195,7 +203,11 @@ class Round:
                 group was lost. Nothing was applied, and what was sent is in memory.
         """
         if not self._sent:  # a worker whose shards are all empty
-            self.exchange.strictest(torch.zeros(1, dtype=torch.int32, device=self.device))
+            verdict, on_cpu = self._judge([], []), self.device.type == "cpu"
+            if self.two_sided and not (
+                self._reads_verdicts(on_cpu) and self._stops(int(verdict), on_cpu)
+            ):
+                self._judge([], [])
             self.steps += 1
             return []
         late: list[BaseException] = []
@@ -222,7 +234,7 @@ class Round:
         for sent in sents:
             steps.insist(sent.work.wait, late)
         verdict = self._judge(sents, late)
-        if any(sent.two_sided for sent in sents):
+        if self.two_sided:
             # Only the owner that got a damaged payload sees the damage. The other workers learn of
             # it from the owner's answer.
             self._raise_on(verdict, unless=ops.DAMAGED)
@@ -238,8 +250,11 @@ class Round:
         return verdict, [step.send(verdict) for _, step, _ in self._sent]
 
     def _judge(self, sents: Sequence[steps.Sent], late: list[BaseException]) -> Tensor:
-        """The verdict on what has arrived, over all buckets and all shards."""
-        verdict = steps.insist(lambda: _verdict(sents), late)
+        """The verdict on what has arrived, over all buckets and all shards.
+
+        Every worker that holds a shard asks as often, also where it has sent nothing.
+        """
+        verdict = steps.insist(lambda: _verdict(sents, self.device), late)
         return self.exchange.strictest(verdict)
 
     def _apply(
@@ -406,7 +421,7 @@ class Round:
         Returns:
             The verdict on the answers.
         """
-        if self._stops(verdict, self.device.type == "cpu"):
+        if not self.two_sided or self._stops(verdict, self.device.type == "cpu"):
             return 0
         called_off = steps.CalledOff(verdict)
         answers = [step.throw(called_off) for _, step, sent in self._sent if sent.two_sided]
@@ -441,11 +456,13 @@ class Round:
         """Waits for these, and returns the verdict on them. Reads the device."""
         for sent in sents:
             sent.work.wait()
-        return int(self.exchange.strictest(_verdict(sents))) if sents else 0
+        return int(self.exchange.strictest(_verdict(sents, self.device)))
 
 
-def _verdict(sents: Sequence[steps.Sent]) -> Tensor:
-    """The verdict over all buckets, int32 [1], from ops.verdict."""
+def _verdict(sents: Sequence[steps.Sent], device: torch.device) -> Tensor:
+    """The verdict over all buckets, int32 [1], from ops.verdict; zero if nothing was sent."""
+    if not sents:
+        return torch.zeros(1, dtype=torch.int32, device=device)
     return ops.verdict(
         [payloads for sent in sents for payloads in sent.payloads],
         [sent.counts for sent in sents if sent.counts is not None],
