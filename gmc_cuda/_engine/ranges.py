@@ -50,6 +50,11 @@ def within(sizes: Sequence[int], of: Range) -> list[tuple[int, int, int]]:
         For each such tensor its index in the list, and the bounds first and last: its elements
         first to last - 1 lie in the range.
     """
+    return _within(tuple(sizes), of)
+
+
+@lru_cache(maxsize=4096)  # each step asks for the same ranges of the same tensors
+def _within(sizes: tuple[int, ...], of: Range) -> list[tuple[int, int, int]]:
     found, begin = [], 0
     for i, size in enumerate(sizes):
         first, last = max(of.begin - begin, 0), min(of.end - begin, size)
@@ -61,8 +66,8 @@ def within(sizes: Sequence[int], of: Range) -> list[tuple[int, int, int]]:
 
 def slices(tensors: Sequence[T], sizes: Sequence[int], of: Range) -> list[T]:
     """The elements of a list of contiguous tensors that lie in a range; None stays None."""
+    found = ((tensors[i], first, last) for i, first, last in within(sizes, of))
     return [
         tensor if tensor is None else tensor.view(-1)[first:last]  # type: ignore[misc]
-        for i, first, last in within(sizes, of)
-        for tensor in (tensors[i],)
+        for tensor, first, last in found
     ]

@@ -133,17 +133,16 @@ class Rule:
         if bucket.owner is not None:
             parts = _parts(density, ratio, numel, wire_dtype, size)
             k = sum(part.k for part in parts)
-            towards, back = [part.nbytes for part in parts], parts[0].nbytes
-            nbytes = sum(towards) + back
-            link = (sum(towards) - towards[rank], (size - 1) * towards[rank])
-            link = (link[0] + (size - 1) * back, link[1] + (size - 1) * back)
-            dense = budget.dense_is_cheaper(numel, k, max(link), size)
-            dense = dense or parts[-1].numel == 0
+            towards, own = sum(part.nbytes for part in parts), parts[rank].nbytes
+            back = parts[0].nbytes
+            nbytes = towards + back
+            link = (towards - own + (size - 1) * back, (size - 1) * (own + back))
         else:
             k = budget.entries(density, ratio, numel, wire_dtype, max(size, 2) / 2)
             nbytes = budget.payload_nbytes(numel, k, wire_dtype)
-            link = ((size - 1) * nbytes, (size - 1) * nbytes)
-            dense = budget.dense_is_cheaper(numel, k, max(link), size)
+            link = ((size - 1) * nbytes,) * 2
+        without_range = bool(parts) and parts[-1].numel == 0
+        dense = without_range or budget.dense_is_cheaper(numel, k, max(link), size)
         if dense:  # v, then two numbers for each rank and one for each parameter
             k, nbytes, parts = numel, 4 * (numel + 2 * size + len(bucket.params)), ()
             link = (budget.ring_nbytes(nbytes, size),) * 2

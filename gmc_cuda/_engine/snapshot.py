@@ -169,10 +169,7 @@ def read(part: Path, model: torch.nn.Module, optimizer: CompressedSGD) -> Found:
 
     size = facts["world_size"]
     own = private(exchange.rank) if size == exchange.size else _mean(private, size)
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in (shared[_MOMENTUM] | own).items():
-        i, name = key.split(".")
-        state.setdefault(int(i), {})[name] = tensor
+    state = _by_parameter(shared[_MOMENTUM] | own)
     averaged = facts["averaged"] or size != exchange.size
     stamp = states.Stamp(type(optimizer).__name__, exchange.rank, exchange.size, averaged)
     whole = states.assemble(state, facts["groups"], stamp)
@@ -185,12 +182,20 @@ def _mean(private: Callable[[int], dict[str, Tensor]], size: int) -> dict[str, T
     counts in it as much as what each of them had not sent."""
     total: dict[str, Tensor] = {}
     for rank in range(size):
-        for key, tensor in private(rank).items():
-            i, name = key.split(".")
-            if name == states.OWNER:
-                key, tensor = f"{i}.{states.MEMORY}", size * tensor
-            total[key] = total[key] + tensor if key in total else tensor
+        for i, tensors in _by_parameter(private(rank)).items():
+            for name, tensor in states.without_owner(tensors, size).items():
+                key = f"{i}.{name}"
+                total[key] = total[key] + tensor if key in total else tensor
     return {key: tensor / size for key, tensor in total.items()}
+
+
+def _by_parameter(tensors: dict[str, Tensor]) -> dict[int, states.ParamState]:
+    """Tensors of a file, whose keys are "place.name", by the place of their parameter."""
+    found: dict[int, states.ParamState] = {}
+    for key, tensor in tensors.items():
+        i, name = key.split(".")
+        found.setdefault(int(i), {})[name] = tensor
+    return found
 
 
 def _for_model(model: torch.nn.Module, shared: dict[str, Any]) -> dict[str, Any]:

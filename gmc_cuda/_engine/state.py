@@ -125,7 +125,7 @@ def for_owner(saved: Held, size: int, owner: tuple[int, int] | None) -> Held:
     """Saved state for a worker that may own another range.
 
     If ranges are now cut for another world size, or not at all, owner memory moves to the worker's
-    memory. It is multiplied by p, because a memory counts 1/p in the mean over all workers.
+    memory.
 
     Args:
         size: the world size p when the state was saved.
@@ -133,12 +133,21 @@ def for_owner(saved: Held, size: int, owner: tuple[int, int] | None) -> Held:
     """
     if owner is not None and owner[1] == size:
         return saved
-    found: Held = {}
-    for param, tensors in saved.items():
-        found[param] = {name: tensor for name, tensor in tensors.items() if name != OWNER}
-        if OWNER in tensors:
-            memory = found[param].get(MEMORY, torch.zeros_like(tensors[OWNER]))
-            found[param][MEMORY] = torch.add(memory, tensors[OWNER], alpha=size)
+    return {param: without_owner(tensors, size) for param, tensors in saved.items()}
+
+
+def without_owner(tensors: ParamState, size: int) -> ParamState:
+    """A parameter's state with its owner memory moved to the memory.
+
+    It is multiplied by p, because a memory counts 1/p in the mean over all workers.
+
+    Args:
+        size: the world size p when the state was saved.
+    """
+    found = {name: tensor for name, tensor in tensors.items() if name != OWNER}
+    if OWNER in tensors:
+        memory = found.get(MEMORY, torch.zeros_like(tensors[OWNER]))
+        found[MEMORY] = torch.add(memory, tensors[OWNER], alpha=size)
     return found
 
 

@@ -27,6 +27,14 @@ from gmc_cuda._engine.rules import Plan
 T = TypeVar("T")
 
 
+COUNT, TAG = 1, 5  # words of a payload's header: the count of non-finite values, and the tag
+
+
+def header_words(payloads: Tensor, i: int) -> Tensor:
+    """The i-th 32-bit word of the header of each payload, int32 [p]; payloads: uint8 [p, n]."""
+    return payloads[:, 4 * i : 4 * i + 4].contiguous().view(torch.int32).flatten()
+
+
 class Sent(NamedTuple):
     """What a step has sent.
 
@@ -48,20 +56,18 @@ class Sent(NamedTuple):
 
     def nonfinite(self) -> Tensor:
         """Every rank's count of non-finite values, int64 [p]."""
-        if self.counts is None:  # the second word of each header, unsigned
-            return self._header_word(1).to(torch.int64) & 0xFFFFFFFF
+        if self.counts is None:
+            return self._header_words(COUNT).to(torch.int64) & 0xFFFFFFFF  # it is unsigned
         return self.counts.chunk(2)[0].to(torch.int64)
 
     def tags(self) -> list[int]:
         """Every rank's tag; reads the device."""
-        if self.counts is None:  # the last word of each header
-            return self._header_word(5).tolist()
+        if self.counts is None:
+            return self._header_words(TAG).tolist()
         return [int(tag) for tag in self.counts.chunk(2)[1].tolist()]
 
-    def _header_word(self, i: int) -> Tensor:
-        """The i-th 32-bit word of every payload's header, int32."""
-        words = [payloads[:, 4 * i : 4 * i + 4].contiguous() for payloads in self.payloads]
-        return torch.cat(words).view(torch.int32).flatten()
+    def _header_words(self, i: int) -> Tensor:
+        return torch.cat([header_words(payloads, i) for payloads in self.payloads])
 
 
 class Target(NamedTuple):

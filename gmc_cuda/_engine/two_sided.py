@@ -125,7 +125,7 @@ def _towards_owners(
 
 def _share_counts(payloads: Sequence[Tensor]) -> None:
     """Writes the sum of all headers' counts of non-finite values into each of them."""
-    counts = [payload[4:8].view(torch.int32) for payload in payloads]
+    counts = [payload.view(torch.int32)[steps.COUNT : steps.COUNT + 1] for payload in payloads]
     total = torch.cat(counts).to(torch.int64).bitwise_and_(0xFFFFFFFF).sum()
     if total.is_cpu and not total:
         return
@@ -245,7 +245,7 @@ class _Owning:
 
         try:
             return compress()
-        except Exception as error:
+        except Exception as error:  # not an interrupt, which has let the operator do its work
             errors.append(error)
             return compress()
 
@@ -326,8 +326,8 @@ class _Owning:
             taken = [True] * len(payloads)
             taken[self._owner.rank] = self._took_in
         else:
-            tags = answers[:, 20:24].contiguous().view(torch.int32).flatten()
-            taken = [tag != ops.CALLED_OFF for tag in tags.tolist()]
+            tags = steps.header_words(answers, steps.TAG).tolist()
+            taken = [tag != ops.CALLED_OFF for tag in tags]
         for part, payload, was_taken in zip(self._plan.parts, payloads, taken, strict=True):
             if not was_taken:
                 self._return(part, payload)
