@@ -405,17 +405,24 @@ Work<MergeRangesCall, Tensor> merge_ranges(const Tensor& payloads, int64_t numel
   return {{ranges, skip_of(skip, device), bytes}, device, {std::move(aggregate)}};
 }
 
+// What restore_ and mask_ share: a payload whose entries change a vector.
+template <class Call>
+Work<Call> on_entries(const Tensor& vector, Name name, const Tensor& payload, int64_t k,
+                      ScalarType wire_dtype, const OptionalTensor& skip) {
+  const Device device(vector);
+  const int64_t numel = vector.numel();
+  check_vector(vector, name, device, ScalarType::Float, numel);
+  const Payload from = check_payload(payload, device, numel, k, wire_dtype);
+  return {{mutable_data<float>(vector), from, skip_of(skip, device)}, device, {}};
+}
+
 constexpr char kRestore[] =
     "restore_(Tensor(a!) memory, Tensor payload, int k, ScalarType wire_dtype, *, "
     "Tensor? skip=None) -> ()";
 
 Work<RestoreCall> restore(const Tensor& memory, const Tensor& payload, int64_t k,
                           ScalarType wire_dtype, const OptionalTensor& skip) {
-  const Device device(memory);
-  const int64_t numel = memory.numel();
-  check_vector(memory, "memory", device, ScalarType::Float, numel);
-  const Payload from = check_payload(payload, device, numel, k, wire_dtype);
-  return {{mutable_data<float>(memory), from, skip_of(skip, device)}, device, {}};
+  return on_entries<RestoreCall>(memory, "memory", payload, k, wire_dtype, skip);
 }
 
 constexpr char kMask[] =
@@ -424,11 +431,7 @@ constexpr char kMask[] =
 
 Work<MaskCall> mask(const Tensor& momentum_buffer, const Tensor& payload, int64_t k,
                     ScalarType wire_dtype, const OptionalTensor& skip) {
-  const Device device(momentum_buffer);
-  const int64_t numel = momentum_buffer.numel();
-  check_vector(momentum_buffer, "momentum_buffer", device, ScalarType::Float, numel);
-  const Payload from = check_payload(payload, device, numel, k, wire_dtype);
-  return {{mutable_data<float>(momentum_buffer), from, skip_of(skip, device)}, device, {}};
+  return on_entries<MaskCall>(momentum_buffer, "momentum_buffer", payload, k, wire_dtype, skip);
 }
 
 // ---------------------------------------------------------------------------------------------
