@@ -1,9 +1,11 @@
 """What every benchmark writes and prints: the JSON file and its name, a table, the load."""
 
+import argparse
 import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 WIDTH = 100
 
@@ -24,6 +26,36 @@ def print_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console(width=WIDTH, highlight=False).print(table)
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot for pictures in files; None, with a line that says so, where it is not."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("left out: the picture: matplotlib is not installed")
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_picture(plt: Any, figure: Any, path: Path, dpi: int = 130) -> None:
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)
+    print(f"picture: {path}")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """The option --output of a benchmark that writes files."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("benchmarks/results"),
+        metavar="FOLDER",
+        help="of the files (default %(default)s)",
+    )
 
 
 def file_stem(what: str, facts: dict) -> str:

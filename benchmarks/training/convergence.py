@@ -21,7 +21,7 @@ from statistics import mean
 
 import torch
 
-from benchmarks.report import file_stem, load, write_json
+from benchmarks.report import add_output, file_stem, load, write_json
 from benchmarks.training import convergence_report, ladder, logical_workers
 from benchmarks.training.logical_methods import DTYPES, EXCHANGES, NAMES, RULES, rule_of
 from examples.demo import arguments
@@ -174,7 +174,7 @@ def parse() -> argparse.Namespace:
     add("--processes", type=arguments.positive_int, default=torch.get_num_threads(),
         help="runs at the same time, one thread each (default: a run for each core)")  # fmt: skip
     add("--reuse", type=Path, metavar="FILE", help="of this benchmark: its runs are not made again")
-    add("--output", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
+    add_output(parser)
     options = parser.parse_args()
     if (options.non_iid or options.reuse) and not options.task:
         parser.error("--non-iid and --reuse need --task")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from statistics import mean, stdev
 
-from benchmarks.report import print_table
+from benchmarks import report
 
 
 def line(run: dict) -> str:
@@ -23,7 +23,7 @@ def show(content: dict) -> None:
         tried = [f"{m:g}/{lr:g}: {spread(found, 3)}" for (m, lr), found in sorted(points.items())]
         rows.append([method, ", ".join(tried)])
     title = f"looked for with seeds {content['seeds']['search']}: momentum/lr: loss"
-    print_table(title, ["method", "tried"], rows)
+    report.print_table(title, ["method", "tried"], rows)
     rows, dense = [], compared(content, "dense")
     for method, point in content["best"].items():
         runs = compared(content, method)
@@ -40,7 +40,7 @@ def show(content: dict) -> None:
         f"{options['steps']} steps, seeds {content['seeds']['compared']}; mean ± standard deviation"
     )
     headings = ["method", "momentum", "lr", "loss", "to dense", "accuracy, %", "bytes", "density"]
-    print_table(title, headings, rows)
+    report.print_table(title, headings, rows)
 
 
 def compared(content: dict, method: str) -> list[dict]:
@@ -71,13 +71,9 @@ def spread(values: list, digits: int) -> str:
 
 
 def draw(path: Path, content: dict) -> None:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        print("left out: the picture: matplotlib is not installed")
+    plt = report.pyplot()
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 0.45 * len(content["best"]) + 1.3))
     dense = compared(content, "dense")
@@ -107,6 +103,4 @@ def draw(path: Path, content: dict) -> None:
         axes.legend(fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    print(f"picture: {path}")
+    report.save_picture(plt, figure, path)

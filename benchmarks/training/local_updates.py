@@ -66,13 +66,7 @@ def main() -> int:
         "--settings", type=json.loads, default=DENSE + SPARSE,
         help="what to try instead: a JSON list of GMC's options, name, and overlap",
     )  # fmt: skip
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("benchmarks/results"),
-        metavar="FOLDER",
-        help="folder of the file",
-    )
+    report.add_output(parser)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)  # fail now, not at the end
     with tempfile.TemporaryDirectory(prefix="gmc-local-updates-") as folder:

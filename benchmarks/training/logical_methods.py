@@ -118,14 +118,19 @@ class Gathered:
     ) -> None:
         self.params, self.momentum, self.dtype = params, momentum, dtype
         self.numel = sum(param.numel() for param in params)
-        self.k = self.entries(options, self.numel, times=max(options.workers, 2) / 2)
-        self.nbytes = ops.payload_nbytes(self.numel, self.k, self.dtype)
-        self.workers, self.link_nbytes = options.workers, (options.workers - 1) * self.nbytes
+        self.workers = options.workers
         self.memories = torch.zeros(options.workers, self.numel)
         self.buffers: list[Tensor | None] = [None] * options.workers
         if rule.local_momentum:
             self.buffers = list(torch.zeros(options.workers, self.numel))
         self.masking = rule.masking
+        self.prepare(options)
+
+    def prepare(self, options: Namespace) -> None:
+        """Sets how many entries and bytes are sent, and makes what the exchange keeps."""
+        self.k = self.entries(options, self.numel, times=max(self.workers, 2) / 2)
+        self.nbytes = ops.payload_nbytes(self.numel, self.k, self.dtype)
+        self.link_nbytes = (self.workers - 1) * self.nbytes
         self.states = [ops.select_state(self.numel, self.k, "cpu") for _ in self.buffers]
         self.payloads: list[Tensor] = []
         self.aggregate: Tensor | None = None
@@ -165,16 +170,8 @@ class Gathered:
 class TwoSided(Gathered):
     """Each range of the bucket goes to its owner, who sends its largest entries to all."""
 
-    def __init__(
-        self,
-        params: list[nn.Parameter],
-        momentum: float,
-        rule: Rule,
-        dtype: torch.dtype,
-        options: Namespace,
-    ) -> None:
-        super().__init__(params, momentum, rule, dtype, options)
-        self.ranges = ranges.cut(self.numel, options.workers)
+    def prepare(self, options: Namespace) -> None:
+        self.ranges = ranges.cut(self.numel, self.workers)
         self.ks = [self.entries(options, part.numel) for part in self.ranges]
         self.k = sum(self.ks)
         nbytes = [
@@ -182,9 +179,9 @@ class TwoSided(Gathered):
             for part, k in zip(self.ranges, self.ks, strict=True)
         ]
         self.nbytes = sum(nbytes) + nbytes[0]
-        self.link_nbytes = sum(nbytes[1:]) + (options.workers - 1) * nbytes[0]
+        self.link_nbytes = sum(nbytes[1:]) + (self.workers - 1) * nbytes[0]
         self.owned = [torch.zeros(part.numel) for part in self.ranges]
-        self.aggregates: list[Tensor | None] = [None] * options.workers
+        self.aggregates: list[Tensor | None] = [None] * self.workers
         self.received: list[list[Tensor]] = [[] for _ in self.ranges]
         self.state_of: dict[tuple[int, int], Tensor] = {}
 

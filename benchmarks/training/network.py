@@ -126,7 +126,7 @@ def parse() -> argparse.Namespace:
         help="large: 10.9 M parameters (default); text: the demo's")  # fmt: skip
     add("--workers", type=positive_int, default=4, help="(default 4)")
     add("--seconds", type=positive_float, default=10.0, help="for each method (default 10)")
-    add("--output", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
+    report.add_output(parser)
     return parser.parse_args()
 
 

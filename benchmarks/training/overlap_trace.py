@@ -49,13 +49,7 @@ def main() -> int:
     parser.add_argument("--width", type=positive_int, default=1024)
     parser.add_argument("--batch", type=positive_int, default=256)
     parser.add_argument("--density", type=density, default=0.01)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("benchmarks/results"),
-        metavar="FOLDER",
-        help="folder of the files",
-    )
+    report.add_output(parser)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)  # fail now, not at the end
     with tempfile.TemporaryDirectory(prefix="gmc-overlap-") as folder:
@@ -146,21 +140,15 @@ def write(options: argparse.Namespace, stats: dict, spans: dict) -> None:
     }
     report.write_json(path, content)
     print(f"{100 * share:.0f} % of the communication lies under the backward pass\nnumbers: {path}")
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        print("left out: the picture: matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
     draw(path.with_suffix(".png"), spans, f"overlap=True: {share:.0%} of the communication under "
          f"the backward pass\n{facts['hardware']['processor']}, {WORKERS} gloo workers, "
          f"{options.layers} layers of width {options.width}")  # fmt: skip
-    print(f"picture: {path.with_suffix('.png')}")
 
 
 def draw(path: Path, spans: dict, title: str) -> None:
-    import matplotlib.pyplot as plt
-
+    plt = report.pyplot()
+    if plt is None:
+        return
     # Okabe and Ito's colours, told apart by colour-blind readers.
     colours = ["#56B4E9", "#0072B2", "#999999", "#D55E00", "#009E73", "#CC79A7"]
     figure, axes = plt.subplots(figsize=(9, 3.2))
@@ -173,8 +161,7 @@ def draw(path: Path, spans: dict, title: str) -> None:
     axes.title.set_fontsize(9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    report.save_picture(plt, figure, path)
 
 
 if __name__ == "__main__":

@@ -116,13 +116,9 @@ COLOURS = {"DDP": "#D55E00", "DDP bf16": "#E69F00", "PowerSGD rank 4": "#CC79A7"
 
 
 def draw(path: Path, results: list[dict]) -> None:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        print("left out: the picture: matplotlib is not installed")
+    plt = report.pyplot()
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -152,9 +148,7 @@ def draw(path: Path, results: list[dict]) -> None:
     figure.suptitle("Fastest step by the model; in each field how many times faster than DDP",
                     fontsize=9)  # fmt: skip
     figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    print(f"picture: {path}")
+    report.save_picture(plt, figure, path, dpi=150)
 
 
 def parse() -> argparse.Namespace:
@@ -168,7 +162,7 @@ def parse() -> argparse.Namespace:
         help="of a message (default 20 microseconds)")  # fmt: skip
     add("--measured", type=Path, metavar="FILE",
         help="network-*.json to check against (default: the newest in --output)")  # fmt: skip
-    add("--output", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
+    report.add_output(parser)
     return parser.parse_args()
 
 

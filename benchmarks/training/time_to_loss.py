@@ -97,13 +97,9 @@ def show(content: dict) -> None:
 
 
 def draw(path: Path, content: dict) -> None:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        print("left out: the picture: matplotlib is not installed")
+    plt = report.pyplot()
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
     rates = sorted({row["rate_mbit"] for row in content["steps"]}, reverse=True)
     figure, panels = plt.subplots(
@@ -128,9 +124,7 @@ def draw(path: Path, content: dict) -> None:
                     f"{content['model']['parameters'] / 1e6:.2f} M parameters",
                     fontsize=9)  # fmt: skip
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    print(f"picture: {path}")
+    report.save_picture(plt, figure, path)
 
 
 def parse() -> argparse.Namespace:
@@ -144,7 +138,7 @@ def parse() -> argparse.Namespace:
     add("--steps", type=positive_int, default=600, help="of training (default 600)")
     add("--target", type=positive_float, default=1.9, help="nats (default 1.9)")
     add("--seconds", type=positive_float, default=3.0, help="of steps for each method and rate")
-    add("--output", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
+    report.add_output(parser)
     options = parser.parse_args()
     if any(name.endswith("overlap") for name in options.methods):
         parser.error("--methods: overlap sends before a gradient can be clipped, as it is here")
