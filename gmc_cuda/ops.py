@@ -107,7 +107,11 @@ def payload_nbytes(numel: int, k: int, wire_dtype: torch.dtype = torch.bfloat16)
 
 
 def select_state(
-    numel: int, k: int, device: torch.device | str, state: Tensor | None = None
+    numel: int,
+    k: int,
+    device: torch.device | str,
+    state: Tensor | None = None,
+    ranges: int | None = None,
 ) -> Tensor:
     """What :func:`compress_` carries from step to step: what guesses are made from, repair count.
 
@@ -115,18 +119,22 @@ def select_state(
     every call with this k or a smaller one.
 
     Args:
+        numel: elements of the bucket, or of each range that it is cut into.
         state: one for fewer elements to send, whose knowledge the new one takes over.
+        ranges: how many ranges the bucket is cut into; None: it is not cut.
 
     Returns:
-        An opaque uint8 tensor on ``device``, which is ``state`` where that is large enough.
+        An opaque uint8 tensor on ``device``, with a row for each range, which is ``state`` where
+        that is large enough.
     """
     device = torch.device(device)
     nbytes = _integer(_ops.state_nbytes, numel, k, device)
-    if state is not None and state.numel() >= nbytes:
+    if state is not None and state.size(-1) >= nbytes:
         return state
-    larger = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    shape = (nbytes,) if ranges is None else (ranges, nbytes)
+    larger = torch.zeros(shape, dtype=torch.uint8, device=device)
     if state is not None:
-        larger[: state.numel()] = state
+        larger[..., : state.size(-1)] = state
     return larger
 
 
@@ -137,9 +145,10 @@ def repairs(state: Tensor) -> int:
     """
     if state.dtype != torch.uint8:
         raise TypeError(f"state: got {state.dtype}, must be torch.uint8")
-    if state.dim() != 1 or state.numel() < _SMALLEST_STATE:
+    if state.dim() not in (1, 2) or state.size(-1) < _SMALLEST_STATE:
         raise ValueError(f"state: got shape {list(state.shape)}, must come from select_state")
-    return int(state[:8].view(torch.int64))  # Guess::repairs of csrc/shared/guess.h
+    counts = state[..., :8].contiguous().view(torch.int64)  # Guess::repairs of csrc/shared/guess.h
+    return int(counts.sum())
 
 
 def compress_(
@@ -160,8 +169,12 @@ def compress_(
     wire_dtype: torch.dtype = torch.bfloat16,
     state: Tensor | None = None,
     tag: int = 0,
+    width: int = 0,
+    last_k: int = 0,
 ) -> Tensor:
     """Accumulates a gradient into memory and takes the k largest entries out, as a payload.
+
+    With ``width``, it cuts the bucket into ranges, and takes the k largest entries out of each.
 
     With g' = g / grad_scale (negated for ``maximize``; zero where that is not finite) and
     d = memory_decay:
@@ -199,9 +212,13 @@ def compress_(
         tag: what this payload is for, 0 to 2**24 - 1, such as a digest of optimizer, step, bucket
             and options: :func:`verdict` tells where the ranks' differ. 0: untagged. CALLED_OFF:
             this rank calls its step off.
+        width: elements of a range; the last range has what is left. 0: the bucket is not cut. With
+            ranges there is no ``aggregate``, because their owners add it.
+        last_k: entries of the last range, 1 to k.
 
     Returns:
-        The payload, uint8 [payload_nbytes(numel, k, wire_dtype)].
+        The payload, uint8 [payload_nbytes(numel, k, wire_dtype)]. With ranges the payloads of all,
+        one after the other; each header counts the non-finite values of the whole bucket.
     """
     grads, params = _lists(grads, params, weight_decay)
     return _tensor(
@@ -222,19 +239,34 @@ def compress_(
         wire_dtype=wire_dtype,
         state=state,
         tag=_tag(tag),
+        width=width,
+        last_k=last_k,
     )
 
 
 @_fake("compress_")
 def _(
-    memory: Tensor, grads: list[Tensor | None], k: int, *, wire_dtype: Any, **rest: Any
+    memory: Tensor,
+    grads: list[Tensor | None],
+    k: int,
+    *,
+    wire_dtype: Any,
+    width: int = 0,
+    last_k: int = 0,
+    **rest: Any,
 ) -> Tensor:
     for i, grad in enumerate(grads):
         if grad is not None and grad.device != memory.device:
             raise ValueError(
                 f"grads[{i}]: got device {grad.device}, must be {memory.device}, like memory"
             )
-    return memory.new_empty(_ops.payload_nbytes(memory.numel(), k, wire_dtype), dtype=torch.uint8)
+    numel, nbytes = memory.numel(), 0
+    if width:
+        others = (numel - 1) // width
+        numel, nbytes = numel - others * width, others * _ops.payload_nbytes(width, k, wire_dtype)
+        k = last_k
+    nbytes += _ops.payload_nbytes(numel, k, wire_dtype)
+    return memory.new_empty(nbytes, dtype=torch.uint8)
 
 
 def accumulate_(
@@ -529,15 +561,18 @@ def restore_(
     wire_dtype: torch.dtype = torch.bfloat16,
     *,
     skip: Tensor | None = None,
+    width: int = 0,
+    last_k: int = 0,
 ) -> None:
     """Gives a payload back to the memory it was taken from: u += c.
 
     Args:
         memory: float32 [numel], updated in place.
-        payload: this rank's own payload, uint8 [payload_nbytes].
+        payload: this rank's own payload, or those of its ranges, from :func:`compress_`.
         skip: int32 [1]; acts when it is non-zero. None: always.
+        width, last_k: the ranges, as for :func:`compress_`.
     """
-    _call(_ops.restore_, memory, payload, k, wire_dtype, skip=skip)
+    _call(_ops.restore_, memory, payload, k, wire_dtype, skip=skip, width=width, last_k=last_k)
 
 
 @_fake("restore_")
@@ -552,15 +587,20 @@ def mask_(
     wire_dtype: torch.dtype = torch.bfloat16,
     *,
     skip: Tensor | None = None,
+    width: int = 0,
+    last_k: int = 0,
 ) -> None:
     """Momentum factor masking (DGC, section 3.3): m = 0 where this rank sent a value.
 
     Args:
         momentum_buffer: float32 [numel], updated in place.
-        payload: this rank's own payload, uint8 [payload_nbytes].
+        payload: this rank's own payload, or those of its ranges, from :func:`compress_`.
         skip: int32 [1]; non-zero does nothing.
+        width, last_k: the ranges, as for :func:`compress_`.
     """
-    _call(_ops.mask_, momentum_buffer, payload, k, wire_dtype, skip=skip)
+    _call(
+        _ops.mask_, momentum_buffer, payload, k, wire_dtype, skip=skip, width=width, last_k=last_k
+    )
 
 
 @_fake("mask_")

@@ -11,7 +11,7 @@ momentum factor masking).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -200,6 +200,8 @@ def compress_(
     wire_dtype: torch.dtype = torch.bfloat16,
     state: Tensor | None = None,
     tag: int = 0,
+    width: int = 0,
+    last_k: int = 0,
     **rule: Any,
 ) -> Tensor:
     """Makes c = C(v) the payload, and leaves u = v - c in ``memory``. See ``ops.compress_``.
@@ -216,14 +218,25 @@ def compress_(
         momentum_buffer=momentum_buffer,
         **rule,
     )
-    indices = select(value, k)
-    scale = wire_scale(value[indices], wire_dtype)
-    codes = encode(value[indices], wire_dtype, scale)
-    value[indices] -= decode(codes, wire_dtype, scale)
+    payloads = []
+    for range_, its_k in _ranges(numel, k, width, last_k):
+        part = value[range_]
+        indices = select(part, its_k)
+        scale = wire_scale(part[indices], wire_dtype)
+        codes = encode(part[indices], wire_dtype, scale)
+        part[indices] -= decode(codes, wire_dtype, scale)
+        payloads.append(pack(indices, codes, part.numel(), wire_dtype, scale, nonfinite, tag))
     memory.copy_(value)
     if new_buffer is not None and momentum_buffer is not None:
         momentum_buffer.copy_(new_buffer)
-    return pack(indices, codes, numel, wire_dtype, scale, nonfinite, tag)
+    return torch.cat(payloads)
+
+
+def _ranges(numel: int, k: int, width: int, last_k: int) -> list[tuple[slice, int]]:
+    """Each range of a bucket with its number of entries; width 0: the bucket is not cut."""
+    begins = range(0, numel, width or numel)
+    ks = [k] * (len(begins) - 1) + [last_k if width else k]
+    return [(slice(b, min(b + (width or numel), numel)), n) for b, n in zip(begins, ks)]
 
 
 def accumulate_(
@@ -414,8 +427,8 @@ def merge_ranges(
 ) -> Tensor:
     """a_t of a bucket from the payloads of its ranges, side by side. See ``ops.merge_ranges``."""
     parts = []
-    for j, payload in enumerate(payloads):
-        size, its_k = (width, k) if j + 1 < len(payloads) else (numel - j * width, last_k)
+    for payload, (range_, its_k) in zip(payloads, _ranges(numel, k, width, last_k), strict=True):
+        size = range_.stop - range_.start
         own = payload[: payload_nbytes(size, its_k, wire_dtype)]
         parts.append(densify(merge(own[None], size, its_k, wire_dtype, skip=skip), size))
     return sparsify(torch.cat(parts))
@@ -464,11 +477,13 @@ def restore_(
     wire_dtype: torch.dtype,
     *,
     skip: Tensor | None = None,
+    width: int = 0,
+    last_k: int = 0,
 ) -> None:
     """u += c: returns the payload of a skipped step to memory."""
     if skip is None or skip.item():
-        indices, values, _ = unpack(payload, memory.numel(), k, wire_dtype)
-        memory[indices] += values
+        for part, indices, values in _entries(memory, payload, k, wire_dtype, width, last_k):
+            part[indices] += values
 
 
 def mask_(
@@ -478,15 +493,32 @@ def mask_(
     wire_dtype: torch.dtype,
     *,
     skip: Tensor | None = None,
+    width: int = 0,
+    last_k: int = 0,
 ) -> None:
     """Momentum factor masking (DGC, section 3.3): m = 0 wherever c is not 0."""
     if skip is None or not skip.item():
-        indices, values, _ = unpack(payload, momentum_buffer.numel(), k, wire_dtype)
-        momentum_buffer[indices[values != 0]] = 0.0
+        for part, indices, values in _entries(
+            momentum_buffer, payload, k, wire_dtype, width, last_k
+        ):
+            part[indices[values != 0]] = 0.0
+
+
+def _entries(
+    vector: Tensor, payload: Tensor, k: int, wire_dtype: torch.dtype, width: int, last_k: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each range its part of a vector, and the indices in it and the values of its payload."""
+    begin = 0
+    for range_, its_k in _ranges(vector.numel(), k, width, last_k):
+        part = vector[range_]
+        end = begin + payload_nbytes(part.numel(), its_k, wire_dtype)
+        indices, values, _ = unpack(payload[begin:end], part.numel(), its_k, wire_dtype)
+        yield part, indices, values
+        begin = end
 
 
 # Two-sided compression: rank j owns the j-th range of the index space. Worker k compresses each
-# range of v_k by itself, with compress_ on slices, and sends c_kj to owner j.
+# range of v_k by itself, which is compress_ with the ranges' width, and sends c_kj to owner j.
 
 
 def ranges(numel: int, size: int) -> list[tuple[int, int]]:

@@ -739,6 +739,9 @@ OPCHECKS = {
     "compress_ for DGC": ("compress_", lambda: call(
         zeros(), [torch.randn(ALL)], CHOSEN, momentum=BETA, wire_dtype=WIRE, state=state(),
         momentum_buffer=zeros(), memory_decay=0.5)),
+    "compress_ over ranges": ("compress_", lambda: call(
+        zeros(), [torch.randn(ALL)], CHOSEN, momentum=BETA, wire_dtype=WIRE,
+        state=ops.select_state(128, CHOSEN, "cpu", ranges=3), width=128, last_k=4)),
     "accumulate_": ("accumulate_", lambda: call(
         zeros(), [parts()[0], None], rank=0, ranks=2, momentum=BETA, aggregate=torch.randn(ALL),
         memory_decay=0.5, params=parts())),

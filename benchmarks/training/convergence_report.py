@@ -8,7 +8,7 @@ from benchmarks import report
 
 def line(run: dict) -> str:
     return (
-        f"{run['method']:<16} momentum {run['momentum']:<4g}  lr {run['lr']:<7g} "
+        f"{run['method']:<26} momentum {run['momentum']:<4g}  lr {run['lr']:<7g} "
         f"seed {run['seed']}  loss {spread([run['loss']], 3)}  {run['seconds']:.0f} s"
     )
 

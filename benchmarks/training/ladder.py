@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 
 MOMENTA = [0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98]
-FINALISTS = 2
+FINALISTS = 4
 
 
 def search(
@@ -19,10 +19,10 @@ def search(
     momenta: list[float],
     fixed: bool,
 ) -> list[tuple[float, float]]:
-    """(momentum, lr) of the lowest loss(momentum, lr), and of the next lowest.
+    """(momentum, lr) of the FINALISTS lowest loss(momentum, lr).
 
-    What lies beside both has been tried: the next lower and higher of `momenta`, and learning rates
-    half and twice as high, and half-way to those. With `fixed` only the start is.
+    What lies beside the best two has been tried: the next lower and higher of `momenta`, and
+    learning rates half and twice as high, and half-way to those. With `fixed` only the start is.
     """
     momenta = sorted(momenta)
     found: dict[tuple[int, int], float] = {}
@@ -35,13 +35,13 @@ def search(
     untried: tuple[int, int] | None = start
     while untried is not None:
         found[untried] = loss(*place(untried))
-        ranking = sorted(found, key=found.__getitem__)[:FINALISTS]
+        ranking = sorted(found, key=found.__getitem__)
         # The best so far comes first, so that a valley is walked down, not surveyed.
-        beside = [] if fixed else [p for best in ranking for p in _beside(*best, len(momenta))]
+        beside = [p for best in ranking[:2] for p in _beside(*best, len(momenta)) if not fixed]
         untried = next((point for point in beside if point not in found), None)
     if math.isinf(found[ranking[0]]):
         raise RuntimeError(f"diverged at the start, momentum and lr {place(start)}, and beside it")
-    return [place(point) for point in ranking if math.isfinite(found[point])]
+    return [place(point) for point in ranking[:FINALISTS] if math.isfinite(found[point])]
 
 
 def _beside(row: int, half: int, rows: int) -> list[tuple[int, int]]:

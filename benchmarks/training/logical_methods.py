@@ -1,7 +1,9 @@
 """The methods that convergence.py compares, with p workers in one process.
 
-A method is named "rule:dtype", as in "gmc:float4", or "dense". To add a rule, write its row of
-RULES; to add an exchange, write its class and its row of EXCHANGES. All else reads these tables.
+A method is named "dense", "rule:dtype" as in "gmc:float4", or "rule:dtype:exchange" as in
+"gmc:float4:reduce_scatter"; the exchange is an all-gather where none is named. To add a rule, write
+its row of RULES; to add an exchange, write its class and its row of EXCHANGES. All else reads these
+tables.
 """
 
 from argparse import Namespace
@@ -57,7 +59,6 @@ RULES = {
         momenta=[0.0],
     ),
 }
-NAMES = ["dense", *(f"{rule}:{dtype}" for rule in RULES if rule != "dense" for dtype in DTYPES)]
 
 
 class Method(Protocol):
@@ -229,6 +230,8 @@ class TwoSided(Gathered):
 
 
 EXCHANGES = {"all_gather": Gathered, "reduce_scatter": TwoSided}
+NAMES = ["dense", *(f"{rule}:{dtype}{exchange}" for rule in RULES if rule != "dense"
+                    for dtype in DTYPES for exchange in ("", ":reduce_scatter"))]  # fmt: skip
 
 
 def rule_of(name: str) -> Rule:
@@ -238,5 +241,5 @@ def rule_of(name: str) -> Rule:
 def make(name: str, params: list[nn.Parameter], momentum: float, options: Namespace) -> Method:
     if name == "dense":
         return Dense(params, momentum, options.workers)
-    dtype = DTYPES[name.partition(":")[2]]
-    return EXCHANGES[options.exchange](params, momentum, rule_of(name), dtype, options)
+    _, dtype, exchange = f"{name}:all_gather".split(":")[:3]
+    return EXCHANGES[exchange](params, momentum, rule_of(name), DTYPES[dtype], options)

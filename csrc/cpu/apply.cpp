@@ -30,7 +30,8 @@ void move(void* param, const AggregateEntries& entries, int64_t first, int64_t e
 void run(const ApplyCall& call) {
   call.move.skip.leave_behind(0);
   if (call.move.skip.skipped()) {
-    if (call.memory) run(RestoreCall{call.memory, call.payload, {}});
+    if (call.memory)
+      run(RestoreCall{call.memory, call.payload.data, uncut(call.payload.shape), {}});
     return;
   }
   const std::vector<Segment>& params = call.move.params;

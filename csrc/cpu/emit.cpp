@@ -97,8 +97,7 @@ void Emitter::write(const Candidates& selected) {
   }
 }
 
-void write_frame(const PayloadShape& shape, uint64_t nonfinite, int scale, uint32_t tag,
-                 uint8_t* payload) {
+void write_frame(const PayloadShape& shape, int scale, uint32_t tag, uint8_t* payload) {
   const PayloadLayout layout(shape);
   const auto clear = [=](int64_t begin, int64_t end) {
     std::fill(payload + begin, payload + end, uint8_t{0});
@@ -106,8 +105,7 @@ void write_frame(const PayloadShape& shape, uint64_t nonfinite, int scale, uint3
   layout.for_each_gap(clear);
   clear(layout.bitmap, layout.bitmap_end);
   if (shape.wire == WireType::kFloat4) clear(layout.values, layout.values_end);
-  const auto count = static_cast<uint32_t>(std::min<uint64_t>(nonfinite, UINT32_MAX));
-  *PayloadView(payload, layout).header = make_header(shape, count, scale, tag);
+  *PayloadView(payload, layout).header = make_header(shape, 0, scale, tag);
 }
 
 }  // namespace gmc::cpu

@@ -30,9 +30,8 @@ class Emitter {
   int64_t ties_, position_, next_tile_;
 };
 
-// Writes header and padding, the parts that do not depend on entries, and zeros where emitters set
-// bits.
-void write_frame(const PayloadShape& shape, uint64_t nonfinite, int scale, uint32_t tag,
-                 uint8_t* payload);
+// Writes padding and header, the parts that do not depend on entries, and zeros where emitters set
+// bits. The header counts no non-finite values yet.
+void write_frame(const PayloadShape& shape, int scale, uint32_t tag, uint8_t* payload);
 
 }  // namespace gmc::cpu

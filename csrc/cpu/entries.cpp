@@ -1,4 +1,4 @@
-// What is done with the entries of one payload: unpack, giving a skipped step's payload back to
+// What is done with the entries of payloads: unpack, giving a skipped step's payloads back to
 // memory, and DGC's momentum factor masking.
 #include "partition.h"
 #include "payload_reader.h"
@@ -21,9 +21,16 @@ void for_each_entry(const Payload& payload, const Function& function) {
   });
 }
 
-// A damaged payload must be found before anything was changed.
-void check(const Payload& payload) {
-  for_each_entry(payload, [](int64_t, int64_t, float) {});
+// Calls function(index in the bucket, value) for each entry of all ranges' payloads. A damaged one
+// must be found before anything was changed, so all are read once without a call.
+template <class Function>
+void for_each_entry(const uint8_t* payloads, const Ranges& ranges, const Function& function) {
+  for (int64_t range = 0; range < ranges.count; ++range)
+    for_each_entry(ranges.payload(payloads, range), [](int64_t, int64_t, float) {});
+  for (int64_t range = 0; range < ranges.count; ++range)
+    for_each_entry(ranges.payload(payloads, range), [&](int64_t, int64_t index, float value) {
+      function(range * ranges.width() + index, value);
+    });
 }
 
 }  // namespace
@@ -38,16 +45,14 @@ void run(const UnpackCall& call) {
 
 void run(const RestoreCall& call) {
   if (call.skip.verdict && !call.skip.skipped()) return;
-  check(call.payload);
   float* const memory = call.memory;
-  for_each_entry(call.payload,
-                 [=](int64_t, int64_t index, float value) { memory[index] += value; });
+  for_each_entry(call.payloads, call.ranges,
+                 [=](int64_t index, float value) { memory[index] += value; });
 }
 
 void run(const MaskCall& call) {
   if (call.skip.skipped()) return;
-  check(call.payload);
-  for_each_entry(call.payload, [&](int64_t, int64_t index, float value) {
+  for_each_entry(call.payloads, call.ranges, [&](int64_t index, float value) {
     if (value != 0.0f) call.momentum_buffer[index] = 0.0f;
   });
 }

@@ -34,11 +34,11 @@ void for_each_piece(const Ranges& ranges, const std::vector<PayloadReader>& read
   for (int64_t range = first / ranges.width(); range < ranges.count && range * ranges.width() < end;
        ++range) {
     const int64_t begin = range * ranges.width();
-    const int64_t numel = ranges.payload(range).shape.numel;
+    const int64_t numel = ranges.shape(range).numel;
     const int64_t last = (std::min(end - begin, numel) - 1) / kTile;
     for (int64_t part = std::max(first - begin, int64_t{0}) / kTile; part <= last; ++part)
       function(Piece{readers[range].tile(part, indices), begin + part * kTile - first,
-                     range * ranges.full.shape.k});
+                     range * ranges.full.k});
   }
 }
 
@@ -52,14 +52,14 @@ void run(const MergeRangesCall& call) {
 
   std::vector<PayloadReader> readers;
   for (int64_t range = 0; range < ranges.count; ++range)
-    readers.emplace_back(ranges.payload(range), range);
+    readers.emplace_back(ranges.payload(call.payloads, range), range);
   for_each_tile_with<TileIndices>(numel, [&](int64_t tile, TileIndices* indices) {
     std::optional<AggregateTileWriter> writer;
     int64_t run = 0;
     for_each_piece(ranges, readers, tile, indices, [&](const Piece& piece) {
       const int64_t from = piece.below(0), to = piece.below(kTile);
       if (!writer) writer.emplace(out, tile, piece.before + piece.entries.start + from);
-      with_wire_type(ranges.full.shape.wire, [&](auto format) {
+      with_wire_type(ranges.full.wire, [&](auto format) {
         for (int64_t entry = from; entry < to; ++entry) {
           const int64_t i = piece.offset + piece.entries.indices[entry];
           for (; run <= i / kAggregateRun; ++run) writer->begin_run(run);

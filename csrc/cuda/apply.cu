@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
   if (args.move.skip.skipped()) {
     if (!args.memory) return;
     with_wire_type(args.payload.shape.wire, [&](auto format) {
-      for_each_entry<decltype(format)>(PayloadSource(args.payload), &own, GiveBack{args.memory});
+      for_each_entry<decltype(format)>(PayloadSource(args.payload), 0, &own, GiveBack{args.memory});
     });
     return;
   }

@@ -5,20 +5,18 @@ namespace gmc::cuda {
 
 int64_t state_nbytes(int64_t numel, int64_t k) { return workspace_nbytes(numel, k); }
 
-// The state must be zero or as the last call left it. A workspace without state holds anything.
+// States must be zero or as the last call left them. A workspace without state holds anything.
 void run(const CompressCall& call, const Stream& stream) {
-  const PayloadShape& shape = call.shape;
-  const int64_t nbytes = call.state ? call.state_nbytes : workspace_nbytes(shape.numel, shape.k);
-  void* const workspace = call.state ? call.state : stream.allocate(nbytes);
+  const Ranges& ranges = call.ranges;
+  const int64_t nbytes =
+      call.state_nbytes ? call.state_nbytes : workspace_nbytes(ranges.width(), ranges.full.k);
+  void* const first = call.states ? call.states : stream.allocate(ranges.count * nbytes);
   const CompressArgs args{RuleArgs(call.rule, stream),
                           call.aggregate,
-                          shape.k,
-                          shape.wire,
-                          call.tag,
-                          call.payload,
-                          make_workspace(workspace, nbytes, shape.numel),
-                          !call.state};
-  const SelectArgs selection(args);
+                          ranges,
+                          {make_workspace(first, nbytes, ranges.width()), nbytes},
+                          !call.states};
+  const SelectArgs selection(args, call.payloads, call.tag);
   look(args, stream);
   pass(args, stream);
   repair(selection, stream);

@@ -7,39 +7,65 @@
 
 namespace gmc::cuda {
 
+// The grid of each kernel has a row of blocks for each range of the bucket, blockIdx.y, so that one
+// chain of launches compresses them all.
 struct CompressArgs {
   RuleArgs rule;
   Aggregate aggregate;
-  int64_t k;
-  WireType wire;
-  uint32_t tag;
-  uint8_t* payload;
-  Workspace workspace;
-  bool fresh;  // the workspace holds anything, not yet zeros
+  Ranges ranges;
+  Workspaces workspaces;
+  bool fresh;  // the workspaces hold anything, not yet zeros
 };
 static_assert(sizeof(CompressArgs) <= kParameterLimit, "kernel parameters");
 
-// What the selection needs of CompressArgs. The payload's layout is computed on the host: as part
-// of a kernel's parameters it takes no registers.
+// The range that a block works on.
+struct OwnRange {
+  uint32_t begin, numel, k;
+  Workspace workspace;
+
+  __device__ explicit OwnRange(const CompressArgs& args)
+      : begin(blockIdx.y * static_cast<uint32_t>(args.ranges.width())),
+        numel(static_cast<uint32_t>(args.ranges.shape(blockIdx.y).numel)),
+        k(static_cast<uint32_t>(args.ranges.shape(blockIdx.y).k)),
+        workspace(args.workspaces.of_range(blockIdx.y)) {}
+};
+
+// What the selection needs. The layout of payloads is computed on the host: as part of a kernel's
+// parameters it takes no registers.
 struct SelectArgs {
   float* memory;
   Scalar found_inf;
-  uint8_t* payload;
-  PayloadShape shape;
+  uint8_t* payloads;
+  Ranges ranges;
   uint32_t tag;
-  PayloadLayout layout;
-  PayloadView<uint8_t> out;
-  Workspace workspace;
+  PayloadLayout full, last;
+  Workspaces workspaces;
 
-  explicit SelectArgs(const CompressArgs& args)
+  SelectArgs(const CompressArgs& args, uint8_t* payloads, uint32_t tag)
       : memory(args.rule.memory),
         found_inf(args.rule.found_inf),
-        payload(args.payload),
-        shape{args.rule.numel, args.k, args.wire},
-        tag(args.tag),
-        layout(shape),
-        out(payload, layout),
-        workspace(args.workspace) {}
+        payloads(payloads),
+        ranges(args.ranges),
+        tag(tag),
+        full(ranges.full),
+        last(ranges.last),
+        workspaces(args.workspaces) {}
+};
+
+// What of it belongs to the range that a block works on.
+struct OwnSelection {
+  float* memory;
+  const PayloadShape& shape;
+  const PayloadLayout& layout;
+  uint8_t* payload;
+  Workspace workspace;
+
+  __device__ explicit OwnSelection(const SelectArgs& args)
+      : memory(args.memory + blockIdx.y * args.ranges.width()),
+        shape(args.ranges.shape(blockIdx.y)),
+        layout(blockIdx.y + 1 < args.ranges.count ? args.full : args.last),
+        payload(args.payloads + blockIdx.y * args.full.nbytes),
+        workspace(args.workspaces.of_range(blockIdx.y)) {}
 };
 
 // The parts of compress, in order.

@@ -43,7 +43,7 @@ template <class Rule>
 __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
     accumulate_kernel(const __grid_constant__ AccumulateArgs args) {
   static __shared__ AccumulateShared shared;
-  const RuleTile tile(args.rule, shared.stage);
+  const RuleTile tile(args.rule, WorkTile(blockIdx.x, args.rule.numel), shared.stage);
   uint32_t nonfinite = 0;
   float v[kPerThread];
   Rule::make(tile, args.aggregate, v, &nonfinite, [] {});

@@ -1,5 +1,6 @@
-// What is done with the entries of one payload: giving a skipped step's payload back to memory,
-// DGC's momentum factor masking, unpacking. A block owns one wire tile.
+// What is done with the entries of payloads: giving a skipped step's payloads back to memory, DGC's
+// momentum factor masking, unpacking. A block owns one wire tile of the payload of range
+// blockIdx.y.
 #include "launch.h"
 #include "payload_reader.cuh"
 #include "shared/calls.h"
@@ -26,11 +27,19 @@ struct Unpack {
 // Acts when there is no verdict, or when the step's being skipped is as when_skipped says.
 template <class Format, class Action>
 __global__ void __launch_bounds__(kThreads)
-    entries_kernel(const __grid_constant__ PayloadSource source, Skip skip, bool when_skipped,
+    entries_kernel(const __grid_constant__ PayloadSource full,
+                   const __grid_constant__ PayloadSource last, Skip skip, bool when_skipped,
                    Action action) {
   if (skip.verdict && skip.skipped() != when_skipped) return;
   static __shared__ PayloadTile shared;
-  for_each_entry<Format>(source, &shared, action);
+  const bool is_last = blockIdx.y + 1 == gridDim.y;
+  const PayloadSource& source = is_last ? last : full;
+  if (blockIdx.x >= tile_count(source.payload.shape.numel)) return;  // the last range is shorter
+  const int64_t begin = blockIdx.y * full.payload.shape.numel;
+  for_each_entry<Format>(source, is_last ? 0 : blockIdx.y, &shared,
+                         [&](uint32_t position, int64_t index, float value) {
+                           action(position, begin + index, value);
+                         });
 }
 
 __global__ void nonfinite_kernel(const uint8_t* payload, int64_t* nonfinite) {
@@ -38,22 +47,23 @@ __global__ void nonfinite_kernel(const uint8_t* payload, int64_t* nonfinite) {
 }
 
 template <class Action>
-void act(const Payload& payload, const Skip& skip, bool when_skipped, const Action& action,
-         const Stream& stream) {
-  with_wire_type(payload.shape.wire, [&](auto format) {
-    launch(entries_kernel<decltype(format), Action>, tile_count(payload.shape.numel), kThreads,
-           stream, PayloadSource(payload), skip, when_skipped, action);
+void act(const uint8_t* payloads, const Ranges& ranges, const Skip& skip, bool when_skipped,
+         const Action& action, const Stream& stream) {
+  with_wire_type(ranges.full.wire, [&](auto format) {
+    launch(entries_kernel<decltype(format), Action>, {tile_count(ranges.width()), ranges.count},
+           kThreads, stream, PayloadSource({payloads, ranges.full}),
+           PayloadSource(ranges.payload(payloads, ranges.count - 1)), skip, when_skipped, action);
   });
 }
 
 }  // namespace
 
 void run(const RestoreCall& call, const Stream& stream) {
-  act(call.payload, call.skip, true, GiveBack{call.memory}, stream);
+  act(call.payloads, call.ranges, call.skip, true, GiveBack{call.memory}, stream);
 }
 
 void run(const MaskCall& call, const Stream& stream) {
-  act(call.payload, call.skip, false, Mask{call.momentum_buffer}, stream);
+  act(call.payloads, call.ranges, call.skip, false, Mask{call.momentum_buffer}, stream);
 }
 
 void run(const UnpackCall& call, const Stream& stream) {
@@ -62,7 +72,8 @@ void run(const UnpackCall& call, const Stream& stream) {
   check(cudaMemsetAsync(call.indices, 0xff, 8 * k, stream.stream));
   check(cudaMemsetAsync(call.values, 0, 4 * k, stream.stream));
   launch(nonfinite_kernel, 1, 1, stream, call.payload.data, call.nonfinite);
-  act(call.payload, {}, false, Unpack{call.indices, call.values}, stream);
+  act(call.payload.data, uncut(call.payload.shape), {}, false, Unpack{call.indices, call.values},
+      stream);
 }
 
 }  // namespace gmc::cuda

@@ -10,11 +10,18 @@
 
 namespace gmc::cuda {
 
+// How many blocks a launch has: in a row, and rows.
+struct Grid {
+  int64_t x, y;
+
+  Grid(int64_t x, int64_t y = 1) : x(x), y(y) {}
+};
+
 template <class... Parameters, class... Arguments>
-void launch_with(cudaLaunchAttribute* attribute, void (*kernel)(Parameters...), int64_t blocks,
+void launch_with(cudaLaunchAttribute* attribute, void (*kernel)(Parameters...), const Grid& grid,
                  int threads, const Stream& stream, const Arguments&... arguments) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream.stream;
   config.attrs = attribute;
@@ -23,9 +30,9 @@ void launch_with(cudaLaunchAttribute* attribute, void (*kernel)(Parameters...), 
 }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, const Stream& stream,
+void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, const Stream& stream,
             const Arguments&... arguments) {
-  launch_with(nullptr, kernel, blocks, threads, stream, arguments...);
+  launch_with(nullptr, kernel, grid, threads, stream, arguments...);
 }
 
 // Whether the current device, and the code that runs there, can start kernels early. It is
@@ -55,13 +62,13 @@ inline bool can_start_early(const void* kernel) {
 // Devices before sm_90 cannot do so, nor can code that was compiled for them: there the kernel is
 // launched as usual, and both calls do nothing.
 template <class... Parameters, class... Arguments>
-void launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads, const Stream& stream,
-                  const Arguments&... arguments) {
+void launch_early(void (*kernel)(Parameters...), const Grid& grid, int threads,
+                  const Stream& stream, const Arguments&... arguments) {
   const bool possible = can_start_early(reinterpret_cast<const void*>(kernel));
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  launch_with(possible ? &early : nullptr, kernel, blocks, threads, stream, arguments...);
+  launch_with(possible ? &early : nullptr, kernel, grid, threads, stream, arguments...);
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

@@ -1,5 +1,5 @@
 // The look makes this call's guess from a sample of v (guess.h) and from what is carried. It is one
-// block, and the pass waits for it only after its own loads have arrived.
+// block for each range, and the pass waits for it only after its own loads have arrived.
 #include "block.cuh"
 #include "compress.h"
 #include "launch.h"
@@ -25,7 +25,8 @@ __device__ __forceinline__ float element(const SegmentList& list, const RuleArgs
 // functions.
 class BinnedSample {
  public:
-  __device__ BinnedSample(const RuleArgs& args, const Sample& sample, LookShared* shared)
+  __device__ BinnedSample(const RuleArgs& args, uint32_t begin, const Sample& sample,
+                          LookShared* shared)
       : shared_(shared) {
     clear_bins<kCoarseBins>(shared->bins);
     __syncthreads();
@@ -36,7 +37,7 @@ class BinnedSample {
     uint32_t ignored = 0;
 #pragma unroll 4
     for (uint32_t n = threadIdx.x; n < sample.size; n += kLookThreads) {
-      const auto i = static_cast<uint32_t>(sample.place(n / kRun) + n % kRun);
+      const auto i = begin + static_cast<uint32_t>(sample.place(n / kRun) + n % kRun);
       const float u = args.memory[i];
       const float g =
           overflowed ? 0.0f : scaled_gradient(element(args.grads, args, i), factor, &ignored);
@@ -84,23 +85,25 @@ __global__ void __launch_bounds__(kLookThreads, 1)
     look_kernel(const __grid_constant__ CompressArgs args) {
   static __shared__ LookShared shared;
   start_next();
-  Control* const control = args.workspace.control;
+  const OwnRange range(args);
+  Control* const control = range.workspace.control;
   if (args.fresh) {
     auto* const words = reinterpret_cast<uint32_t*>(control);
     for (uint32_t i = threadIdx.x; i < kZeroBytes / 4; i += kLookThreads) words[i] = 0;
   }
-  const Sample sample(args.rule.numel, args.k);
-  const BinnedSample binned(args.rule, sample, &shared);
-  const Guess guess = choose_guess(control->guess, args.k, sample, binned);
+  const Sample sample(range.numel, range.k);
+  const BinnedSample binned(args.rule, range.begin, sample, &shared);
+  const Guess guess = choose_guess(control->guess, range.k, sample, binned);
   if (threadIdx.x != 0) return;
   control->guess = guess;
   control->scale = guess.scale;
+  control->nonfinite = 0;
 }
 
 }  // namespace
 
 void look(const CompressArgs& args, const Stream& stream) {
-  launch(look_kernel, 1, kLookThreads, stream, args);
+  launch(look_kernel, {1, args.ranges.count}, kLookThreads, stream, args);
 }
 
 }  // namespace gmc::cuda

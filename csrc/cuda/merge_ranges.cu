@@ -119,14 +119,14 @@ void run(const MergeRangesCall& call, const Stream& stream) {
   const Ranges& ranges = call.ranges;
   const int64_t numel = ranges.numel(), capacity = ranges.entries();
   const AggregateView out(call.aggregate, AggregateLayout(numel, capacity));
-  const MergeRangesArgs args{PayloadSource(ranges.full),
-                             PayloadSource(ranges.payload(ranges.count - 1)),
+  const MergeRangesArgs args{PayloadSource({call.payloads, ranges.full}),
+                             PayloadSource(ranges.payload(call.payloads, ranges.count - 1)),
                              ranges.count,
                              numel,
                              capacity,
                              call.skip,
                              out};
-  with_wire_type(ranges.full.shape.wire, [&](auto format) {
+  with_wire_type(ranges.full.wire, [&](auto format) {
     launch(merge_ranges_kernel<decltype(format)>, tile_count(numel), kThreads, stream, args);
   });
 }

@@ -20,9 +20,12 @@ template <class Rule>
 __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
     pass_kernel(const __grid_constant__ CompressArgs args) {
   static __shared__ PassShared shared;
-  const RuleTile tile(args.rule, shared.stage);
-  const Workspace& workspace = args.workspace;
   start_next();
+  const OwnRange range(args);
+  if (blockIdx.x * static_cast<uint32_t>(kWorkTile) >= range.numel) return;  // the last is shorter
+  const WorkTile own(blockIdx.x, range.numel);
+  const RuleTile tile(args.rule, own.from(range.begin), shared.stage);
+  const Workspace& workspace = range.workspace;
   Control* const control = workspace.control;
   uint32_t nonfinite = 0;
   float v[kPerThread];
@@ -35,12 +38,12 @@ __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
   });
   __syncthreads();
   const uint32_t guess = shared.guess;
-  add_to_counter(&control->nonfinite, nonfinite);
+  add_to_counter(&args.workspaces.first.control->nonfinite, nonfinite);
   const uint32_t mask = reaching(tile, v, guess);
   const Compaction compaction = reserve(tile, mask, &control->found, workspace, &shared.compact);
   if (compaction.stored) {
-    store_candidates(tile, mask, v, guess, compaction, workspace, workspace.pass_bins);
-    take_out(tile, mask, args.wire, shared.scale, tile.stage, v);
+    store_candidates(own, mask, v, guess, compaction, workspace, workspace.pass_bins);
+    take_out(tile, mask, args.ranges.full.wire, shared.scale, tile.stage, v);
   }
   store_floats(args.rule.memory, tile, v);
 }
@@ -49,8 +52,8 @@ __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
 
 void pass(const CompressArgs& args, const Stream& stream) {
   with_rule(args.rule, [&](auto rule) {
-    launch_early(pass_kernel<decltype(rule)>, work_tile_count(args.rule.numel), kThreads, stream,
-                 args);
+    launch_early(pass_kernel<decltype(rule)>,
+                 {work_tile_count(args.ranges.width()), args.ranges.count}, kThreads, stream, args);
   });
 }
 

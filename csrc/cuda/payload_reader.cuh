@@ -223,14 +223,14 @@ static __device__ __noinline__ bool open_tile(const PayloadSource& source, int64
   return sound;
 }
 
-// A block reads the wire tile that it owns of one payload: calls function(place in the payload,
-// index in the bucket, value) for all entries, or for none if any of them is damaged.
+// A block reads the wire tile that it owns of one rank's payload: calls function(place in the
+// payload, index in its elements, value) for all entries, or for none if any of them is damaged.
 template <class Format, class Function>
-__device__ __forceinline__ void for_each_entry(const PayloadSource& source, PayloadTile* shared,
-                                               const Function& function) {
+__device__ __forceinline__ void for_each_entry(const PayloadSource& source, int64_t rank,
+                                               PayloadTile* shared, const Function& function) {
   const int64_t tile = blockIdx.x;
   const auto size = static_cast<uint32_t>(tile_size(source.payload.shape.numel, tile));
-  bool sound = warp_id() != 0 || open_tile(source, 0, tile, true, shared);
+  bool sound = warp_id() != 0 || open_tile(source, rank, tile, true, shared);
   __syncthreads();
   shared->for_each<kThreads>([&](uint32_t entry, uint32_t index, bool follows) {
     sound &= shared->sound<Format>(entry, index, follows, size);

@@ -9,7 +9,7 @@
 namespace gmc::cuda {
 namespace {
 
-__device__ __forceinline__ Outcome outcome_of_guess(const SelectArgs& args) {
+__device__ __forceinline__ Outcome outcome_of_guess(const OwnSelection& args) {
   const Control& control = *args.workspace.control;
   if (control.found < args.shape.k) return control.guess.key == 1 ? kFewValues : kUseless;
   if (control.found > args.workspace.capacity) return kUseless;
@@ -19,7 +19,7 @@ __device__ __forceinline__ Outcome outcome_of_guess(const SelectArgs& args) {
 
 // Calls function(candidate) for every candidate of the pass, each in one thread.
 template <class Function>
-__device__ __forceinline__ void for_each_candidate(const SelectArgs& args,
+__device__ __forceinline__ void for_each_candidate(const OwnSelection& args,
                                                    const Function& function) {
   const uint32_t count = args.workspace.control->found;
   for (uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads)
@@ -27,7 +27,7 @@ __device__ __forceinline__ void for_each_candidate(const SelectArgs& args,
 }
 
 // Puts v back into memory where the pass took candidates of this tile out.
-__device__ __forceinline__ void give_back(const SelectArgs& args, const WorkTile& tile) {
+__device__ __forceinline__ void give_back(const OwnSelection& args, const WorkTile& tile) {
   const uint2 place = args.workspace.tiles[tile.number];
   if (place.x + place.y > args.workspace.capacity)
     return;  // there was no room: they stayed in memory
@@ -37,10 +37,11 @@ __device__ __forceinline__ void give_back(const SelectArgs& args, const WorkTile
   }
 }
 
-__global__ void __launch_bounds__(kThreads) coarse_kernel(const __grid_constant__ SelectArgs args) {
+__global__ void __launch_bounds__(kThreads) coarse_kernel(const __grid_constant__ SelectArgs all) {
   static __shared__ uint32_t bins[kCoarseBins];
   start_next();
   wait_for_previous();
+  const OwnSelection args(all);
   const Outcome outcome = outcome_of_guess(args);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     Control* const control = args.workspace.control;
@@ -77,8 +78,9 @@ struct RepairShared {
 };
 
 __global__ void __launch_bounds__(kThreads)
-    recompact_kernel(const __grid_constant__ SelectArgs args) {
+    recompact_kernel(const __grid_constant__ SelectArgs all) {
   static __shared__ RepairShared shared;
+  const OwnSelection args(all);
   const Workspace& workspace = args.workspace;
   start_next();
   wait_for_previous();
@@ -121,10 +123,12 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void repair(const SelectArgs& args, const Stream& stream) {
-  const int64_t tiles = work_tile_count(args.shape.numel);
-  const int64_t blocks = tiles < kRepairBlocks ? tiles : kRepairBlocks;
-  launch_early(coarse_kernel, blocks, kThreads, stream, args);
-  launch_early(recompact_kernel, blocks, kThreads, stream, args);
+  const Ranges& ranges = args.ranges;
+  const int64_t tiles = work_tile_count(ranges.width());
+  const int64_t most = (kRepairBlocks + ranges.count - 1) / ranges.count;
+  const Grid grid{tiles < most ? tiles : most, ranges.count};
+  launch_early(coarse_kernel, grid, kThreads, stream, args);
+  launch_early(recompact_kernel, grid, kThreads, stream, args);
 }
 
 }  // namespace gmc::cuda

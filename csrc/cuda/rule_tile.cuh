@@ -13,8 +13,8 @@ struct RuleTile : WorkTile {
   const RuleArgs& args;
   float* stage;
 
-  __device__ RuleTile(const RuleArgs& args, float* stage)
-      : WorkTile(blockIdx.x, args.numel), args(args), stage(stage) {}
+  __device__ RuleTile(const RuleArgs& args, const WorkTile& tile, float* stage)
+      : WorkTile(tile), args(args), stage(stage) {}
 
   __device__ void load(const SegmentList& list, float (&x)[kPerThread]) const {
     load_segments(list.begin(args.own), list.count, args.numel, *this, stage, x);

@@ -24,7 +24,7 @@ struct Entries {
   const float* memory;
   uint32_t begin, count;
 
-  __device__ Entries(const SelectArgs& args, bool from_memory, const WorkTile& tile) {
+  __device__ Entries(const OwnSelection& args, bool from_memory, const WorkTile& tile) {
     const uint32_t number = tile.number;
     const uint2 found = from_memory ? make_uint2(0, tile.size) : args.workspace.tiles[number];
     candidates = from_memory ? nullptr : args.workspace.candidates + found.x;
@@ -41,7 +41,7 @@ struct Entries {
 __device__ __forceinline__ uint32_t key_of(uint2 entry) { return entry.y & kKeyMask; }
 
 // The first of a block's tiles.
-__device__ __forceinline__ uint32_t first_tile(const SelectArgs& args, uint32_t group) {
+__device__ __forceinline__ uint32_t first_tile(const OwnSelection& args, uint32_t group) {
   return static_cast<uint32_t>(work_tile_count(args.shape.numel) * group / gridDim.x);
 }
 
@@ -64,8 +64,9 @@ struct RefineShared {
   uint32_t bins[kBins];
 };
 
-__global__ void __launch_bounds__(kThreads) refine_kernel(const __grid_constant__ SelectArgs args) {
+__global__ void __launch_bounds__(kThreads) refine_kernel(const __grid_constant__ SelectArgs all) {
   static __shared__ RefineShared shared;
+  const OwnSelection args(all);
   const Workspace& workspace = args.workspace;
   Control* control = workspace.control;
   start_next();
@@ -105,8 +106,9 @@ struct CountShared {
   uint32_t fields[kFields];
 };
 
-__global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ SelectArgs args) {
+__global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ SelectArgs all) {
   static __shared__ CountShared shared;
+  const OwnSelection args(all);
   const Workspace& workspace = args.workspace;
   Control* control = workspace.control;
   const bool scaled = is_scaled(args.shape.wire);
@@ -166,9 +168,9 @@ __device__ __forceinline__ void set_bits(uint8_t* section, uint32_t word, uint32
 
 // Writes what a warp's tile contributes to the payload.
 template <class Format>
-__device__ __forceinline__ void emit_tile(const SelectArgs& args, int scale, uint32_t number,
+__device__ __forceinline__ void emit_tile(const OwnSelection& args, int scale, uint32_t number,
                                           unsigned long long met) {
-  const PayloadView<uint8_t>& out = args.out;
+  const PayloadView<uint8_t> out(args.payload, args.layout);
   const Control& control = *args.workspace.control;
   const uint32_t threshold = control.threshold, ties = control.ties;
   const WorkTile tile(number, args.shape.numel);
@@ -225,11 +227,11 @@ struct EmitShared {
 };
 
 template <class Format>
-__global__ void __launch_bounds__(kThreads, 6)
-    emit_kernel(const __grid_constant__ SelectArgs args) {
+__global__ void __launch_bounds__(kThreads, 6) emit_kernel(const __grid_constant__ SelectArgs all) {
   static __shared__ EmitShared shared;
+  const OwnSelection args(all);
   const Workspace& workspace = args.workspace;
-  const PayloadView<uint8_t>& out = args.out;
+  const PayloadView<uint8_t> out(args.payload, args.layout);
   start_next();
   wait_for_previous();
   const uint32_t ties = workspace.control->ties;
@@ -282,26 +284,27 @@ __global__ void __launch_bounds__(kThreads, 6)
   Control* control = workspace.control;
   // Unless there are exactly k entries, the header says that the payload is damaged.
   const bool complete = taken(met, ties) == args.shape.k;
-  const bool overflowed = args.found_inf.load() != 0.0f;
-  const uint32_t nonfinite = control->nonfinite + overflowed;  // 2 N + 1 at most
-  *out.header = make_header(args.shape, nonfinite, scale, args.tag);
+  const bool overflowed = all.found_inf.load() != 0.0f;
+  const uint32_t nonfinite = all.workspaces.first.control->nonfinite + overflowed;  // <= 2 N + 1
+  *out.header = make_header(args.shape, nonfinite, scale, all.tag);
   if (!complete) out.header->magic = 0;
   control->guess.scale = scale;
   learn(&control->guess, control->threshold, args.shape.k, control->found,
         control->outcome == kUseless);
   control->found = 0;
   control->refound = 0;
-  control->nonfinite = 0;
 }
 
 }  // namespace
 
 void select(const SelectArgs& args, const Stream& stream) {
-  const int64_t blocks = group_count(args.shape.numel, multiprocessors());
-  launch_early(refine_kernel, blocks, kThreads, stream, args);
-  launch_early(count_kernel, blocks, kThreads, stream, args);
-  with_wire_type(args.shape.wire, [&](auto format) {
-    launch_early(emit_kernel<decltype(format)>, blocks, kThreads, stream, args);
+  const Ranges& ranges = args.ranges;
+  const int processors = (multiprocessors() + ranges.count - 1) / ranges.count;
+  const Grid grid{group_count(ranges.width(), processors), ranges.count};
+  launch_early(refine_kernel, grid, kThreads, stream, args);
+  launch_early(count_kernel, grid, kThreads, stream, args);
+  with_wire_type(ranges.full.wire, [&](auto format) {
+    launch_early(emit_kernel<decltype(format)>, grid, kThreads, stream, args);
   });
 }
 

@@ -18,6 +18,13 @@ struct WorkTile {
         begin(number * static_cast<uint32_t>(kWorkTile)),
         size(numel - begin < kWorkTile ? static_cast<uint32_t>(numel - begin) : kWorkTile) {}
 
+  // The same tile of a range that begins at this element, as one of the bucket.
+  __device__ WorkTile from(uint32_t element) const {
+    WorkTile tile = *this;
+    tile.begin += element;
+    return tile;
+  }
+
   __device__ bool full() const { return size == kWorkTile; }
   // The place of a thread's element in the tile.
   __device__ uint32_t place(int e) const { return 4 * threadIdx.x + step(e); }

@@ -1,9 +1,12 @@
-// What compress keeps on the device between and during calls: the state tensor, or a temporary.
+// What compress keeps on the device between and during calls for each range of a bucket: the state
+// tensor, or a temporary.
 // All zero means that nothing is known yet. Every call leaves the counters and histograms zero for
 // the next one.
 #pragma once
 
 #include <cuda_runtime.h>
+
+#include <type_traits>
 
 #include "shared/guess.h"
 #include "sizes.h"
@@ -31,11 +34,11 @@ enum Outcome : uint32_t {
 struct Control {
   Guess guess;  // carried from call to call, but for the part that look writes
   // These are zero between calls.
-  uint32_t found;      // candidates of the pass
-  uint32_t refound;    // candidates of the repair
-  uint32_t nonfinite;  // values counted as zero
+  uint32_t found;    // candidates of the pass
+  uint32_t refound;  // candidates of the repair
   // These are written in each call before they are read.
-  int32_t scale;  // the one for which the pass takes candidates out of memory
+  uint32_t nonfinite;  // values counted as zero: in the first range's control, for all ranges
+  int32_t scale;       // the one for which the pass takes candidates out of memory
   Outcome outcome;
   uint32_t from_memory;  // whether the selection's entries are all of memory, not the candidates
   uint32_t base;         // the key from which the bins count
@@ -60,6 +63,32 @@ struct Workspace {
   uint32_t capacity;
 };
 
+// The workspaces of a bucket's ranges, one after the other.
+struct Workspaces {
+  Workspace first;
+  int64_t nbytes;  // of each; a multiple of 16
+
+  __device__ Workspace of_range(uint32_t range) const {
+    Workspace w = first;
+    const int64_t offset = range * nbytes;
+    const auto move = [&](auto** pointer) {
+      using Element = std::remove_reference_t<decltype(**pointer)>;
+      *pointer = reinterpret_cast<Element*>(reinterpret_cast<uint8_t*>(*pointer) + offset);
+    };
+    move(&w.control);
+    move(&w.pass_bins);
+    move(&w.repair_bins);
+    move(&w.low_bins);
+    move(&w.coarse_bins);
+    move(&w.field_bins);
+    move(&w.groups);
+    move(&w.selected);
+    move(&w.tiles);
+    move(&w.candidates);
+    return w;
+  }
+};
+
 constexpr int64_t kControlBytes = 256;
 constexpr int64_t kClearedWords = 3 * kBins + kCoarseBins;  // from pass_bins on
 constexpr int64_t kZeroBytes = kControlBytes + 4 * kClearedWords;
@@ -73,7 +102,7 @@ inline int64_t workspace_base_nbytes(int64_t numel) {
 // The workspace has room for three times k candidates, while the guess aims at less than twice k.
 inline int64_t workspace_nbytes(int64_t numel, int64_t k) {
   const int64_t wanted = 3 * k + 8192;
-  return workspace_base_nbytes(numel) + 8 * (wanted < numel ? wanted : numel);
+  return pad16(workspace_base_nbytes(numel) + 8 * (wanted < numel ? wanted : numel));
 }
 
 // nbytes: workspace_nbytes of this numel and of any k.

@@ -20,20 +20,26 @@ struct Payload {
   Payload of_rank(int64_t rank) const { return {data + rank * PayloadLayout(shape).nbytes, shape}; }
 };
 
-// A payload for each range of a bucket, one after the other. All ranges have as many elements, but
-// for the last, which may have fewer; its payload begins where one of full size would.
+// The ranges that a bucket is cut into, each with a payload of its own; one for a bucket that is
+// not cut. All have as many elements, but for the last, which may have fewer. Their payloads lie
+// one after the other, the last where one of full size would begin.
 struct Ranges {
-  Payload full;  // of the first
-  PayloadShape last;
+  PayloadShape full, last;
   int64_t count;
 
-  int64_t width() const { return full.shape.numel; }
+  GMC_HD int64_t width() const { return full.numel; }
+  GMC_HD const PayloadShape& shape(int64_t range) const { return range + 1 < count ? full : last; }
   int64_t numel() const { return (count - 1) * width() + last.numel; }
-  int64_t entries() const { return (count - 1) * full.shape.k + last.k; }
-  Payload payload(int64_t range) const {
-    return {full.of_rank(range).data, range + 1 < count ? full.shape : last};
+  int64_t entries() const { return (count - 1) * full.k + last.k; }
+  int64_t nbytes() const {
+    return (count - 1) * PayloadLayout(full).nbytes + PayloadLayout(last).nbytes;
+  }
+  Payload payload(const uint8_t* first, int64_t range) const {
+    return {Payload{first, full}.of_rank(range).data, shape(range)};
   }
 };
+
+inline Ranges uncut(const PayloadShape& bucket) { return {bucket, bucket, 1}; }
 
 // The gathered payloads of a bucket of which only the size is known. Where the bucket is sent
 // whole, nbytes is 0 and data is a float for each rank, its count of non-finite values, and then a

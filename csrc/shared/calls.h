@@ -24,14 +24,16 @@ struct RuleCall {
   RuleOptions options;
 };
 
+// aggregate: only for a bucket that is not cut into ranges. Each header gets the count of the whole
+// bucket's non-finite values.
 struct CompressCall {
   RuleCall rule;
   Aggregate aggregate;
-  PayloadShape shape;
+  Ranges ranges;
   uint32_t tag;
-  uint8_t* payload;
-  uint8_t* state;  // nullptr: nothing is known yet
-  int64_t state_nbytes;
+  uint8_t* payloads;
+  uint8_t* states;       // one for each range; nullptr: nothing is known yet
+  int64_t state_nbytes;  // of one
 };
 
 // A dense bucket, before the sum over all ranks: memory = v, and total [numel + ranks] = v and, at
@@ -99,6 +101,7 @@ struct MergeCall {
 // Payloads of the ranges that make up a bucket; nothing is summed. aggregate:
 // AggregateLayout(numel, ranges.entries()).
 struct MergeRangesCall {
+  const uint8_t* payloads;
   Ranges ranges;
   Skip skip;
   uint8_t* aggregate;
@@ -117,14 +120,16 @@ struct ApplyCall {
 // contradict each other is left alone.
 struct RestoreCall {
   float* memory;
-  Payload payload;
+  const uint8_t* payloads;
+  Ranges ranges;
   Skip skip;
 };
 
 // Does not act in skipped steps. On CUDA, a tile whose entries contradict each other is left alone.
 struct MaskCall {
   float* momentum_buffer;
-  Payload payload;
+  const uint8_t* payloads;
+  Ranges ranges;
   Skip skip;
 };
 

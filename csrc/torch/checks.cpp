@@ -1,5 +1,7 @@
 #include "checks.h"
 
+#include <algorithm>
+
 namespace gmc {
 namespace {
 
@@ -133,6 +135,19 @@ PayloadShape check_shape(int64_t numel, int64_t k, ScalarType wire_dtype) {
   check_numel(numel, "numel");
   check_k(k, numel);
   return {numel, k, check_wire_type(wire_dtype)};
+}
+
+Ranges check_ranges(int64_t numel, int64_t k, ScalarType wire_dtype, int64_t width,
+                    int64_t last_k) {
+  if (width == 0) return uncut(check_shape(numel, k, wire_dtype));
+  GMC_CHECK_VALUE(width >= 1 && width <= numel, "width: got ", width,
+                  ", must be between 1 and numel = ", numel);
+  const int64_t count = (numel + width - 1) / width;
+  const PayloadShape full = check_shape(width, k, wire_dtype);
+  const PayloadShape last = {numel - (count - 1) * width, last_k, full.wire};
+  GMC_CHECK_VALUE(last_k >= 1 && last_k <= std::min(k, last.numel), "last_k: got ", last_k,
+                  ", must be between 1 and ", std::min(k, last.numel));
+  return {full, last, count};
 }
 
 void check_tensor(const Tensor& tensor, Name name, Device device, std::optional<ScalarType> dtype) {

@@ -1,6 +1,5 @@
 // The operators: for each its schema, and the checks that make of its arguments what a backend
 // works on (calls.h). torch's dispatcher decides which backend that is.
-#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -80,6 +79,9 @@ int64_t state_nbytes(int64_t numel, int64_t k, torch::stable::Device device) {
   return state_size(numel, k, !device.is_cuda());
 }
 
+// The ranges of a bucket that is cut, in schemas; with width=0 it is not.
+#define GMC_RANGES "int width=0, int last_k=0"
+
 // ---------------------------------------------------------------------------------------------
 // The rule
 // ---------------------------------------------------------------------------------------------
@@ -154,29 +156,41 @@ RuleCall rule_call(const Tensor& memory, const TensorOrNoneList& grads,
 
 constexpr char kCompress[] =
     "compress_(Tensor(a!) memory, Tensor?[] grads, int k, *, " GMC_RULE
-    ", ScalarType wire_dtype, Tensor(c!)? state=None, int tag=0) -> Tensor";
+    ", ScalarType wire_dtype, Tensor(c!)? state=None, int tag=0, " GMC_RANGES ") -> Tensor";
 
 Work<CompressCall, Tensor> compress(const Tensor& memory, const TensorOrNoneList& grads, int64_t k,
                                     const RuleArguments& rule, ScalarType wire_dtype,
-                                    const OptionalTensor& state, int64_t tag) {
+                                    const OptionalTensor& state, int64_t tag, int64_t width,
+                                    int64_t last_k) {
   const Device device(memory);
   CompressCall call = {};
   call.rule = rule_call(memory, grads, rule);
-  call.shape = check_shape(memory.numel(), k, wire_dtype);
+  call.ranges = check_ranges(memory.numel(), k, wire_dtype, width, last_k);
   GMC_CHECK_VALUE(tag >= 0 && tag < kTags, "tag: got ", tag, ", must be between 0 and 2**24 - 1");
   call.tag = static_cast<uint32_t>(tag);
-  if (rule.aggregate) call.aggregate = check_aggregate(*rule.aggregate, device, memory.numel());
-  if (state) {  // one for a larger k will do
-    const int64_t needed = state_size(memory.numel(), k, device.is_cpu());
-    check_tensor(*state, "state", device, ScalarType::Byte);
-    GMC_CHECK_VALUE(state->dim() == 1 && state->numel() >= needed, "state: got shape ",
-                    sizes_of(*state), ", must be [", needed, "] or longer");
-    call.state = writable_bytes(*state, "state");
-    call.state_nbytes = state->numel();
+  if (rule.aggregate) {
+    GMC_CHECK_VALUE(width == 0, "aggregate: got a tensor beside width = ", width,
+                    ", must be None: the owners of the ranges add it");
+    call.aggregate = check_aggregate(*rule.aggregate, device, memory.numel());
   }
-  Tensor payload = empty({PayloadLayout(call.shape).nbytes}, ScalarType::Byte, device);
-  call.payload = writable_bytes(payload, "payload");
-  return {std::move(call), device, {std::move(payload)}};
+  if (state) {  // one for a larger k will do
+    const int64_t needed = state_size(call.ranges.width(), k, device.is_cpu());
+    check_tensor(*state, "state", device, ScalarType::Byte);
+    if (width == 0) {
+      GMC_CHECK_VALUE(state->dim() == 1 && state->numel() >= needed, "state: got shape ",
+                      sizes_of(*state), ", must be [", needed, "] or longer");
+    } else {
+      GMC_CHECK_VALUE(state->dim() == 2 && state->size(0) == call.ranges.count &&
+                          state->size(1) >= needed && state->size(1) % 16 == 0,
+                      "state: got shape ", sizes_of(*state), ", must be [", call.ranges.count, ", ",
+                      needed, "] or longer by multiples of 16");
+    }
+    call.states = writable_bytes(*state, "state");
+    call.state_nbytes = state->numel() / call.ranges.count;
+  }
+  Tensor payloads = empty({call.ranges.nbytes()}, ScalarType::Byte, device);
+  call.payloads = writable_bytes(payloads, "payload");
+  return {std::move(call), device, {std::move(payloads)}};
 }
 
 constexpr char kAccumulate[] =
@@ -386,52 +400,56 @@ Work<MergeRangesCall, Tensor> merge_ranges(const Tensor& payloads, int64_t numel
                                            const OptionalTensor& skip) {
   const Device device(payloads);
   check_numel(numel, "numel");
-  GMC_CHECK_VALUE(width >= 1 && width <= numel, "width: got ", width,
-                  ", must be between 1 and numel = ", numel);
-  const int64_t count = (numel + width - 1) / width;
-  const PayloadShape full = check_shape(width, k, wire_dtype);
-  const PayloadShape last = {numel - (count - 1) * width, last_k, full.wire};
-  GMC_CHECK_VALUE(last_k >= 1 && last_k <= std::min(k, last.numel), "last_k: got ", last_k,
-                  ", must be between 1 and ", std::min(k, last.numel));
+  GMC_CHECK_VALUE(width >= 1, "width: got ", width, ", must be between 1 and numel = ", numel);
+  const Ranges ranges = check_ranges(numel, k, wire_dtype, width, last_k);
   check_tensor(payloads, "payloads", device, ScalarType::Byte);
-  const int64_t nbytes = PayloadLayout(full).nbytes;
-  GMC_CHECK_VALUE(payloads.dim() == 2 && payloads.size(0) == count && payloads.size(1) == nbytes,
-                  "payloads: got shape ", sizes_of(payloads), ", must be [", count, ", ", nbytes,
-                  "]");
-  const Ranges ranges = {{readable_bytes(payloads, "payloads"), full}, last, count};
+  const int64_t nbytes = PayloadLayout(ranges.full).nbytes;
+  GMC_CHECK_VALUE(
+      payloads.dim() == 2 && payloads.size(0) == ranges.count && payloads.size(1) == nbytes,
+      "payloads: got shape ", sizes_of(payloads), ", must be [", ranges.count, ", ", nbytes, "]");
   Tensor aggregate =
       empty({AggregateLayout(numel, ranges.entries()).nbytes}, ScalarType::Byte, device);
   uint8_t* const bytes = writable_bytes(aggregate, "aggregate");
-  return {{ranges, skip_of(skip, device), bytes}, device, {std::move(aggregate)}};
+  return {{readable_bytes(payloads, "payloads"), ranges, skip_of(skip, device), bytes},
+          device,
+          {std::move(aggregate)}};
 }
 
-// What restore_ and mask_ share: a payload whose entries change a vector.
+// What restore_ and mask_ share: payloads whose entries change a vector.
 template <class Call>
 Work<Call> on_entries(const Tensor& vector, Name name, const Tensor& payload, int64_t k,
-                      ScalarType wire_dtype, const OptionalTensor& skip) {
+                      ScalarType wire_dtype, const OptionalTensor& skip, int64_t width,
+                      int64_t last_k) {
   const Device device(vector);
   const int64_t numel = vector.numel();
   check_vector(vector, name, device, ScalarType::Float, numel);
-  const Payload from = check_payload(payload, device, numel, k, wire_dtype);
-  return {{mutable_data<float>(vector), from, skip_of(skip, device)}, device, {}};
+  const Ranges ranges = check_ranges(numel, k, wire_dtype, width, last_k);
+  check_vector(payload, "payload", device, ScalarType::Byte, ranges.nbytes());
+  return {{mutable_data<float>(vector), readable_bytes(payload, "payload"), ranges,
+           skip_of(skip, device)},
+          device,
+          {}};
 }
 
 constexpr char kRestore[] =
     "restore_(Tensor(a!) memory, Tensor payload, int k, ScalarType wire_dtype, *, "
-    "Tensor? skip=None) -> ()";
+    "Tensor? skip=None, " GMC_RANGES ") -> ()";
 
 Work<RestoreCall> restore(const Tensor& memory, const Tensor& payload, int64_t k,
-                          ScalarType wire_dtype, const OptionalTensor& skip) {
-  return on_entries<RestoreCall>(memory, "memory", payload, k, wire_dtype, skip);
+                          ScalarType wire_dtype, const OptionalTensor& skip, int64_t width,
+                          int64_t last_k) {
+  return on_entries<RestoreCall>(memory, "memory", payload, k, wire_dtype, skip, width, last_k);
 }
 
 constexpr char kMask[] =
     "mask_(Tensor(a!) momentum_buffer, Tensor payload, int k, ScalarType wire_dtype, *, "
-    "Tensor? skip=None) -> ()";
+    "Tensor? skip=None, " GMC_RANGES ") -> ()";
 
 Work<MaskCall> mask(const Tensor& momentum_buffer, const Tensor& payload, int64_t k,
-                    ScalarType wire_dtype, const OptionalTensor& skip) {
-  return on_entries<MaskCall>(momentum_buffer, "momentum_buffer", payload, k, wire_dtype, skip);
+                    ScalarType wire_dtype, const OptionalTensor& skip, int64_t width,
+                    int64_t last_k) {
+  return on_entries<MaskCall>(momentum_buffer, "momentum_buffer", payload, k, wire_dtype, skip,
+                              width, last_k);
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 from gmc_cuda import ops
 from gmc_cuda._engine.budget import ring_nbytes
 from gmc_cuda._engine.owner import Owner
-from gmc_cuda._engine.ranges import Range, cut
+from gmc_cuda._engine.ranges import cut
 from gmc_cuda._engine.shards import shard_of, shard_of_gradient
 
 MAX_NUMEL = 2**31 - 1
@@ -66,8 +66,8 @@ class Bucket:
             self.owner = Owner(cut(self.numel, size)[rank], rank, size, self.device)
         self.sent_nbytes = self.sent_entries = 0
         self.link_nbytes = (0, 0)
-        self._states: dict[Range | None, Tensor] = {}
-        self._states_k: dict[Range | None, int] = {}
+        # By the number of ranges: the state of selections, and the largest k that it has room for.
+        self._states: dict[int | None, tuple[Tensor, int]] = {}
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Views of a flat tensor, each with the shape and layout of a parameter."""
@@ -143,26 +143,27 @@ class Bucket:
         """The tensors in the bucket's order, flat, sharing their storage where possible."""
         return [_flat_grad(p, values[p]) for p in self.params]
 
-    def select_state(self, k: int, of: Range | None = None) -> Tensor:
+    def select_state(self, k: int, numel: int | None = None, ranges: int | None = None) -> Tensor:
         """The selection's state, with room for this k. Its guess survives a change of k.
 
         Args:
-            of: the range that is selected from. None: the whole bucket or, with two-sided
-                compression, this worker's own range.
+            numel: how many elements are selected from, in each range; None: all of the bucket.
+            ranges: how many ranges of the bucket are selected from; None: a single one, or all of
+                the bucket.
 
         Raises:
             RuntimeError: a CUDA graph is being captured, and k is larger than ever before.
         """
-        state = self._states.get(of)
-        if state is None or k > self._states_k[of]:
+        state, largest_k = self._states.get(ranges, (None, 0))
+        if state is None or k > largest_k:
             if self.memory.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("make a step of the largest density before capturing any")
-            state = ops.select_state(self.numel if of is None else of.numel, k, self.device, state)
-            self._states[of], self._states_k[of] = state, k
+            state = ops.select_state(numel or self.numel, k, self.device, state, ranges)
+            self._states[ranges] = state, k
         return state
 
     def count_repairs(self) -> int:
-        return sum(map(ops.repairs, self._states.values()))
+        return sum(ops.repairs(state) for state, _ in self._states.values())
 
     def fold_owner(self) -> None:
         """Moves the owner memory into this worker's memory."""

@@ -141,21 +141,21 @@ class Exchange:
         work = _Pending(_all_gather, gathered, payload, group=self.group)
         return gathered.view(self.size, -1), work
 
-    def all_to_all(self, payloads: list[Tensor], nbytes: int) -> tuple[Tensor, Work]:
-        """Sends one uint8 payload to each rank.
+    def all_to_all(self, payloads: Tensor, sizes: list[int], nbytes: int) -> tuple[Tensor, Work]:
+        """Sends one payload to each rank.
 
         Args:
-            payloads: in rank order; they may differ in size.
+            payloads: in rank order, one after the other, uint8.
+            sizes: each one's bytes.
             nbytes: the size of each payload that this rank receives.
 
         Returns:
             The received payloads, uint8 [p, nbytes], complete once the work has ended; the work.
         """
-        received = payloads[0].new_empty(self.size * nbytes)
+        received = payloads.new_empty(self.size * nbytes)
         work = _Pending(
-            dist.all_to_all_single, received, torch.cat(payloads), group=self.group,
-            output_split_sizes=[nbytes] * self.size,
-            input_split_sizes=[payload.numel() for payload in payloads],
+            dist.all_to_all_single, received, payloads, group=self.group,
+            output_split_sizes=[nbytes] * self.size, input_split_sizes=sizes,
         )  # fmt: skip
         return received.view(self.size, nbytes), work
 

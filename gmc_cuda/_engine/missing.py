@@ -38,22 +38,20 @@ def needed_params(bucket: Bucket, absent: list[int], arguments: Arguments) -> li
 
 @contextmanager
 def left_alone(
-    bucket: Bucket, grads: Sequence[Tensor | None], arguments: Arguments, by_range: bool = False
+    bucket: Bucket, grads: Sequence[Tensor | None], arguments: Arguments, owned: bool = False
 ) -> Iterator[tuple[Arguments, list[Tensor] | None, Tensor | None]]:
     """A context in which ops.compress_ adds nothing for parameters without a gradient.
 
     Args:
-        by_range: whether ranges of the bucket are compressed one by one. That takes the parameters
-            as tensors, and leaves the global momentum to their owners.
+        owned: whether the bucket's ranges have owners, who add the global momentum.
 
     Yields:
         arguments for ops.compress_: those of the rule, ``params`` and ``aggregate``.
     """
     absent = absent_in(grads)
     params = needed_params(bucket, absent, arguments)
-    momentum = bucket.momentum_buffer is None and not by_range
+    momentum = bucket.momentum_buffer is None and not owned
     if not absent or params is None:
-        params = bucket.flat_params() if by_range and params is not None else params
         yield arguments, params, bucket.sparse_aggregate() if momentum else None
         return
     for i in absent:  # so that weight decay adds zero

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
-
-from torch import Tensor
+from typing import NamedTuple
 
 UNIT = 8  # ranges begin at multiples of it, which keeps 16-byte loads of 16-bit values aligned
-
-T = TypeVar("T", bound="Tensor | None")
 
 
 class Range(NamedTuple):
@@ -62,12 +58,3 @@ def _within(sizes: tuple[int, ...], of: Range) -> list[tuple[int, int, int]]:
             found.append((i, first, last))
         begin += size
     return found
-
-
-def slices(tensors: Sequence[T], sizes: Sequence[int], of: Range) -> list[T]:
-    """The elements of a list of contiguous tensors that lie in a range; None stays None."""
-    found = ((tensors[i], first, last) for i, first, last in within(sizes, of))
-    return [
-        tensor if tensor is None else tensor.view(-1)[first:last]  # type: ignore[misc]
-        for tensor, first, last in found
-    ]

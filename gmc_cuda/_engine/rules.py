@@ -19,7 +19,7 @@ from gmc_cuda._engine import budget
 from gmc_cuda._engine.bucket import Bucket
 from gmc_cuda._engine.checks import OPTIONS, as_float, check_positive
 from gmc_cuda._engine.exchange import Exchange
-from gmc_cuda._engine.ranges import Range, cut
+from gmc_cuda._engine.ranges import cut
 
 Group = dict[str, Any]
 
@@ -37,10 +37,6 @@ class Part(NamedTuple):
     end: int
     k: int
     nbytes: int
-
-    @property
-    def range(self) -> Range:
-        return Range(self.begin, self.end)
 
     @property
     def numel(self) -> int:
@@ -74,6 +70,14 @@ class Plan(NamedTuple):
     look_ahead: float | Tensor | None = None
     tag: int = 0
     parts: tuple[Part, ...] = ()
+
+    def ranges(self) -> dict[str, Any]:
+        """The ranges, as keyword arguments of operators."""
+        return {"width": self.parts[0].numel, "last_k": self.parts[-1].k}
+
+    def split(self, rank: int) -> tuple[list[int], int]:
+        """The sizes of what a worker sends to each owner, and of what it gets from each worker."""
+        return [part.nbytes for part in self.parts], self.parts[rank].nbytes
 
     def size(self) -> tuple[int, int, bool, int, int]:
         """The sizes that must be equal on all workers before their collectives meet."""

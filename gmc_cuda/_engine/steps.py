@@ -261,7 +261,7 @@ def notice(exchange: Exchange, plan: Plan, tag: int, device: torch.device) -> Se
         return Sent(exchange.all_reduce(total), (), counts)
     if plan.parts:
         nothing = [empty_payload(p.numel, p.k, plan.wire_dtype, tag, device) for p in plan.parts]
-        received, work = exchange.all_to_all(nothing, plan.parts[exchange.rank].nbytes)
+        received, work = exchange.all_to_all(torch.cat(nothing), *plan.split(exchange.rank))
         return Sent(work, (received,), None)
     payload = empty_payload(plan.numel, plan.k, plan.wire_dtype, tag, device)
     payloads, work = exchange.all_gather(payload)

@@ -18,17 +18,14 @@ sender's memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from gmc_cuda import ops
 from gmc_cuda._engine import missing, steps
 from gmc_cuda._engine.bucket import Bucket
 from gmc_cuda._engine.exchange import Exchange, Work
-from gmc_cuda._engine.ranges import slices, within
-from gmc_cuda._engine.rules import Part, Plan
+from gmc_cuda._engine.ranges import within
+from gmc_cuda._engine.rules import Plan
 from gmc_cuda._engine.steps import CalledOff, Sent, Step, Target, insist, insist_once
 
 
@@ -38,14 +35,14 @@ def two_sided_step(
     """As :func:`steps.sparse_step`, with one more yield, of what the owners send to all."""
     errors: list[BaseException] = []
     owning = _Owning(bucket, missing.absent_in(grads), plan, exchange.rank)
-    payloads = _towards_owners(bucket, grads, plan, errors)
+    payloads = _towards_owners(bucket, grads, plan)
     back: Work | None = None
     applied = False
     try:
-        received, work = exchange.all_to_all(payloads, owning.part.nbytes)
+        received, work = exchange.all_to_all(payloads, *plan.split(exchange.rank))
         try:
             verdict = yield Sent(work, (received,), None, two_sided=True)
-            steps.use_on_this_stream(received, *payloads)
+            steps.use_on_this_stream(received, payloads)
             answer, error = owning.answer(received, verdict, errors)
         except CalledOff as called_off:
             answer, error = owning.refuse(called_off.verdict), None
@@ -88,51 +85,28 @@ def two_sided_step(
     steps.raise_first(errors)
 
 
-def _towards_owners(
-    bucket: Bucket, grads: list[Tensor | None], plan: Plan, errors: list[BaseException]
-) -> list[Tensor]:
-    """Compresses each range by itself: c_kj for every owner j, as payloads.
+def _towards_owners(bucket: Bucket, grads: list[Tensor | None], plan: Plan) -> Tensor:
+    """Compresses each range by itself: c_kj for every owner j, one after the other.
 
     Each header has the count of non-finite values in the whole bucket, so that every owner knows
     all that the workers have met.
     """
-    arguments, buffer = plan.arguments, bucket.momentum_buffer
-    if buffer is None:
+    arguments, first = plan.arguments, plan.parts[0]
+    if bucket.momentum_buffer is None:
         arguments = {**arguments, "momentum": 0.0}
-    payloads: list[Tensor] = []
-    with missing.left_alone(bucket, grads, arguments, by_range=True) as (arguments, params, _):
-        for part in plan.parts:
-
-            def compress(part: Part = part) -> Tensor:
-                place = slice(part.begin, part.end)
-                return ops.compress_(
-                    bucket.memory[place],
-                    slices(grads, bucket.sizes, part.range),
-                    part.k,
-                    params=None if params is None else slices(params, bucket.sizes, part.range),
-                    momentum_buffer=None if buffer is None else buffer[place],
-                    wire_dtype=plan.wire_dtype,
-                    state=bucket.select_state(part.k, part.range),
-                    tag=plan.tag,
-                    **arguments,
-                )
-
-            # Once the first range is compressed, the others must be.
-            payloads.append(insist(compress, errors) if payloads else compress())
-    _share_counts(payloads)
-    return payloads
-
-
-def _share_counts(payloads: Sequence[Tensor]) -> None:
-    """Writes the sum of all headers' counts of non-finite values into each of them."""
-    counts = [payload.view(torch.int32)[steps.COUNT : steps.COUNT + 1] for payload in payloads]
-    total = torch.cat(counts).to(torch.int64).bitwise_and_(0xFFFFFFFF).sum()
-    if total.is_cpu and not total:
-        return
-    total.clamp_(max=2**32 - 1)
-    word = torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
-    for count in counts:
-        count.copy_(word)
+    with missing.left_alone(bucket, grads, arguments, owned=True) as (arguments, params, _):
+        return ops.compress_(
+            bucket.memory,
+            grads,
+            first.k,
+            params=params,
+            momentum_buffer=bucket.momentum_buffer,
+            wire_dtype=plan.wire_dtype,
+            state=bucket.select_state(first.k, first.numel, len(plan.parts)),
+            tag=plan.tag,
+            **plan.ranges(),
+            **arguments,
+        )
 
 
 def _merge(numel: int, gathered: Tensor, plan: Plan, skip: Tensor) -> Tensor:
@@ -143,13 +117,11 @@ def _merge(numel: int, gathered: Tensor, plan: Plan, skip: Tensor) -> Tensor:
     )
 
 
-def _mask(bucket: Bucket, payloads: Sequence[Tensor], plan: Plan, skip: Tensor) -> None:
+def _mask(bucket: Bucket, payloads: Tensor, plan: Plan, skip: Tensor) -> None:
     """DGC's momentum factor masking."""
-    if bucket.momentum_buffer is None or not plan.masking:
-        return
-    for part, payload in zip(plan.parts, payloads, strict=True):
-        buffer = bucket.momentum_buffer[part.begin : part.end]
-        ops.mask_(buffer, payload, part.k, plan.wire_dtype, skip=skip)
+    if bucket.momentum_buffer is not None and plan.masking:
+        k = plan.parts[0].k
+        ops.mask_(bucket.momentum_buffer, payloads, k, plan.wire_dtype, skip=skip, **plan.ranges())
 
 
 class _Owning:
@@ -239,7 +211,7 @@ class _Owning:
                 aggregate=merged,
                 found_inf=verdict.float(),  # so that all skip the step
                 wire_dtype=self._plan.wire_dtype,
-                state=self._bucket.select_state(self.part.k),
+                state=self._bucket.select_state(self.part.k, self.part.numel),
                 tag=self._plan.tag,
             )
 
@@ -289,15 +261,13 @@ class _Owning:
             part, memory = self.part, self._owner.memory
             ops.restore_(memory, self._answer, part.k, self._plan.wire_dtype, skip=skip)
 
-    def give_back(self, payloads: Sequence[Tensor], verdict: Tensor) -> None:
+    def give_back(self, payloads: Tensor, verdict: Tensor) -> None:
         """What no owner has taken in returns to this worker's memory, without the host's help."""
         called_off = verdict & (ops.MISMATCH | ops.OFF)
-        for part, payload in zip(self._plan.parts, payloads, strict=True):
-            self._return(part, payload, called_off)
-
-    def _return(self, part: Part, payload: Tensor, skip: Tensor | None = None) -> None:
-        memory = self._bucket.memory[part.begin : part.end]
-        ops.restore_(memory, payload, part.k, self._plan.wire_dtype, skip=skip)
+        plan, k = self._plan, self._plan.parts[0].k
+        ops.restore_(
+            self._bucket.memory, payloads, k, plan.wire_dtype, skip=called_off, **plan.ranges()
+        )
 
     def merge(self, skip: Tensor) -> Tensor | None:
         """a_t within this worker's range, where momentum is global."""
@@ -312,7 +282,7 @@ class _Owning:
             self._bucket.keep_aggregate(aggregate)
             self._owner.keep(own, self._bucket.aggregate)
 
-    def cancel(self, payloads: Sequence[Tensor], answers: Tensor | None) -> None:
+    def cancel(self, payloads: Tensor, answers: Tensor | None) -> None:
         """Undoes a step that is not made: what owners have not taken in returns to memory.
 
         Args:
@@ -320,15 +290,18 @@ class _Owning:
             answers: what they have sent to all, uint8 [p, nbytes]; None if it did not arrive.
         """
         self._add_momentum([])
+        parts = self._plan.parts
         if self._none_took_in:
-            taken = [False] * len(payloads)
+            taken = [False] * len(parts)
         elif answers is None:  # the group was lost; the other owners are taken to have been faster
-            taken = [True] * len(payloads)
+            taken = [True] * len(parts)
             taken[self._owner.rank] = self._took_in
         else:
             tags = steps.header_words(answers, steps.TAG).tolist()
             taken = [tag != ops.CALLED_OFF for tag in tags]
-        for part, payload, was_taken in zip(self._plan.parts, payloads, taken, strict=True):
+        of_parts = payloads.split([part.nbytes for part in parts])
+        for part, payload, was_taken in zip(parts, of_parts, taken, strict=True):
             if not was_taken:
-                self._return(part, payload)
+                memory = self._bucket.memory[part.begin : part.end]
+                ops.restore_(memory, payload, part.k, self._plan.wire_dtype)
         self.take_back(None)

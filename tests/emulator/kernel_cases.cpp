@@ -75,6 +75,14 @@ Payload payload(Case& in, const char* name) {
           {in.integer("numel"), in.integer("k"), static_cast<WireType>(in.integer("wire"))}};
 }
 
+// numel and k are those of a full range; a case without last_numel has one that is not cut.
+Ranges ranges(Case& in) {
+  const PayloadShape full = {in.integer("numel"), in.integer("k"),
+                             static_cast<WireType>(in.integer("wire"))};
+  if (!in.has("last_numel")) return uncut(full);
+  return {full, {in.integer("last_numel"), in.integer("last_k"), full.wire}, in.integer("ranges")};
+}
+
 Aggregate aggregate(Case& in) {
   if (!in.has("aggregate")) return {nullptr, 0};
   return {in.array<uint8_t>("aggregate"), in.count("aggregate")};
@@ -113,18 +121,19 @@ CUDA_CASE(state_nbytes) {
 CUDA_CASE(compress) {
   CompressCall call = {};
   call.rule = rule(in);
-  call.shape = {call.rule.numel, in.integer("k"), static_cast<WireType>(in.integer("wire"))};
+  call.ranges = ranges(in);
   call.aggregate = aggregate(in);
   call.tag = static_cast<uint32_t>(in.integer("tag"));
   if (in.has("state")) {
-    call.state = in.array<uint8_t>("state");
-    call.state_nbytes = in.count("state");
+    call.states = in.array<uint8_t>("state");
+    call.state_nbytes = in.count("state") / call.ranges.count;
   }
-  call.payload = in.output<uint8_t>("payload", PayloadLayout(call.shape).nbytes);
+  call.payloads = in.output<uint8_t>("payload", call.ranges.nbytes());
   Device device;
   device.run(call);
   // Without a state, the workspace is the first that compress allocates.
-  const auto* control = static_cast<const cuda::Control*>(call.state ? call.state : device.first());
+  const auto* control =
+      static_cast<const cuda::Control*>(call.states ? call.states : device.first());
   *in.output<int64_t>("repairs", 1) = static_cast<int64_t>(control->guess.repairs);
   *in.output<int64_t>("outcome", 1) = control->outcome;
   *in.output<int64_t>("from_memory", 1) = control->from_memory;
@@ -173,13 +182,9 @@ CUDA_CASE(merge) {
 }
 
 CUDA_CASE(merge_ranges) {
-  const Payload full = payload(in, "payloads");  // numel and k are those of a full range
-  const Ranges ranges = {full,
-                         {in.integer("last_numel"), in.integer("last_k"), full.shape.wire},
-                         in.integer("ranges")};
-  auto* out =
-      in.output<uint8_t>("aggregate", AggregateLayout(ranges.numel(), ranges.entries()).nbytes);
-  Device().run(MergeRangesCall{ranges, skip(in), out});
+  const Ranges of = ranges(in);
+  auto* out = in.output<uint8_t>("aggregate", AggregateLayout(of.numel(), of.entries()).nbytes);
+  Device().run(MergeRangesCall{in.array<uint8_t>("payloads"), of, skip(in), out});
 }
 
 CUDA_CASE(apply) {
@@ -192,11 +197,13 @@ CUDA_CASE(apply) {
 }
 
 CUDA_CASE(restore) {
-  Device().run(RestoreCall{in.array<float>("memory"), payload(in, "payload"), skip(in)});
+  Device().run(
+      RestoreCall{in.array<float>("memory"), in.array<uint8_t>("payload"), ranges(in), skip(in)});
 }
 
 CUDA_CASE(mask) {
-  Device().run(MaskCall{in.array<float>("momentum_buffer"), payload(in, "payload"), skip(in)});
+  Device().run(MaskCall{in.array<float>("momentum_buffer"), in.array<uint8_t>("payload"),
+                        ranges(in), skip(in)});
 }
 
 CUDA_CASE(unpack) {

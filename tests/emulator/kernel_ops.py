@@ -106,9 +106,9 @@ class Kernels:
                 arrays[f"{prefix}{i}"] = At(array, self.offset * array.itemsize)
         return arrays
 
-    def select_state(self, numel, k):
-        nbytes = self._call("state_nbytes", numel=numel, k=k)["nbytes"][0]
-        return torch.zeros(int(nbytes), dtype=torch.uint8)
+    def select_state(self, numel, k, ranges=None):
+        nbytes = int(self._call("state_nbytes", numel=numel, k=k)["nbytes"][0])
+        return torch.zeros(nbytes if ranges is None else (ranges, nbytes), dtype=torch.uint8)
 
     def compress_(
         self,
@@ -119,6 +119,8 @@ class Kernels:
         wire_dtype=torch.bfloat16,
         state=None,
         tag=0,
+        width=None,
+        last_k=None,
         **rule,
     ):
         arrays = {} if state is None else {"state": to_numpy(state)}
@@ -127,13 +129,13 @@ class Kernels:
             memory,
             grads,
             rule,
-            k=k,
             wire=WIRES.index(wire_dtype),
             tag=tag,
+            **self._ranges(memory.numel(), k, width, last_k),
             **arrays,
         )
         if state is not None:
-            state.copy_(torch.from_numpy(out["state"]))
+            state.copy_(torch.from_numpy(out["state"]).view_as(state))
         self.repairs = int(out["repairs"][0])
         self.outcome = OUTCOMES[out["outcome"][0]]
         self.from_memory = bool(out["from_memory"][0])
@@ -214,13 +216,19 @@ class Kernels:
         out = self._call("merge", ranks=payloads.size(0), **arrays)
         return torch.from_numpy(out["aggregate"])
 
+    def _ranges(self, numel, k, width, last_k):
+        """The shape of a bucket that is cut into ranges; width None: it is not."""
+        if width is None:
+            return {"numel": numel, "k": k}
+        count = -(-numel // width)
+        last = {"last_numel": numel - (count - 1) * width, "last_k": last_k}
+        return {"numel": width, "k": k, "ranges": count} | last
+
     def merge_ranges(
         self, payloads, numel, width, k, last_k, wire_dtype=torch.bfloat16, *, skip=None
     ):
-        ranges = payloads.size(0)
         arrays = self._payload("payloads", payloads, width, k, wire_dtype, skip)
-        last = {"last_numel": numel - (ranges - 1) * width, "last_k": last_k}
-        out = self._call("merge_ranges", ranges=ranges, **last, **arrays)
+        out = self._call("merge_ranges", **arrays | self._ranges(numel, k, width, last_k))
         return torch.from_numpy(out["aggregate"])
 
     def apply_(self, params, aggregate, lr, *, k=1, wire_dtype=torch.bfloat16, **skipping):
@@ -228,15 +236,29 @@ class Kernels:
         shape = {"numel": numel, "k": k, "wire": WIRES.index(wire_dtype)}
         self._move("apply", params, lr, skipping, aggregate=to_numpy(aggregate), **shape)
 
-    def restore_(self, memory, payload, k, wire_dtype=torch.bfloat16, *, skip=None):
+    def restore_(
+        self, memory, payload, k, wire_dtype=torch.bfloat16, *, skip=None, width=None, last_k=None
+    ):
         arrays = self._payload("payload", payload, memory.numel(), k, wire_dtype, skip)
+        arrays |= self._ranges(memory.numel(), k, width, last_k)
         memory.copy_(
             torch.from_numpy(self._call("restore", memory=to_numpy(memory), **arrays)["memory"])
         )
 
-    def mask_(self, momentum_buffer, payload, k, wire_dtype=torch.bfloat16, *, skip=None):
+    def mask_(
+        self,
+        momentum_buffer,
+        payload,
+        k,
+        wire_dtype=torch.bfloat16,
+        *,
+        skip=None,
+        width=None,
+        last_k=None,
+    ):
         numel = momentum_buffer.numel()
         arrays = self._payload("payload", payload, numel, k, wire_dtype, skip)
+        arrays |= self._ranges(numel, k, width, last_k)
         out = self._call("mask", momentum_buffer=to_numpy(momentum_buffer), **arrays)
         momentum_buffer.copy_(torch.from_numpy(out["momentum_buffer"]))
 

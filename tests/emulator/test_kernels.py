@@ -365,6 +365,38 @@ def test_merge_ranges(running, ranges, numel, width, k, last_k):
             assert ops.densify(empty, numel).count_nonzero() == 0
 
 
+CUTS = [(900, 304, 30, 28), (5 * WORK_TILE + 3, 8, 1, 1), (4000, 2000, 2000, 2000),
+        (70_000, 35_000, 300, 300), (3 * WORK_TILE + 40, WORK_TILE, 20, 7)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("numel", "width", "k", "last_k"), CUTS)
+def test_ranges(running, numel, width, k, last_k):
+    """One chain of launches for all ranges: three steps of each, with guesses good and bad."""
+    count = -(-numel // width)
+    if count > 99 and running is not program("plain"):
+        numel, count = 9 * width, 9
+    for seed in seeds(running, 2):
+        kernels = Kernels(running, seed)
+        for n, wire in enumerate(WIRES):
+            rng = np.random.default_rng(seed + n)
+            buffer = gaussian(numel, rng) if n % 2 else None
+            bucket = Bucket(kernels, gaussian(numel, rng), buffer)
+            cut = {"wire_dtype": wire, "width": width, "last_k": last_k}
+            state = kernels.select_state(width, k, count) if n != 2 else None
+            for scale in (1.0, 1e-3, 1e3) if n < 2 else (1.0,):
+                sizes = [numel // 3, numel - numel // 3]
+                grads = split(scale * gaussian(numel, rng), sizes, DTYPES)
+                grads[0][numel // 5] = float("nan")
+                payloads = bucket.compress(grads, k, state, momentum=0.5, **cut)
+            for name in ("restore_", "mask_"):
+                mine = gaussian(numel, rng)
+                theirs = mine.clone()
+                skip = torch.tensor([int(name == "restore_")], dtype=torch.int32)
+                getattr(kernels, name)(mine, payloads, k, skip=skip, **cut)
+                getattr(ops, name)(theirs, payloads, k, skip=skip, **cut)
+                assert_same_bytes(mine, theirs, name)
+
+
 def test_apply_to_many_tensors(running):
     """More tensors than travel in the kernel's parameters."""
     numel = 1200
