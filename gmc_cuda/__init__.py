@@ -10,6 +10,7 @@ LocalUpdates    an exchange every H steps of another optimizer
 NodeAverage     dense inside a node, GMC across nodes
 integrations    Trainer, Accelerate, Lightning: import gmc_cuda.integrations.<name>
 checkpoint      save and load with every worker's memory, on any number of workers
+advise          what a step takes with each method on this network, also as a command
 ops             the functional layer, on CPU or CUDA tensors (also torch.ops.gmc_cuda.*)
 reference       the same functions in plain PyTorch, to read beside the papers
 """

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.training import namespaces, network, time_to_loss
+from gmc_cuda import advise
 from support import scripts
 
 ROOT = Path(__file__).parent.parent
@@ -123,3 +124,23 @@ def test_a_star_that_cannot_be_made_leaves_nothing(monkeypatch):
         star.__enter__()
     assert [command[:3] for command in calls] == 3 * [["ip", "netns", "delete"]]
     assert {command[3] for command in calls} == {star.switch, *star.workers}
+
+
+@pytest.mark.slow
+def test_advice_beside_the_steps_that_it_speaks_of(tmp_path):
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    done = scripts.run(
+        "-m", "benchmarks.training.advice", "--set-ups", "2:1000", "--seconds", "4",
+        "--output", str(tmp_path), cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("advice-*.json")
+    rows = json.loads(path.read_text())["results"]
+    assert [row["method"] for row in rows] == ["compute alone", "DDP", *advise.CANDIDATES]
+    assert all(row["said"] > 0 and row["took"] > 0 for row in rows)
+    for wrong in ("4", "x:10", "4:17"):
+        done = scripts.run("-m", "benchmarks.training.advice", "--set-ups", wrong, cwd=ROOT)
+        assert done.returncode == 2
+        assert f"got {wrong!r}, must be WORKERS:MBIT" in done.stderr

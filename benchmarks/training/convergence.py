@@ -7,7 +7,7 @@
 All workers of a run live in one process. Each clips its gradient; the learning rate rises linearly,
 then falls as a cosine. Momentum and learning rate are looked for with some seeds: from a start, all
 neighbours of the two best points so far are tried until neither changes, so that what wins is never
-the edge of what was tried. Then the four best are trained with other seeds, and the best mean is
+the edge of what was tried. Then the best are trained with other seeds, and the best mean is
 the method's: one seed of the search may favour a point by more than the points differ. A run that
 was cut short goes on with --reuse FILE, and so does one with more methods.
 """
@@ -102,7 +102,7 @@ def compare(options: argparse.Namespace) -> None:
         def loss(momentum: float, lr: float) -> float:
             return mean(train(method, momentum, lr, seed) for seed in search_seeds)
 
-        finalists = ladder.search(loss, start, scaled, momenta, options.fixed)
+        finalists = ladder.search(loss, start, scaled, momenta, options.fixed, options.finalists)
         means = {point: mean(train(method, *point, seed) for seed in compared_seeds)
                  for point in finalists}  # fmt: skip
         momentum, lr = min(means, key=means.__getitem__)
@@ -132,7 +132,7 @@ def reusable(options: argparse.Namespace, content: dict) -> list[dict]:
     if options.reuse is None:
         return []
     found = json.loads(options.reuse.read_text())
-    free = {"methods", "momentum", "lr", "fixed", "seeds", "search_seeds"}
+    free = {"methods", "momentum", "lr", "fixed", "finalists", "seeds", "search_seeds"}
     for part in ("options", "task"):
         for name, value in content[part].items():
             other = found[part].get(name)
@@ -169,6 +169,8 @@ def parse() -> argparse.Namespace:
     add("--workers", type=arguments.positive_int, default=4, help="(default 4)")
     add("--search-seeds", type=arguments.positive_int, help="(default: text 1, digits 3)")
     add("--seeds", type=arguments.positive_int, help="others, compared (default: text 3, digits 6)")
+    add("--finalists", type=arguments.positive_int, default=ladder.FINALISTS,
+        help="of a search, trained with the seeds that are compared (default 4)")  # fmt: skip
     add("--clip", type=arguments.non_negative_float, default=1.0,
         help="largest norm of a worker's gradient, 0 for none (default 1)")  # fmt: skip
     add("--warmup", type=arguments.below_one, default=0.1, help="share of steps (default 0.1)")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 
 MOMENTA = [0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98]
-FINALISTS = 4
+FINALISTS = 4  # of a search, unless said otherwise
 
 
 def search(
@@ -18,8 +18,9 @@ def search(
     scaled: float,
     momenta: list[float],
     fixed: bool,
+    finalists: int = FINALISTS,
 ) -> list[tuple[float, float]]:
-    """(momentum, lr) of the FINALISTS lowest loss(momentum, lr).
+    """(momentum, lr) of the lowest loss(momentum, lr), and of the others among the finalists.
 
     What lies beside the best two has been tried: the next lower and higher of `momenta`, and
     learning rates half and twice as high, and half-way to those. With `fixed` only the start is.
@@ -41,7 +42,7 @@ def search(
         untried = next((point for point in beside if point not in found), None)
     if math.isinf(found[ranking[0]]):
         raise RuntimeError(f"diverged at the start, momentum and lr {place(start)}, and beside it")
-    return [place(point) for point in ranking[:FINALISTS] if math.isfinite(found[point])]
+    return [place(point) for point in ranking[:finalists] if math.isfinite(found[point])]
 
 
 def _beside(row: int, half: int, rows: int) -> list[tuple[int, int]]:
