@@ -54,7 +54,7 @@ def test_text_with_every_method(tmp_path):
 
     content = read(tmp_path / "text.json")
     assert content["options"]["workers"] == 2
-    assert content["options"]["bytes_ratio"] == 50
+    assert content["options"]["bytes_ratio"] == 100
     assert {"date", "hardware", "versions", "task", "units"} <= content.keys()
     assert {"python", "torch", "gmc_cuda"} <= content["versions"].keys()
     assert str(Path.home()) not in json.dumps(content)
@@ -71,7 +71,7 @@ def test_text_with_every_method(tmp_path):
         if method == "dmsgd":
             assert result["reduction"] == pytest.approx(1, rel=1e-3)
         else:
-            assert 50 <= result["reduction"] < 51
+            assert 100 <= result["reduction"] < 102
         assert result["momentum"] < 1
         assert result["lr"] > 0
     assert content["results"]["dmsgd"]["momentum"] > content["results"]["gmc"]["momentum"]
@@ -301,7 +301,7 @@ def test_defaults_belong_to_the_task(monkeypatch):
     assert (text.workers, text.methods, text.seeds) == (4, list(METHODS), 1)
     assert (digits.seeds, digits.schedule) == (3, None)
     assert parse(["--schedule"]).schedule == []
-    assert (text.density, text.bytes_ratio) == (None, 50)
+    assert (text.density, text.bytes_ratio) == (None, 100)
     assert (parse(["--density", "0.1"]).density, text.wire_dtype) == (0.1, "float4_e2m1fn_x2")
     assert set(text.tuned) == set(METHODS)
     same = parse(["--lr", "0.5", "--momentum", "0", "--methods", "gmc"]).tuned

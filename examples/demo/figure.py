@@ -1,6 +1,7 @@
 """The picture: held-out loss against steps, and against bytes sent."""
 
 import argparse
+import math
 from pathlib import Path
 from statistics import mean
 
@@ -23,6 +24,7 @@ STYLES = {
 
 def save(path: Path, task: Task, options: argparse.Namespace, results: dict) -> None:
     figure, (by_step, by_bytes) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    lowest, highest = math.inf, 0.0  # after the first tenth: before it all methods fall alike
     for method, runs in results.items():
         curves = [run.curve for run in runs]
         steps = [point.step for point in curves[0]]
@@ -30,6 +32,8 @@ def save(path: Path, task: Task, options: argparse.Namespace, results: dict) -> 
         losses = list(zip(*([point.loss for point in curve] for curve in curves)))
         middle = [mean(values) for values in losses]
         low, high = [min(v) for v in losses], [max(v) for v in losses]
+        later = [i for i, step in enumerate(steps) if step >= options.steps / 10]
+        lowest, highest = min(lowest, *low), max(highest, *(high[i] for i in later))
         style = {**STYLES[method], "label": LABELS[method], "linewidth": 1.8}
         # Nothing was sent before step 1, and a log axis has no place for zero.
         for axes, x, first in ((by_step, steps, 0), (by_bytes, megabytes, 1)):
@@ -40,10 +44,12 @@ def save(path: Path, task: Task, options: argparse.Namespace, results: dict) -> 
     if options.task == "digits":
         by_step.set_yscale("log")  # its loss falls by a factor of 30
         by_step.yaxis.set_major_formatter("{x:g}")
+    if math.isfinite(lowest) and math.isfinite(highest):
+        by_step.set_ylim(0.95 * lowest, 1.02 * highest)
     by_bytes.set_xscale("log")
     by_bytes.xaxis.set_major_formatter("{x:g}")
     by_step.set(xlabel="steps", ylabel="held-out loss (nats)", title="per step")
-    by_bytes.set(xlabel="MB sent by one worker (log scale)", title="per byte sent")
+    by_bytes.set(xlabel="MB that a worker sends to the others (log scale)", title="per byte sent")
     by_step.legend(frameon=False)
     for axes in (by_step, by_bytes):
         axes.grid(alpha=0.25)

@@ -6,6 +6,7 @@ with them for the K entries sent. (A second group with density=1.0 would send th
 
 import argparse
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,11 +19,12 @@ WARMUP_DENSITY, WARMUP_STAGES = 0.25, 4  # as DGC's 25, 6.25, 1.56, 0.4, then 0.
 
 
 def make(method: str, model: nn.Module, options: argparse.Namespace) -> gmc_cuda.GMC | gmc_cuda.DGC:
-    sent = {"density": 1.0}
+    sent: dict[str, Any] = {"density": 1.0}
     if method != "dmsgd":
         sent = {"density": options.density}
         if options.density is None:
             sent = {"bytes_ratio": options.bytes_ratio}
+        sent["exchange"] = options.exchange
     common = {
         **options.tuned[method],
         **sent,

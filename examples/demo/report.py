@@ -59,18 +59,16 @@ def print_end(task: Task, options: argparse.Namespace, results: Results) -> None
     console.print()
     console.print(table)
     console.print()
-    others = options.workers - 1
     start = mean(run.curve[0].loss for runs in results.values() for run in runs)
     print(
         f"Loss and accuracy ({task.unit}) are on held-out data; the loss was {start:.2f} before\n"
-        "training. MB is the payload that a worker hands to the collective in a step. With\n"
-        f"{options.workers} workers a link carries a sparse payload {others}x, a dense gradient "
-        f"{2 * others / options.workers:.3g}x."
+        "training. MB is what a worker sends to the others in a step, for dense gradients by a\n"
+        "ring all-reduce."
     )
     if options.lr is None and options.momentum is None:
         print(
             "Momentum and lr are each method's best, found by benchmarks/training/convergence.py\n"
-            "for the default number of steps, 4 workers and 1/50 of the bytes on a link."
+            "for the default number of steps, 4 workers and 1/100 of the bytes on a link."
         )
     if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == options.workers:
         print(
@@ -96,7 +94,7 @@ def write_json(
         "options": {**chosen, "device": device.type},
         "task": {"title": task.title, "data": task.data, "accuracy_counts": task.unit},
         "units": {
-            "bytes": "payload of one worker",
+            "bytes": "sent by one worker to the others",
             "loss": "cross-entropy in nats on held-out data",
             "accuracy": "0 to 1, on held-out data",
         },

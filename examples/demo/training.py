@@ -22,7 +22,7 @@ class Point:
     """The state after `step` steps, measured on the held-out data."""
 
     step: int
-    bytes_sent: int  # payload of one worker, since the start
+    bytes_sent: int  # by one worker to the others, since the start
     loss: float
     accuracy: float  # 0 to 1
 
@@ -31,8 +31,8 @@ class Point:
 class Run:
     seed: int
     parameters: int
-    bytes_per_step: float  # payload of one worker, mean over the steps
-    dense_bytes_per_step: int
+    bytes_per_step: float  # sent by one worker to the others, mean over the steps
+    dense_bytes_per_step: float  # that it would send in a ring all-reduce of its gradient
     seconds_per_step: float  # wall time on rank 0, evaluation and the first step left out
     skipped_steps: int
     curve: list[Point] = field(default_factory=list)
@@ -80,7 +80,8 @@ def train(
         for every, scheduler in schedulers:
             if step % every == 0:
                 scheduler.step()
-        sent += optimizer.stats()["bytes_per_step"]
+        stats = optimizer.stats()
+        sent += stats["link_bytes_sent"] if world > 1 else stats["bytes_per_step"]
         if step in points or step == 1:
             if step > 1:
                 seconds += _now(device) - started
@@ -88,12 +89,12 @@ def train(
             curve.append(Point(step, sent, *evaluate(model, task, world)))
             started, first = _now(device), step
         progress.step(curve[-1].loss)
-    stats = optimizer.stats()
+    dense = stats["dense_bytes_per_step"]
     return Run(
         seed=seed,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         bytes_per_step=sent / options.steps,
-        dense_bytes_per_step=stats["dense_bytes_per_step"],
+        dense_bytes_per_step=2 * (world - 1) / world * dense if world > 1 else dense,
         seconds_per_step=seconds / timed if timed else math.nan,
         skipped_steps=stats["skipped_steps"],
         curve=curve,
