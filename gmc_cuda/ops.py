@@ -569,7 +569,8 @@ def restore_(
     Args:
         memory: float32 [numel], updated in place.
         payload: this rank's own payload, or those of its ranges, from :func:`compress_`.
-        skip: int32 [1]; acts when it is non-zero. None: always.
+        skip: int32 [1]; acts when it is non-zero. Or int32 [ranges], one for each range's payload.
+            None: always.
         width, last_k: the ranges, as for :func:`compress_`.
     """
     _call(_ops.restore_, memory, payload, k, wire_dtype, skip=skip, width=width, last_k=last_k)

@@ -480,9 +480,10 @@ def restore_(
     width: int = 0,
     last_k: int = 0,
 ) -> None:
-    """u += c: returns the payload of a skipped step to memory."""
-    if skip is None or skip.item():
-        for part, indices, values in _entries(memory, payload, k, wire_dtype, width, last_k):
+    """u += c: returns the payload of a skipped step to memory; skip may have one for each range."""
+    entries = _entries(memory, payload, k, wire_dtype, width, last_k)
+    for j, (part, indices, values) in enumerate(entries):
+        if skip is None or skip[j if skip.numel() > 1 else 0].item():
             part[indices] += values
 
 

@@ -37,6 +37,12 @@ def assert_same_as_reference(call, state):
             for backend, vector in zip((ops, reference), vectors, strict=True):
                 getattr(backend, name)(vector, payloads, call.k, skip=skip, **options)
             assert_same_bytes(*vectors, name)
+    count = -(-mine.memory.numel() // call.options["width"])
+    skip = torch.randint(0, 2, (count,), dtype=torch.int32)
+    vectors = [mine.memory.clone(), mine.memory.clone()]
+    for backend, vector in zip((ops, reference), vectors, strict=True):
+        backend.restore_(vector, payloads, call.k, skip=skip, **options)
+    assert_same_bytes(*vectors, "restore_ of some ranges")
     return mine, payloads
 
 
@@ -112,6 +118,22 @@ def test_a_damaged_payload_is_found_before_anything_changes():
         with pytest.raises(RuntimeError, match="is damaged"):
             change(vector, payloads, k, width=width, last_k=k)
         assert torch.equal(vector, torch.ones(numel))
+
+
+def test_some_ranges_are_given_back():
+    numel, width, k = 1000, 304, 304
+    memory, gradient = torch.zeros(numel), torch.arange(1.0, numel + 1)
+    cut = {"width": width, "last_k": 88, "wire_dtype": torch.float32}
+    payloads = ops.compress_(memory, [gradient], k, **cut)
+    assert not memory.any()
+    skip = torch.tensor([0, 4, 0, 1], dtype=torch.int32)
+    ops.restore_(memory, payloads, k, skip=skip, **cut)
+    assert torch.equal(memory[304:608], gradient[304:608])
+    assert torch.equal(memory[912:], gradient[912:])
+    assert memory.count_nonzero() == 304 + 88
+    for wrong in (skip[:3], skip.float()):
+        with pytest.raises((ValueError, TypeError), match="skip: got"):
+            ops.restore_(memory, payloads, k, skip=wrong, **cut)
 
 
 def test_a_state_grows_with_k_and_counts_repairs_of_all_ranges():

@@ -73,8 +73,7 @@ def compare(options: argparse.Namespace) -> None:
         "results": [],
     }
     name = options.task + ("-non-iid" if options.non_iid else "")
-    if options.workers != 4:
-        name += f"-{options.workers}-workers"
+    name += f"-{options.workers}-workers"
     path = options.output / f"{file_stem(f'convergence-{name}', content)}.json"
     known = {key(run): run for run in reusable(options, content)}
     lock = threading.Lock()

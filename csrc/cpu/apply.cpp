@@ -31,7 +31,7 @@ void run(const ApplyCall& call) {
   call.move.skip.leave_behind(0);
   if (call.move.skip.skipped()) {
     if (call.memory)
-      run(RestoreCall{call.memory, call.payload.data, uncut(call.payload.shape), {}});
+      run(RestoreCall{call.memory, call.payload.data, uncut(call.payload.shape), {}, false});
     return;
   }
   const std::vector<Segment>& params = call.move.params;

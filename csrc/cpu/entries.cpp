@@ -21,16 +21,20 @@ void for_each_entry(const Payload& payload, const Function& function) {
   });
 }
 
-// Calls function(index in the bucket, value) for each entry of all ranges' payloads. A damaged one
-// must be found before anything was changed, so all are read once without a call.
-template <class Function>
-void for_each_entry(const uint8_t* payloads, const Ranges& ranges, const Function& function) {
+// Calls function(index in the bucket, value) for each entry of the payloads of those ranges for
+// which acts(range). A damaged one must be found before anything was changed, so all are read once
+// without a call.
+template <class Choice, class Function>
+void for_each_entry(const uint8_t* payloads, const Ranges& ranges, const Choice& acts,
+                    const Function& function) {
   for (int64_t range = 0; range < ranges.count; ++range)
-    for_each_entry(ranges.payload(payloads, range), [](int64_t, int64_t, float) {});
+    if (acts(range))
+      for_each_entry(ranges.payload(payloads, range), [](int64_t, int64_t, float) {});
   for (int64_t range = 0; range < ranges.count; ++range)
-    for_each_entry(ranges.payload(payloads, range), [&](int64_t, int64_t index, float value) {
-      function(range * ranges.width() + index, value);
-    });
+    if (acts(range))
+      for_each_entry(ranges.payload(payloads, range), [&](int64_t, int64_t index, float value) {
+        function(range * ranges.width() + index, value);
+      });
 }
 
 }  // namespace
@@ -44,15 +48,19 @@ void run(const UnpackCall& call) {
 }
 
 void run(const RestoreCall& call) {
-  if (call.skip.verdict && !call.skip.skipped()) return;
+  const int32_t* const verdict = call.skip.verdict;
+  const auto acts = [&](int64_t range) {
+    return !verdict || verdict[call.by_range ? range : 0] != 0;
+  };
   float* const memory = call.memory;
-  for_each_entry(call.payloads, call.ranges,
+  for_each_entry(call.payloads, call.ranges, acts,
                  [=](int64_t index, float value) { memory[index] += value; });
 }
 
 void run(const MaskCall& call) {
   if (call.skip.skipped()) return;
-  for_each_entry(call.payloads, call.ranges, [&](int64_t index, float value) {
+  const auto acts = [](int64_t) { return true; };
+  for_each_entry(call.payloads, call.ranges, acts, [&](int64_t index, float value) {
     if (value != 0.0f) call.momentum_buffer[index] = 0.0f;
   });
 }

@@ -24,13 +24,14 @@ struct Unpack {
   }
 };
 
-// Acts when there is no verdict, or when the step's being skipped is as when_skipped says.
+// Acts when there is no verdict, or when the step's being skipped is as when_skipped says;
+// by_range: as each range's own verdict says.
 template <class Format, class Action>
 __global__ void __launch_bounds__(kThreads)
     entries_kernel(const __grid_constant__ PayloadSource full,
-                   const __grid_constant__ PayloadSource last, Skip skip, bool when_skipped,
-                   Action action) {
-  if (skip.verdict && skip.skipped() != when_skipped) return;
+                   const __grid_constant__ PayloadSource last, const int32_t* verdict,
+                   bool by_range, bool when_skipped, Action action) {
+  if (verdict && (verdict[by_range ? blockIdx.y : 0] != 0) != when_skipped) return;
   static __shared__ PayloadTile shared;
   const bool is_last = blockIdx.y + 1 == gridDim.y;
   const PayloadSource& source = is_last ? last : full;
@@ -47,23 +48,24 @@ __global__ void nonfinite_kernel(const uint8_t* payload, int64_t* nonfinite) {
 }
 
 template <class Action>
-void act(const uint8_t* payloads, const Ranges& ranges, const Skip& skip, bool when_skipped,
-         const Action& action, const Stream& stream) {
+void act(const uint8_t* payloads, const Ranges& ranges, const Skip& skip, bool by_range,
+         bool when_skipped, const Action& action, const Stream& stream) {
   with_wire_type(ranges.full.wire, [&](auto format) {
     launch(entries_kernel<decltype(format), Action>, {tile_count(ranges.width()), ranges.count},
            kThreads, stream, PayloadSource({payloads, ranges.full}),
-           PayloadSource(ranges.payload(payloads, ranges.count - 1)), skip, when_skipped, action);
+           PayloadSource(ranges.payload(payloads, ranges.count - 1)), skip.verdict, by_range,
+           when_skipped, action);
   });
 }
 
 }  // namespace
 
 void run(const RestoreCall& call, const Stream& stream) {
-  act(call.payloads, call.ranges, call.skip, true, GiveBack{call.memory}, stream);
+  act(call.payloads, call.ranges, call.skip, call.by_range, true, GiveBack{call.memory}, stream);
 }
 
 void run(const MaskCall& call, const Stream& stream) {
-  act(call.payloads, call.ranges, call.skip, false, Mask{call.momentum_buffer}, stream);
+  act(call.payloads, call.ranges, call.skip, false, false, Mask{call.momentum_buffer}, stream);
 }
 
 void run(const UnpackCall& call, const Stream& stream) {
@@ -72,8 +74,8 @@ void run(const UnpackCall& call, const Stream& stream) {
   check(cudaMemsetAsync(call.indices, 0xff, 8 * k, stream.stream));
   check(cudaMemsetAsync(call.values, 0, 4 * k, stream.stream));
   launch(nonfinite_kernel, 1, 1, stream, call.payload.data, call.nonfinite);
-  act(call.payload.data, uncut(call.payload.shape), {}, false, Unpack{call.indices, call.values},
-      stream);
+  act(call.payload.data, uncut(call.payload.shape), {}, false, false,
+      Unpack{call.indices, call.values}, stream);
 }
 
 }  // namespace gmc::cuda

@@ -123,6 +123,7 @@ struct RestoreCall {
   const uint8_t* payloads;
   Ranges ranges;
   Skip skip;
+  bool by_range;  // whether each range has a verdict of its own, one after the other
 };
 
 // Does not act in skipped steps. On CUDA, a tile whose entries contradict each other is left alone.

@@ -418,17 +418,14 @@ Work<MergeRangesCall, Tensor> merge_ranges(const Tensor& payloads, int64_t numel
 // What restore_ and mask_ share: payloads whose entries change a vector.
 template <class Call>
 Work<Call> on_entries(const Tensor& vector, Name name, const Tensor& payload, int64_t k,
-                      ScalarType wire_dtype, const OptionalTensor& skip, int64_t width,
-                      int64_t last_k) {
+                      ScalarType wire_dtype, const Skip& skip, int64_t width, int64_t last_k) {
   const Device device(vector);
   const int64_t numel = vector.numel();
   check_vector(vector, name, device, ScalarType::Float, numel);
   const Ranges ranges = check_ranges(numel, k, wire_dtype, width, last_k);
   check_vector(payload, "payload", device, ScalarType::Byte, ranges.nbytes());
-  return {{mutable_data<float>(vector), readable_bytes(payload, "payload"), ranges,
-           skip_of(skip, device)},
-          device,
-          {}};
+  return {
+      {mutable_data<float>(vector), readable_bytes(payload, "payload"), ranges, skip}, device, {}};
 }
 
 constexpr char kRestore[] =
@@ -438,7 +435,19 @@ constexpr char kRestore[] =
 Work<RestoreCall> restore(const Tensor& memory, const Tensor& payload, int64_t k,
                           ScalarType wire_dtype, const OptionalTensor& skip, int64_t width,
                           int64_t last_k) {
-  return on_entries<RestoreCall>(memory, "memory", payload, k, wire_dtype, skip, width, last_k);
+  const Device device(memory);
+  const bool by_range = skip && width != 0 && skip->numel() != 1;
+  Skip own = {};
+  if (by_range) {
+    const int64_t ranges = check_ranges(memory.numel(), k, wire_dtype, width, last_k).count;
+    check_vector(*skip, "skip", device, ScalarType::Int, ranges);
+    own.verdict = data<int32_t>(*skip);
+  } else {
+    own = skip_of(skip, device);
+  }
+  auto work = on_entries<RestoreCall>(memory, "memory", payload, k, wire_dtype, own, width, last_k);
+  work.call.by_range = by_range;
+  return work;
 }
 
 constexpr char kMask[] =
@@ -448,8 +457,8 @@ constexpr char kMask[] =
 Work<MaskCall> mask(const Tensor& momentum_buffer, const Tensor& payload, int64_t k,
                     ScalarType wire_dtype, const OptionalTensor& skip, int64_t width,
                     int64_t last_k) {
-  return on_entries<MaskCall>(momentum_buffer, "momentum_buffer", payload, k, wire_dtype, skip,
-                              width, last_k);
+  return on_entries<MaskCall>(momentum_buffer, "momentum_buffer", payload, k, wire_dtype,
+                              skip_of(skip, Device(momentum_buffer)), width, last_k);
 }
 
 // ---------------------------------------------------------------------------------------------

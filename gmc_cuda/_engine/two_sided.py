@@ -18,6 +18,7 @@ sender's memory.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gmc_cuda import ops
@@ -74,7 +75,7 @@ def two_sided_step(
         applied = True
         insist_once(lambda: owning.take_back(skip), errors)
         if not skip.is_cpu:  # on the CPU a step that was called off has raised
-            insist_once(lambda: owning.give_back(payloads, verdict), errors)
+            insist_once(lambda: owning.give_back(payloads, verdict, gathered), errors)
         insist_once(lambda: _mask(bucket, payloads, plan, skip), errors)
         insist_once(lambda: owning.keep(aggregate, own), errors)
     finally:
@@ -261,13 +262,21 @@ class _Owning:
             part, memory = self.part, self._owner.memory
             ops.restore_(memory, self._answer, part.k, self._plan.wire_dtype, skip=skip)
 
-    def give_back(self, payloads: Tensor, verdict: Tensor) -> None:
-        """What no owner has taken in returns to this worker's memory, without the host's help."""
-        called_off = verdict & (ops.MISMATCH | ops.OFF)
+    def give_back(self, payloads: Tensor, verdict: Tensor, answers: Tensor) -> None:
+        """What no owner has taken in returns to this worker's memory, without the host's help.
+
+        Args:
+            payloads: what this worker has sent to the owners.
+            verdict: on what all workers have sent to them.
+            answers: what they have sent to all, uint8 [p, nbytes].
+        """
+        refused = steps.header_words(answers, steps.TAG) == ops.CALLED_OFF
+        self._return(payloads, (verdict & (ops.MISMATCH | ops.OFF)) | refused)
+
+    def _return(self, payloads: Tensor, of: Tensor) -> None:
+        """Returns to memory what was sent to the owners for whom `of`, int32 [p], is not zero."""
         plan, k = self._plan, self._plan.parts[0].k
-        ops.restore_(
-            self._bucket.memory, payloads, k, plan.wire_dtype, skip=called_off, **plan.ranges()
-        )
+        ops.restore_(self._bucket.memory, payloads, k, plan.wire_dtype, skip=of, **plan.ranges())
 
     def merge(self, skip: Tensor) -> Tensor | None:
         """a_t within this worker's range, where momentum is global."""
@@ -299,9 +308,6 @@ class _Owning:
         else:
             tags = steps.header_words(answers, steps.TAG).tolist()
             taken = [tag != ops.CALLED_OFF for tag in tags]
-        of_parts = payloads.split([part.nbytes for part in parts])
-        for part, payload, was_taken in zip(parts, of_parts, taken, strict=True):
-            if not was_taken:
-                memory = self._bucket.memory[part.begin : part.end]
-                ops.restore_(memory, payload, part.k, self._plan.wire_dtype)
+        left = torch.tensor([not was_taken for was_taken in taken], device=payloads.device)
+        self._return(payloads, left.int())
         self.take_back(None)

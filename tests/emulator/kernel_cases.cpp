@@ -197,8 +197,8 @@ CUDA_CASE(apply) {
 }
 
 CUDA_CASE(restore) {
-  Device().run(
-      RestoreCall{in.array<float>("memory"), in.array<uint8_t>("payload"), ranges(in), skip(in)});
+  Device().run(RestoreCall{in.array<float>("memory"), in.array<uint8_t>("payload"), ranges(in),
+                           skip(in), in.has("skip") && in.count("skip") > 1});
 }
 
 CUDA_CASE(mask) {

@@ -395,6 +395,10 @@ def test_ranges(running, numel, width, k, last_k):
                 getattr(kernels, name)(mine, payloads, k, skip=skip, **cut)
                 getattr(ops, name)(theirs, payloads, k, skip=skip, **cut)
                 assert_same_bytes(mine, theirs, name)
+            some = torch.from_numpy(rng.integers(0, 2, count).astype(np.int32))
+            for backend, memory in ((kernels, mine), (ops, theirs)):
+                backend.restore_(memory, payloads, k, skip=some, **cut)
+            assert_same_bytes(mine, theirs, "restore_ of some ranges")
 
 
 def test_apply_to_many_tensors(running):
