@@ -36,35 +36,37 @@ struct SelectArgs {
   float* memory;
   Scalar found_inf;
   uint8_t* payloads;
-  Ranges ranges;
-  uint32_t tag;
-  PayloadLayout full, last;
+  uint32_t ranges, tag;
+  PayloadShape shapes[2];  // of a full range and of the last
+  PayloadLayout layouts[2];
   Workspaces workspaces;
 
   SelectArgs(const CompressArgs& args, uint8_t* payloads, uint32_t tag)
       : memory(args.rule.memory),
         found_inf(args.rule.found_inf),
         payloads(payloads),
-        ranges(args.ranges),
+        ranges(static_cast<uint32_t>(args.ranges.count)),
         tag(tag),
-        full(ranges.full),
-        last(ranges.last),
+        shapes{args.ranges.full, args.ranges.last},
+        layouts{PayloadLayout(shapes[0]), PayloadLayout(shapes[1])},
         workspaces(args.workspaces) {}
 };
 
 // What of it belongs to the range that a block works on.
 struct OwnSelection {
   float* memory;
-  const PayloadShape& shape;
+  PayloadShape shape;
   const PayloadLayout& layout;
   uint8_t* payload;
+  PayloadView<uint8_t> out;
   Workspace workspace;
 
   __device__ explicit OwnSelection(const SelectArgs& args)
-      : memory(args.memory + blockIdx.y * args.ranges.width()),
-        shape(args.ranges.shape(blockIdx.y)),
-        layout(blockIdx.y + 1 < args.ranges.count ? args.full : args.last),
-        payload(args.payloads + blockIdx.y * args.full.nbytes),
+      : memory(args.memory + blockIdx.y * args.shapes[0].numel),
+        shape(args.shapes[blockIdx.y + 1 == args.ranges]),
+        layout(args.layouts[blockIdx.y + 1 == args.ranges]),
+        payload(args.payloads + blockIdx.y * args.layouts[0].nbytes),
+        out(payload, layout),
         workspace(args.workspaces.of_range(blockIdx.y)) {}
 };
 

@@ -123,10 +123,9 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void repair(const SelectArgs& args, const Stream& stream) {
-  const Ranges& ranges = args.ranges;
-  const int64_t tiles = work_tile_count(ranges.width());
-  const int64_t most = (kRepairBlocks + ranges.count - 1) / ranges.count;
-  const Grid grid{tiles < most ? tiles : most, ranges.count};
+  const int64_t tiles = work_tile_count(args.shapes[0].numel), ranges = args.ranges;
+  const int64_t most = (kRepairBlocks + ranges - 1) / ranges;
+  const Grid grid{tiles < most ? tiles : most, ranges};
   launch_early(coarse_kernel, grid, kThreads, stream, args);
   launch_early(recompact_kernel, grid, kThreads, stream, args);
 }

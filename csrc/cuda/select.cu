@@ -9,6 +9,8 @@
 // Entries are the candidates of the pass, those of the repair, or all of memory: flags say which.
 // Where fewer than k values are not zero, the k-th key is zero: the pass's candidates lie above it,
 // and zeros, which are no candidates, are the ties.
+#include <new>
+
 #include "block.cuh"
 #include "compress.h"
 #include "launch.h"
@@ -170,7 +172,7 @@ __device__ __forceinline__ void set_bits(uint8_t* section, uint32_t word, uint32
 template <class Format>
 __device__ __forceinline__ void emit_tile(const OwnSelection& args, int scale, uint32_t number,
                                           unsigned long long met) {
-  const PayloadView<uint8_t> out(args.payload, args.layout);
+  const PayloadView<uint8_t>& out = args.out;
   const Control& control = *args.workspace.control;
   const uint32_t threshold = control.threshold, ties = control.ties;
   const WorkTile tile(number, args.shape.numel);
@@ -220,6 +222,8 @@ __device__ __forceinline__ void emit_tile(const OwnSelection& args, int scale, u
 }
 
 struct EmitShared {
+  // An OwnSelection, shared because no thread has registers to spare.
+  alignas(OwnSelection) unsigned char own[sizeof(OwnSelection)];
   FindShared<> largest, fitting;
   unsigned long long warp_sums[kWarps];
   unsigned long long next_warp_sums[kWarps];
@@ -229,9 +233,11 @@ struct EmitShared {
 template <class Format>
 __global__ void __launch_bounds__(kThreads, 6) emit_kernel(const __grid_constant__ SelectArgs all) {
   static __shared__ EmitShared shared;
-  const OwnSelection args(all);
+  if (threadIdx.x == 0) new (shared.own) OwnSelection(all);
+  __syncthreads();
+  const OwnSelection& args = *reinterpret_cast<const OwnSelection*>(shared.own);
   const Workspace& workspace = args.workspace;
-  const PayloadView<uint8_t> out(args.payload, args.layout);
+  const PayloadView<uint8_t>& out = args.out;
   start_next();
   wait_for_previous();
   const uint32_t ties = workspace.control->ties;
@@ -298,12 +304,12 @@ __global__ void __launch_bounds__(kThreads, 6) emit_kernel(const __grid_constant
 }  // namespace
 
 void select(const SelectArgs& args, const Stream& stream) {
-  const Ranges& ranges = args.ranges;
-  const int processors = (multiprocessors() + ranges.count - 1) / ranges.count;
-  const Grid grid{group_count(ranges.width(), processors), ranges.count};
+  const int64_t ranges = args.ranges;
+  const int processors = static_cast<int>((multiprocessors() + ranges - 1) / ranges);
+  const Grid grid{group_count(args.shapes[0].numel, processors), ranges};
   launch_early(refine_kernel, grid, kThreads, stream, args);
   launch_early(count_kernel, grid, kThreads, stream, args);
-  with_wire_type(ranges.full.wire, [&](auto format) {
+  with_wire_type(args.shapes[0].wire, [&](auto format) {
     launch_early(emit_kernel<decltype(format)>, grid, kThreads, stream, args);
   });
 }
