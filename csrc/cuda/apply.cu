@@ -12,8 +12,8 @@ struct ApplyArgs {
   Aggregate aggregate;
   int64_t numel;
   MoveArgs move;
-  float* memory;  // as in ApplyCall
-  Payload payload;
+  float* memory;         // as in ApplyCall
+  PayloadSource source;  // of its payload
 };
 static_assert(sizeof(ApplyArgs) <= kParameterLimit, "kernel parameters");
 
@@ -49,13 +49,13 @@ __device__ __forceinline__ void move_words(typename Format::Word* words, uint32_
 
 // A block owns one wire tile.
 __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__ ApplyArgs args) {
-  static __shared__ PayloadTile own;
+  static __shared__ PayloadPiece own;
   if (blockIdx.x == 0 && threadIdx.x == 0)
     args.move.skip.leave_behind(at<AggregateHeader>(args.aggregate.data, 0)->flags & kDamaged);
   if (args.move.skip.skipped()) {
     if (!args.memory) return;
-    with_wire_type(args.payload.shape.wire, [&](auto format) {
-      for_each_entry<decltype(format)>(PayloadSource(args.payload), 0, &own, GiveBack{args.memory});
+    with_wire_type(args.source.payload.shape.wire, [&](auto format) {
+      for_each_entry<decltype(format)>(args.source, 0, &own, GiveBack{args.memory});
     });
     return;
   }
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
 
 void run(const ApplyCall& call, const Stream& stream) {
   const ApplyArgs args{call.aggregate, call.numel, MoveArgs(call.move, stream), call.memory,
-                       call.payload};
+                       PayloadSource(call.payload)};
   launch(apply_kernel, tile_count(args.numel), kThreads, stream, args);
 }
 

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
                    const __grid_constant__ PayloadSource last, const int32_t* verdict,
                    bool by_range, bool when_skipped, Action action) {
   if (verdict && (verdict[by_range ? blockIdx.y : 0] != 0) != when_skipped) return;
-  static __shared__ PayloadTile shared;
+  static __shared__ PayloadPiece shared;
   const bool is_last = blockIdx.y + 1 == gridDim.y;
   const PayloadSource& source = is_last ? last : full;
   if (blockIdx.x >= tile_count(source.payload.shape.numel)) return;  // the last range is shorter

@@ -18,11 +18,13 @@ struct Grid {
 };
 
 template <class... Parameters, class... Arguments>
-void launch_with(cudaLaunchAttribute* attribute, void (*kernel)(Parameters...), const Grid& grid,
-                 int threads, const Stream& stream, const Arguments&... arguments) {
+void launch_with(cudaLaunchAttribute* attribute, size_t shared, void (*kernel)(Parameters...),
+                 const Grid& grid, int threads, const Stream& stream,
+                 const Arguments&... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
   config.stream = stream.stream;
   config.attrs = attribute;
   config.numAttrs = attribute ? 1 : 0;
@@ -32,7 +34,17 @@ void launch_with(cudaLaunchAttribute* attribute, void (*kernel)(Parameters...), 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, const Stream& stream,
             const Arguments&... arguments) {
-  launch_with(nullptr, kernel, grid, threads, stream, arguments...);
+  launch_with(nullptr, 0, kernel, grid, threads, stream, arguments...);
+}
+
+// Launches a kernel that takes so many bytes of dynamic shared memory, which may be more than a
+// kernel can have as static memory.
+template <class... Parameters, class... Arguments>
+void launch_dynamic(void (*kernel)(Parameters...), const Grid& grid, int threads, size_t shared,
+                    const Stream& stream, const Arguments&... arguments) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared)));
+  launch_with(nullptr, shared, kernel, grid, threads, stream, arguments...);
 }
 
 // Whether the current device, and the code that runs there, can start kernels early. It is
@@ -68,7 +80,7 @@ void launch_early(void (*kernel)(Parameters...), const Grid& grid, int threads,
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  launch_with(possible ? &early : nullptr, kernel, grid, threads, stream, arguments...);
+  launch_with(possible ? &early : nullptr, 0, kernel, grid, threads, stream, arguments...);
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

@@ -20,20 +20,23 @@ struct MergeRangesArgs {
 };
 
 struct MergeRangesShared {
-  PayloadTile tile;
-  uint32_t below[kTileRuns + 1];  // entries before each run of the bucket's tile, and its end
+  PayloadPiece piece;
+  // The payload's entries before each run of the bucket's tile, and before its end.
+  uint32_t below[kTileRuns + 1];
 };
 
-// How many of a tile's entries have an index below i.
-__device__ __forceinline__ uint32_t entries_below(const PayloadTile& tile, int64_t i) {
-  if (i <= 0) return 0;
-  const int64_t block = i / kBlock;
-  if (block >= tile.blocks)
-    return tile.blocks == 0 ? 0 : tile.begins[tile.blocks - 1] + tile.length(tile.blocks - 1);
-  uint32_t entry = tile.begins[block];
-  for (const uint32_t end = entry + tile.length(block); entry < end; ++entry)
-    if (tile.low_byte(entry) >= i % kBlock) break;
-  return entry;
+// How many of a piece's entries have an index below i.
+__device__ __forceinline__ uint32_t entries_below(const PayloadPiece& piece, int64_t i) {
+  uint32_t low = 0, high = piece.count;
+  while (low < high) {
+    const uint32_t middle = (low + high) / 2;
+    if (piece.index(middle) < i) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
 }
 
 template <class Format>
@@ -59,7 +62,6 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t width = args.full.payload.shape.numel;
   int64_t start = 0;     // of this tile's entries in the aggregate
   uint32_t written = 0;  // how many there are so far
-  bool sound = true;
   for (int64_t range = first / width; range < args.ranges && range * width < end; ++range) {
     const bool is_last = range + 1 == args.ranges;
     const PayloadSource& source = is_last ? args.last : args.full;
@@ -68,17 +70,21 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t part = max(first - begin, int64_t{0}) / kTile; part * kTile < stop; ++part) {
       const int64_t offset = begin + part * kTile - first;  // of its tile from the bucket's
       const auto size = static_cast<uint32_t>(tile_size(numel, part));
-      __syncthreads();  // the tile before was read
-      if (warp_id() == 0)
-        sound &= open_tile(source, is_last ? 0 : range, part, part == 0, &shared.tile);
-      __syncthreads();
-      const PayloadTile& payload = shared.tile;
-      payload.for_each<kThreads>([&](uint32_t entry, uint32_t index, bool follows) {
-        sound &= payload.sound<Format>(entry, index, follows, size);
-      });
-      for (int run = threadIdx.x; run <= kTileRuns; run += kThreads)
-        shared.below[run] = entries_below(payload, run * kAggregateRun - offset);
-      if (__syncthreads_or(!sound)) {
+      const int64_t before = range * args.full.payload.shape.k;  // entries of other ranges
+      PayloadPiece& piece = shared.piece;
+      const auto count_below = [&](bool is_first) {
+        for (int run = threadIdx.x; run <= kTileRuns; run += kThreads)
+          shared.below[run] = (is_first ? piece.first : shared.below[run]) +
+                              entries_below(piece, run * kAggregateRun - offset);
+      };
+      const auto copy = [&](uint32_t i) {
+        const uint32_t number = piece.first + i;
+        if (number < shared.below[0] || number >= shared.below[kTileRuns]) return;
+        out.indices[before + number] = static_cast<uint16_t>(offset + piece.index(i));
+        out.values[before + number] = add(piece.value<Format>(i), 0.0f);  // no -0
+      };
+      if (!read_tile<Format>(source, is_last ? 0 : range, part, part == 0, &piece, count_below,
+                             copy)) {
         if (threadIdx.x == 0) {
           atomicOr(&header->flags, kDamaged);
           out.starts[tile] = out.counts[tile] = 0;
@@ -86,19 +92,13 @@ __global__ void __launch_bounds__(kThreads)
         return;
       }
       const uint32_t from = shared.below[0], to = shared.below[kTileRuns];
-      const int64_t number = range * args.full.payload.shape.k + payload.start;  // of entry 0
-      if (written == 0) start = number + from;
+      if (written == 0) start = before + from;
       for (int run = threadIdx.x; run < kTileRuns; run += kThreads) {
         const int64_t place = run * kAggregateRun;
         if (place >= offset && place < offset + size)
           out.runs[tile * kTileRuns + run] =
               static_cast<uint16_t>(written + shared.below[run] - from);
       }
-      payload.for_each<kThreads>([&](uint32_t entry, uint32_t index, bool) {
-        if (entry < from || entry >= to) return;
-        out.indices[number + entry] = static_cast<uint16_t>(offset + index);
-        out.values[number + entry] = add(payload.value<Format>(entry), 0.0f);  // no -0
-      });
       written += to - from;
     }
   }
