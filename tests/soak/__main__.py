@@ -1,13 +1,15 @@
 """A long run in which everything goes wrong that can, checked at every step. Needs no GPU.
 
-    make soak                         2,000 steps, a few minutes
+    make soak                         2,000 steps with each exchange, some ten minutes
     make soak ARGS='--steps 120'      a short form
 
 Four workers train with GMC while gradients hold NaN and Inf or are missing, learning rate and
-density change, loss scaling overflows, workers are killed and the run is resumed, also from an
-averaged memory and on three workers. At every step the mass equation must hold (equation.py says
-it, and what a missing gradient means), weights must be the same on all workers, and a step made
-again after a resume must give the same bits. Prints a table; status 1 if anything did not hold.
+density change, loss scaling overflows, workers pause and get damaged payloads. Workers are killed,
+one comes too late, one gets damage that the others know nothing of, and each time the run is
+resumed: from a checkpoint on four workers and on three, and from an averaged memory. At every step
+the mass equation must hold (equation.py says it, and what a missing gradient means), weights must
+be the same on all workers, and a step made again after a resume must give the same bits. Prints a
+table; status 1 if anything did not hold.
 """
 
 import argparse
@@ -17,7 +19,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from soak.plan import Life, Plan
+from soak.equation import check_lost
+from soak.plan import BEFORE_ANSWER, EXCHANGES, LEAST_STEPS, TIME_OUT, TOO_LONG, Life, Plan
 from soak.worker import Report, live
 from support.workers import Workers
 
@@ -26,12 +29,22 @@ PATIENCE = 600  # seconds for a life of the workers
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="soak", description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000, help="at least 60 (default: 2000)")
+    parser.add_argument(
+        "--steps", type=int, default=2000, help=f"at least {LEAST_STEPS} (default: 2000)"
+    )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--exchange", choices=EXCHANGES, help="default: one run with each")
     options = parser.parse_args(arguments)
-    if options.steps < 60:
-        parser.error("--steps: must be at least 60")
-    plan = Plan(options.steps, options.seed)
+    if options.steps < LEAST_STEPS:
+        parser.error(f"--steps: must be at least {LEAST_STEPS}")
+    for exchange in [options.exchange] if options.exchange else EXCHANGES:
+        print(f'exchange="{exchange}"')
+        soak(Plan(options.steps, options.seed, exchange))
+    return 0
+
+
+def soak(plan: Plan) -> None:
+    """Prints a line for each life, and the table; raises SystemExit if anything did not hold."""
     started, reports = time.monotonic(), []
     weights: dict[int, int] = {}
     with tempfile.TemporaryDirectory(prefix="gmc-soak-") as folder:
@@ -47,29 +60,35 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit(f"{len(weights)} of {plan.steps} steps were made")
     for what, figure in figures(plan, reports, time.monotonic() - started):
         print(f"{what:<45} {figure}")
-    return 0
 
 
 def run(plan: Plan, life: Life, folder: Path, number: int) -> Report:
     """Starts a life's workers and waits for their end; raises SystemExit if something broke."""
     meeting = folder / f"life-{number}"
     meeting.mkdir()
-    with Workers(life.size, meeting, live, plan, life, folder, seconds=60) as workers:
+    seconds = TIME_OUT if life.event == TOO_LONG else 60
+    with Workers(life.size, meeting, live, plan, life, folder, seconds=seconds) as workers:
         heard = {rank: hear(workers, rank) for rank in workers.ranks}
-    expected = "done" if life.killed is None else "lost"
     for rank, report in heard.items():
-        if rank == life.killed:
-            if report is not None:
-                raise SystemExit(f"life {number}: rank {rank} was not killed: {report}")
-        elif not isinstance(report, Report) or report.ended != expected:
-            raise SystemExit(f"life {number}: rank {rank} ended with {report}")
-    reports = [report for report in heard.values() if report is not None]
-    for report in reports:
+        expected = life.ends(rank)
+        ended = "killed" if report is None else getattr(report, "ended", report)
+        if ended != expected:
+            raise SystemExit(f"life {number}: rank {rank} should be {expected}, but ended: {ended}")
+    reports = {rank: report for rank, report in heard.items() if isinstance(report, Report)}
+    if life.event == BEFORE_ANSWER:
+        # What the workers have sent each other is with its owners, and nothing is there twice.
+        lost = {rank: report.lost for rank, report in reports.items()}
+        if None in lost.values():
+            raise SystemExit(f"life {number}: not all workers have lost step {life.last}")
+        check_lost(list(lost.values()), lost[life.victim].owned)
+        del reports[life.victim]
+    first, *others = reports.values()
+    for report in others:
         # One may have made a step more when a worker was killed.
-        for step in report.weights.keys() & reports[0].weights.keys():
-            if report.weights[step] != reports[0].weights[step]:
+        for step in report.weights.keys() & first.weights.keys():
+            if report.weights[step] != first.weights[step]:
                 raise SystemExit(f"life {number}: weights differ between workers after step {step}")
-    return reports[0]
+    return first
 
 
 def hear(workers: Workers, rank: int) -> Report | AssertionError | None:
@@ -84,8 +103,8 @@ def hear(workers: Workers, rank: int) -> Report | AssertionError | None:
 
 def describe(number: int, life: Life, report: Report) -> str:
     end = "stopped"
-    if life.killed is not None:
-        end = f"rank {life.killed} was killed {life.moment}"
+    if life.victim is not None:
+        end = f"rank {life.victim} {life.event}"
     start = {"fresh": "new", "checkpoint": "from a checkpoint", "average": "from averaged memory"}
     last = max(report.weights, default=report.resumed)
     return (

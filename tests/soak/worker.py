@@ -1,9 +1,9 @@
-"""One worker: resumes, trains, checks every step, and dies where the plan says so."""
+"""One worker: resumes, trains, checks every step, and suffers what the plan says."""
 
 from __future__ import annotations
 
 import os
-import signal
+import time
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -15,11 +15,24 @@ import torch
 import gmc_cuda
 from gmc_cuda._engine.exchange import Exchange, GroupLost
 from gmc_cuda._engine.fingerprint import fingerprints
-from soak.equation import TOLERANCE, Broken, MassEquation, aggregate_of, mean
-from soak.plan import SHAPES, Life, Plan
+from soak.disturbances import BACK, TOWARDS, before_collective, damage, die, pause
+from soak.equation import TOLERANCE, Broken, Lost, MassEquation, aggregate_of, check_lost, mean
+from soak.plan import (
+    AFTER_APPLYING,
+    BEFORE_ANSWER,
+    BETWEEN,
+    DAMAGED,
+    SHAPES,
+    TIME_OUT,
+    TOO_LONG,
+    WHILE_SAVING,
+    Life,
+    Plan,
+)
 from support.problems import memory_of
 
 CHECK_REPLICAS_EVERY = 10
+A_MOMENT = 0.3  # seconds of a pause that only delays
 _AVERAGE = "average.pt"
 
 
@@ -28,11 +41,12 @@ class Report:
     """What a life was like, as one of its workers saw it.
 
     Attributes:
-        ended: "done" or "lost".
+        ended: "done", "lost", "damaged", or "killed" for a worker's last words.
         resumed: the step that it went on from.
         weights: fingerprint of the parameters after each step, which tells whether a step that is
             made again is the same step.
         faults: how often each kind was met, summed over all workers.
+        lost: what a step that was lost between its two halves has left here.
     """
 
     ended: str = ""
@@ -43,16 +57,20 @@ class Report:
     replica_checks: int = 0
     scales: set[float] = field(default_factory=set)
     unsent: float = 0.0
+    lost: Lost | None = None
 
 
 def live(say: Any, plan: Plan, life: Life, folder: Path) -> Report:
     """The whole work of one of support.workers.Workers."""
-    return _Worker(plan, life, folder).run()
+    import faulthandler
+
+    faulthandler.dump_traceback_later(15) if life.event == BEFORE_ANSWER else None
+    return _Worker(say, plan, life, folder).run()
 
 
 class _Worker:
-    def __init__(self, plan: Plan, life: Life, folder: Path) -> None:
-        self.plan, self.life, self.folder = plan, life, folder
+    def __init__(self, say: Any, plan: Plan, life: Life, folder: Path) -> None:
+        self.say, self.plan, self.life, self.folder = say, plan, life, folder
         torch.manual_seed(plan.seed)
         groups = [[torch.nn.Parameter(torch.randn(s)) for s in shapes] for shapes in SHAPES]
         self.params = [p for group in groups for p in group]
@@ -61,7 +79,7 @@ class _Worker:
         self.optimizer = gmc_cuda.GMC(
             [{"params": g, "momentum_form": f} for g, f in zip(groups, forms, strict=True)],
             lr=0.01, weight_decay=1e-3, bucket_cap_mb=3500 * 4 / 2**20,
-            check_replicas_every=CHECK_REPLICAS_EVERY,
+            check_replicas_every=CHECK_REPLICAS_EVERY, exchange=plan.exchange,
         )  # fmt: skip
         self.scaler = gmc_cuda.GradScaler("cpu", init_scale=2.0**10, growth_interval=7)
         self.exchange = Exchange(None)
@@ -69,29 +87,45 @@ class _Worker:
         self.report = Report()
         self.equation: MassEquation | None = None
 
+    @property
+    def is_victim(self) -> bool:
+        return self.exchange.rank == self.life.victim
+
     def run(self) -> Report:
         report = self.report
         try:
             report.resumed = self.resume()
             for step in range(report.resumed + 1, self.life.last + 1):
-                if (step, self.exchange.rank) == (self.life.last, self.life.killed):
-                    self.arrange_death()
+                if step == self.life.last and self.is_victim:
+                    self.arrange_end(step)
                 self.step(step)
-            if self.life.killed is not None:
+            if self.life.victim is not None:
                 mean(self.exchange, torch.zeros(1))  # the dead do not answer
-                raise Broken(f"rank {self.life.killed} was not killed")
+                raise Broken(f"rank {self.life.victim} should have {self.life.event[4:]}")
             self.stop()
             report.ended = "done"
-        except GroupLost as error:
-            if self.life.killed is None:
-                raise
-            report.ended = "lost"
-            if "nothing was applied" in str(error):
-                assert self.equation is not None
-                self.note(self.equation.check_lost())
+        except RuntimeError as error:
+            self.end(error)
         report.replica_checks = self.optimizer.stats()["steps"] // CHECK_REPLICAS_EVERY
         report.unsent = float(memory_of(self.optimizer, self.params).norm())
         return report
+
+    def end(self, error: RuntimeError) -> None:
+        """What an error leaves that ends this life; raises it again if it should not have come."""
+        assert self.equation is not None
+        event = self.life.event
+        if event == DAMAGED and self.is_victim and "damaged" in str(error):
+            self.report.ended = "damaged"
+            if not self.plan.two_sided:  # where owners have taken in what was sent, and gone on
+                self.note(check_lost([self.equation.lost()]))
+            return
+        if self.life.victim is None or not isinstance(error, GroupLost):
+            raise error
+        self.report.ended = "lost"
+        if "nothing was applied" in str(error):
+            self.report.lost = self.equation.lost()
+            if event != BEFORE_ANSWER:
+                self.note(check_lost([self.report.lost]))
 
     def step(self, step: int) -> None:
         plan, optimizer, scaler = self.plan, self.optimizer, self.scaler
@@ -105,30 +139,68 @@ class _Worker:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(self.params, 40.0)
             grads = [p.grad for p in self.params]
+        faults |= self.disturb(step)
         self.equation = equation = MassEquation(optimizer, self.params, grads, scaled)
+        called_off = False
         if scaled:
             faults["overflows under a scaler"] = int(equation.not_finite > 0)
             scaler.step(optimizer)
             scaler.update()
+        elif plan.damaged(step):
+            called_off = True
+            self.check_calls_off(step)
         else:
             optimizer.step()
-        self.note(equation.check())
-        if bool(optimizer.last_step_skipped()) != equation.skips:
+        self.report.weights[step] = hash(tuple(fingerprints(self.params).tolist()))
+        self.note(equation.check(called_off))
+        if bool(optimizer.last_step_skipped()) != (equation.skips or called_off):
             raise Broken(f"step {step}: skipped or not, against the gradients")
         self.count(faults, equation.skips)
-        self.report.weights[step] = hash(tuple(fingerprints(self.params).tolist()))
         if step % plan.save_every == 0 and step != self.life.last:
             self.save(step)
-        elif step == self.life.last and self.life.moment == "while saving":
+        elif step == self.life.last and self.life.event == WHILE_SAVING:
             self.save(step)
-            if self.exchange.rank == self.life.killed:
-                _die()
+            if self.is_victim:
+                die()
+
+    def disturb(self, step: int) -> dict[str, int]:
+        """Arranges what this step must cope with, and returns the faults that this worker has."""
+        plan, rank, exchange = self.plan, self.exchange.rank, self.optimizer.engine.exchange
+        faults = {"pauses": 0, "payloads damaged on the way to an owner": 0}
+        if plan.paused(step) == rank:
+            before_collective(exchange, 2, lambda: pause(A_MOMENT))
+            faults["pauses"] = 1
+        damaged = plan.damaged(step)
+        if damaged and damaged[0] == rank:
+            _, sender, byte = damaged
+            damage(exchange, sender, byte, TOWARDS)
+            faults["payloads damaged on the way to an owner"] = 1
+        return faults
+
+    def check_calls_off(self, step: int) -> None:
+        """The owner that got the damage says whose it was; no worker makes the step."""
+        damaged = self.plan.damaged(step)
+        assert damaged is not None
+        owner, sender, _ = damaged
+        expected = "another worker left it by an exception"
+        if self.exchange.rank == owner:
+            expected = f"payload of rank {sender} is damaged"
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if expected not in str(error):
+                raise
+            return
+        raise Broken(f"step {step}: a damaged payload was not noticed")
 
     def note(self, error: float) -> None:
         self.report.largest_error = max(self.report.largest_error, error)
 
     def count(self, faults: dict[str, int], skipped: bool) -> None:
-        kinds = ("values that are not finite", "missing gradients", "overflows under a scaler")
+        kinds = (
+            "values that are not finite", "missing gradients", "overflows under a scaler", "pauses",
+            "payloads damaged on the way to an owner",
+        )  # fmt: skip
         own = torch.tensor(
             [float(faults.get(kind, 0)) for kind in kinds] + [self.scaler.get_scale()]
         )
@@ -191,24 +263,26 @@ class _Worker:
         unsent = mean(self.exchange, memory_of(self.optimizer, self.params))
         return unsent, aggregate_of(self.optimizer, self.params)
 
-    # ----------------------------------------------------------------------------------- dying
+    # -------------------------------------------------------------------------------- the end
 
-    def arrange_death(self) -> None:
-        if self.life.moment == "after applying":
-            self.optimizer.register_step_post_hook(lambda *_: _die())
-        elif self.life.moment == "between two collectives":
-            of_step = self.optimizer.engine.round
-            send, calls = of_step.send, []
+    def arrange_end(self, step: int) -> None:
+        """Arranges what happens to this worker in the last step of its life."""
+        event, exchange = self.life.event, self.optimizer.engine.exchange
+        if event == AFTER_APPLYING:
+            self.optimizer.register_step_post_hook(lambda *_: die())
+        elif event == BETWEEN:
+            before_collective(exchange, 3, die)
+        elif event == BEFORE_ANSWER:
+            before_collective(exchange, 1, self.say_and_die, BACK)
+        elif event == TOO_LONG:
+            before_collective(exchange, 2, lambda: pause(1.5 * TIME_OUT))
+        elif event == DAMAGED:
+            sender = (self.exchange.rank + 1) % self.exchange.size
+            damage(exchange, sender, self.plan.byte(step), BACK)
 
-            def send_two(grads: Any) -> Any:
-                bucket = send(grads)
-                calls.append(bucket)
-                if len(calls) == 2:
-                    _die()
-                return bucket
-
-            of_step.send = send_two
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    def say_and_die(self) -> None:
+        """Dies when all that the workers have sent to the owners has arrived."""
+        time.sleep(1.0)
+        assert self.equation is not None
+        self.say(Report(ended="killed", lost=self.equation.in_hand()))
+        die()
