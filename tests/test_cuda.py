@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -446,3 +450,55 @@ def test_largest_bucket(k):
     del memory, state
     ops.apply_([gradient], aggregate, 1.0)
     assert int(gradient[-1].float()) == 100 - int(values[-1])
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize(("n", "width"), [(1_000_003, 250_008), (70_000, 8), (300_000, 300_000)])
+def test_ranges_in_one_chain_of_launches(n, width, wire):
+    ranges = -(-n // width)
+    k, last_k = max(1, width // 100), max(1, (n - (ranges - 1) * width) // 100)
+    cut = {"width": width, "last_k": last_k, "wire_dtype": wire}
+    sides = {}
+    for device in ("cpu", "cuda"):
+        state = ops.select_state(width, k, device, ranges=ranges)
+        memory, payloads = torch.zeros(n, device=device), []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            gradient = torch.randn(n)
+            gradient[seed] = float("nan")
+            payloads.append(ops.compress_(memory, [gradient.to(device)], k, state=state, **cut))
+        skip = torch.arange(ranges, dtype=torch.int32, device=device) % 2
+        ops.restore_(memory, payloads[-1], k, skip=skip, **cut)
+        sides[device] = [*payloads, memory]
+    for mine, theirs in zip(sides["cuda"], sides["cpu"], strict=True):
+        assert_same_bytes(mine, theirs, "a payload or memory")
+
+
+EARLY_STARTS = """
+import torch
+from gmc_cuda import ops
+
+torch.manual_seed(0)
+n, k, digest = 1_000_000, 10_000, 0
+memory, state = torch.zeros(n, device="cuda"), ops.select_state(n, k, "cuda")
+gradients = [torch.randn(n, device="cuda") for _ in range(4)]
+weights = torch.randint(1, 1 << 20, (ops.payload_nbytes(n, k),), device="cuda")
+total = torch.zeros((), dtype=torch.int64, device="cuda")
+for step in range(20_000):
+    scale = (1.0, 1.0, 1e-3, 1.0, 1.0, 1e3, 0.0)[step % 7]  # good guesses and bad ones
+    payload = ops.compress_(memory, [gradients[step % 4] * scale], k, state=state)
+    total = total * 31 + (payload * weights).sum()
+print(int(total))
+"""
+
+
+def test_early_starts_change_nothing():
+    """A kernel that began too early would now and then read what was not written yet."""
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", EARLY_STARTS], check=True, capture_output=True, text=True,
+            env={**os.environ, "GMC_NO_EARLY_START": off}, timeout=300,
+        ).stdout
+        for off in ("0", "1")
+    }  # fmt: skip
+    assert len(said) == 1

@@ -41,7 +41,8 @@ SampledValues::SampledValues(const RuleCall& call, const Sample& sample) : keys_
   float g[kRun] = {}, w[kRun] = {};
   uint32_t ignored = 0;
   for (int64_t run = 0; run < sample.runs; ++run) {
-    const int64_t begin = sample.place(run), n = std::min(kRun, call.numel - begin);
+    const int64_t begin = sample.place(static_cast<uint32_t>(run)),
+                  n = std::min(kRun, call.numel - begin);
     if (!overflowed) grads.read(begin, n, g);
     if (decays) params.read(begin, n, w);
     const float* u = call.memory + begin;

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 
 #include "stream.h"
 
@@ -47,9 +48,9 @@ void launch_dynamic(void (*kernel)(Parameters...), const Grid& grid, int threads
   launch_with(nullptr, shared, kernel, grid, threads, stream, arguments...);
 }
 
-// Whether the current device, and the code that runs there, can start kernels early. It is
-// remembered, because to find out costs as much as a launch. The code of all kernels is of one
-// kind.
+// Whether the current device, and the code that runs there, can start kernels early; none is with
+// GMC_NO_EARLY_START=1 in the environment. It is remembered, because to find out costs as much as a
+// launch. The code of all kernels is of one kind.
 enum class Early : uint8_t { kUnknown, kNo, kYes };
 constexpr int kKnownDevices = 64;
 inline std::atomic<Early> early_on_device[kKnownDevices];
@@ -61,7 +62,9 @@ inline bool can_start_early(const void* kernel) {
   if (known == Early::kUnknown) {
     cudaFuncAttributes compiled;
     check(cudaFuncGetAttributes(&compiled, kernel));
-    known = compiled.ptxVersion >= 90 ? Early::kYes : Early::kNo;
+    const char* const off = std::getenv("GMC_NO_EARLY_START");
+    const bool wanted = !off || *off == '\0' || *off == '0';
+    known = wanted && compiled.ptxVersion >= 90 ? Early::kYes : Early::kNo;
     if (device < kKnownDevices) early_on_device[device].store(known);
   }
   return known == Early::kYes;

@@ -14,12 +14,30 @@ struct LookShared {
   float gradient_sums[kLookThreads / 32];
 };
 
-__device__ __forceinline__ float element(const SegmentList& list, const RuleArgs& args,
-                                         uint32_t i) {
-  const TableSegment* const segments = list.begin(args.own);
-  const TableSegment segment = segments[find_segment(segments, list.count, i)];
-  return segment.data ? load_value(segment.data, segment.dtype, i - segment.begin) : 0.0f;
-}
+// An element of one of a bucket's tensors, loaded as it is stored, so that several loads are under
+// way before the first is converted.
+struct StoredElement {
+  uint32_t word;
+  DType dtype;
+
+  StoredElement() = default;
+  __device__ StoredElement(const SegmentList& list, const RuleArgs& args, uint32_t i) {
+    const TableSegment* const segments = list.begin(args.own);
+    const TableSegment segment = segments[find_segment(segments, list.count, i)];
+    const uint32_t place = i - segment.begin;
+    dtype = segment.dtype;
+    word = 0;
+    if (segment.data)
+      word = dtype == DType::kFloat32 ? static_cast<const uint32_t*>(segment.data)[place]
+                                      : static_cast<const uint16_t*>(segment.data)[place];
+  }
+
+  __device__ float value() const {
+    return dtype == DType::kFloat32 ? bits_float(word) : load_value(&word, dtype, 0);
+  }
+};
+
+constexpr int kBatch = 4;  // elements of a thread that are loaded at once
 
 // The sample in bins of 1/32 of an octave. All threads of the block make it, and all call its
 // functions.
@@ -35,18 +53,30 @@ class BinnedSample {
     const float momentum = args.momentum.load();
     float gradient = 0.0f;
     uint32_t ignored = 0;
-#pragma unroll 4
-    for (uint32_t n = threadIdx.x; n < sample.size; n += kLookThreads) {
-      const auto i = begin + static_cast<uint32_t>(sample.place(n / kRun) + n % kRun);
-      const float u = args.memory[i];
-      const float g =
-          overflowed ? 0.0f : scaled_gradient(element(args.grads, args, i), factor, &ignored);
-      const float w = decays ? element(args.params, args, i) : 0.0f;
-      const float v = args.momentum_buffer
-                          ? sampled_value(u, g, w, args.momentum_buffer[i], momentum, args.options)
-                          : sampled_value(u, g, w, args.options);
-      gradient += fabsf(g);
-      atomicAdd(&shared->bins[magnitude_key(finite_or_zero(v)) >> kCoarseShift], 1u);
+    const auto size = static_cast<uint32_t>(sample.size);
+    for (uint32_t first = threadIdx.x; first < size; first += kBatch * kLookThreads) {
+      uint32_t i[kBatch];
+      float u[kBatch];
+      StoredElement stored[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const uint32_t n = min(first + j * kLookThreads, size - 1);
+        i[j] = begin + sample.place(n / kRun) + n % kRun;
+        u[j] = args.memory[i[j]];
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) stored[j] = StoredElement(args.grads, args, i[j]);
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (first + j * kLookThreads >= size) break;
+        const float g = overflowed ? 0.0f : scaled_gradient(stored[j].value(), factor, &ignored);
+        const float w = decays ? StoredElement(args.params, args, i[j]).value() : 0.0f;
+        const float v = args.momentum_buffer ? sampled_value(u[j], g, w, args.momentum_buffer[i[j]],
+                                                             momentum, args.options)
+                                             : sampled_value(u[j], g, w, args.options);
+        gradient += fabsf(g);
+        atomicAdd(&shared->bins[magnitude_key(finite_or_zero(v)) >> kCoarseShift], 1u);
+      }
     }
     // After the barrier in this sum, all of the sample is in its bins.
     block_exclusive_sum<kLookThreads>(gradient, &gradient_, shared->gradient_sums);

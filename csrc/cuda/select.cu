@@ -238,7 +238,6 @@ __global__ void __launch_bounds__(kThreads, 6) emit_kernel(const __grid_constant
   const OwnSelection& args = *reinterpret_cast<const OwnSelection*>(shared.own);
   const Workspace& workspace = args.workspace;
   const PayloadView<uint8_t>& out = args.out;
-  start_next();
   wait_for_previous();
   const uint32_t ties = workspace.control->ties;
   int scale = 0;

@@ -52,6 +52,7 @@ constexpr int64_t kSampleCost = 256;  // but no more than one element in so many
 
 struct Sample {
   int64_t numel, runs, size;
+  uint32_t stretch, rest;  // numel / runs and numel % runs
 
   GMC_HD Sample(int64_t numel, int64_t k) : numel(numel) {
     size = (numel + k - 1) / k * kSampleTop;
@@ -65,15 +66,22 @@ struct Sample {
       size = numel;
       runs = (numel + kRun - 1) / kRun;
     }
+    stretch = static_cast<uint32_t>(numel) / static_cast<uint32_t>(runs);
+    rest = static_cast<uint32_t>(numel) % static_cast<uint32_t>(runs);
   }
 
   // Where a run begins.
-  GMC_HD int64_t place(int64_t run) const {
-    if (size == numel) return run * kRun;
-    const int64_t begin = numel * run / runs;
-    const int64_t room = numel * (run + 1) / runs - begin - kRun;
-    const uint32_t scattered = static_cast<uint32_t>(run) * 2654435761u >> 8;
+  GMC_HD uint32_t place(uint32_t run) const {
+    if (size == numel) return run * static_cast<uint32_t>(kRun);
+    const uint32_t begin = stretch_begin(run);
+    const auto room = static_cast<int32_t>(stretch_begin(run + 1) - begin - kRun);
+    const uint32_t scattered = run * 2654435761u >> 8;
     return begin + (room > 0 ? scattered % static_cast<uint32_t>(room) : 0);
+  }
+
+  // numel * run / runs, rounded down, in 32 bits: runs * runs is 2**22 at most.
+  GMC_HD uint32_t stretch_begin(uint32_t run) const {
+    return stretch * run + rest * run / static_cast<uint32_t>(runs);
   }
 };
 
