@@ -297,23 +297,39 @@ def rows_of(page, header):
     return {row[0]: row[1:] for row in cells}
 
 
+def losses_at_their_best(content):
+    """For each method: the loss with its spread over the seeds, momentum and learning rate."""
+    shown = {}
+    for method, best in content["best"].items():
+        seeds = content["seeds"]["compared"]
+        losses = [run["loss"] for run in content["results"] if run["method"] == method
+                  and run["seed"] in seeds
+                  and best == {"momentum": run["momentum"], "lr": run["lr"]}]  # fmt: skip
+        assert len(losses) == len(seeds)
+        spread = f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+        shown[method] = f"{spread} ({best['momentum']:g}, {best['lr']:.2g})"
+    return shown
+
+
 def test_the_losses_at_equal_bytes_are_those_of_the_files():
-    shown: dict[str, list[str]] = {}
-    for task in ("text", "digits", "digits-non-iid"):
-        content = newest(f"convergence-{task}-amd-epyc")
-        for method, best in content["best"].items():
-            seeds = content["seeds"]["compared"]
-            runs = [run for run in content["results"] if run["method"] == method
-                    and run["seed"] in seeds
-                    and best == {"momentum": run["momentum"], "lr": run["lr"]}]  # fmt: skip
-            assert len(runs) == len(seeds)
-            losses = [run["loss"] for run in runs]
-            spread = f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
-            shown.setdefault(method, []).append(
-                f"{spread} ({best['momentum']:g}, {best['lr']:.2g})"
-            )
+    columns = [losses_at_their_best(newest(f"convergence-{task}-amd-epyc"))
+               for task in ("text", "digits", "digits-non-iid")]  # fmt: skip
     table = rows_of("docs/results.md", "| | entries sent")
-    assert [row[1:] for row in table.values()] == list(shown.values())
+    assert [row[1:] for row in table.values()] == [
+        [column[method] for column in columns] for method in columns[0]
+    ]
+
+
+def test_the_losses_at_equal_bytes_on_a_link_are_those_of_the_files():
+    columns = [losses_at_their_best(newest(f"convergence-{task}-{workers}-workers-amd-epyc"))
+               for task in ("text", "digits", "digits-non-iid")
+               for workers in (4, 16)]  # fmt: skip
+    methods = ["dense", "gmc:float4:reduce_scatter", "dgc:float4:reduce_scatter", "gmc:float4",
+               "dgc:float4"]  # fmt: skip
+    table = rows_of("docs/results.md", "| | text, 4 workers")
+    assert list(table.values()) == [
+        [column.get(method, "") for column in columns] for method in methods
+    ]
 
 
 def test_the_steps_over_a_network_are_those_of_the_file():

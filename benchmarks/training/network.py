@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Training steps over slow links: four gloo workers in network namespaces, each at most at a rate.
+"""Training steps over slow links: gloo workers in network namespaces, each at most at a rate.
 
     sudo make network
     python -m benchmarks.training.network --rates 100 --methods GMC DDP
@@ -46,6 +46,8 @@ def main() -> None:
         "results": [],
     }
     name = "network" if options.model == "large" else f"network-{options.model}"
+    if options.workers != 4:
+        name += f"-{options.workers}-workers"
     path = options.output / f"{report.file_stem(name, content)}.json"
     with namespaces.Star(options.workers) as star:
         for rate in sorted(options.rates, reverse=True):

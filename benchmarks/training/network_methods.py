@@ -161,6 +161,9 @@ METHODS: dict[str, Callable] = {
     "GMC two-sided float4": ours(**FLOAT4 | {"bytes_ratio": 100, "exchange": "reduce_scatter"}),
     "DGC": ours(gmc_cuda.DGC, density=DENSITY),
     "DGC float4": ours(gmc_cuda.DGC, **FLOAT4),
+    "DGC two-sided float4": ours(
+        gmc_cuda.DGC, **FLOAT4 | {"bytes_ratio": 100, "exchange": "reduce_scatter"}
+    ),
     "LocalUpdates": Local,
     "PowerSGD rank 4": functools.partial(Dense, power_sgd, bucket_cap_mb=1000),
     "eager GMC": functools.partial(Eager, False),

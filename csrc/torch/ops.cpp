@@ -51,6 +51,14 @@ struct Cuda {
 };
 #endif
 
+// What CPU tensors are given to. The tests compile this file for an emulated device, whose memory
+// is the CPU's and whose kernels are those of CUDA.
+#ifdef GMC_EMULATED
+using OnCpu = Cuda;
+#else
+using OnCpu = Cpu;
+#endif
+
 // ---------------------------------------------------------------------------------------------
 // Sizes
 // ---------------------------------------------------------------------------------------------
@@ -70,7 +78,7 @@ int64_t aggregate_nbytes(int64_t numel, int64_t k, int64_t ranks) {
 constexpr char kStateNbytes[] = "state_nbytes(int numel, int k, Device device) -> int";
 
 int64_t state_size(int64_t numel, int64_t k, bool cpu) {
-  return cpu ? Cpu::state_nbytes(numel, k) : Cuda::state_nbytes(numel, k);
+  return cpu ? OnCpu::state_nbytes(numel, k) : Cuda::state_nbytes(numel, k);
 }
 
 int64_t state_nbytes(int64_t numel, int64_t k, torch::stable::Device device) {
@@ -529,7 +537,7 @@ STABLE_TORCH_LIBRARY_IMPL(gmc_cuda, CompositeImplicitAutograd, m) {
   m.impl("aggregate_nbytes", TORCH_BOX(&aggregate_nbytes));
   m.impl("state_nbytes", TORCH_BOX(&state_nbytes));
 }
-STABLE_TORCH_LIBRARY_IMPL(gmc_cuda, CPU, m) { register_ops<Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(gmc_cuda, CPU, m) { register_ops<OnCpu>(m); }
 STABLE_TORCH_LIBRARY_IMPL(gmc_cuda, CUDA, m) { register_ops<Cuda>(m); }
 
 }  // namespace gmc

@@ -1,4 +1,5 @@
-"""Compile .cu files with g++ against the shim, into a program that program.py talks to.
+"""Compile .cu files with g++ against the shim, into a program that program.py talks to, or into a
+library of operators that torch loads (whole_library.py).
 
 Three flavours: "plain", "address" (address and undefined-behaviour sanitizers) and "thread" (thread
 sanitizer). Objects and programs are kept in build/, named by a hash of everything they depend on.
@@ -22,6 +23,7 @@ CUDA_SOURCES = Path(os.environ.get("GMC_CUDA_SOURCES", HERE.parent.parent / "csr
 COMMON = [
     "-std=c++17", "-g1", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-omit-frame-pointer",
     "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function",
+    "-fPIC", "-fvisibility=hidden",  # the same objects serve programs and libraries
 ]  # fmt: skip
 INSTRUMENT = {
     "plain": [],
@@ -122,6 +124,34 @@ def _compile(source, flags, headers):
     return target
 
 
+def _objects(sources, flavour, executor, defines, include, flags=()):
+    """Compiles sources and the named parts of the executor; returns the object files."""
+    BUILD.mkdir(exist_ok=True)
+    own = [HERE / "shim", HERE / "executor"]
+    executor_flags = [*COMMON, "-O2", "-fcf-protection=none", f"-DEXECUTOR_{flavour.upper()}"]
+    kernel_flags = [*COMMON, "-O1", "-fdata-sections", *INSTRUMENT[flavour]]
+    kernel_flags += [f"-I{folder}" for folder in (*own, *include)]
+    kernel_flags += flags
+    own_headers = list(_headers(own))
+    jobs = [(path, executor_flags, own_headers) for path in executor]
+    headers = [*own_headers, *_headers(include)]
+    for source in sources:
+        path, extra = source if isinstance(source, tuple) else (source, ())
+        macros = [f"-D{define}" for define in (*defines, *extra)]
+        jobs.append((Path(path), [*kernel_flags, *macros], headers))
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return list(pool.map(lambda job: _compile(*job), jobs))
+
+
+def _link(name, objects, flags):
+    script = HERE / "executor" / "shared.ld"
+    link = [*flags, f"-Wl,-T,{script}"]
+    target = BUILD / f"{name}-{_digest(link, [*objects, script])}"
+    if not target.exists():
+        _make(target, [compiler()[0], *objects, *link])
+    return target
+
+
 def build(sources, flavour, defines=(), include=()):
     """Compile and link sources (.cu and .cpp); return the program's path.
 
@@ -134,25 +164,21 @@ def build(sources, flavour, defines=(), include=()):
     """
     if flavour not in FLAVOURS:
         raise ValueError(f"flavour is {flavour!r}, but must be one of {', '.join(FLAVOURS)}")
-    BUILD.mkdir(exist_ok=True)
-    own = [HERE / "shim", HERE / "executor"]
-    executor_flags = [*COMMON, "-O2", "-fcf-protection=none", f"-DEXECUTOR_{flavour.upper()}"]
-    kernel_flags = [*COMMON, "-O1", "-fdata-sections", *INSTRUMENT[flavour]]
-    kernel_flags += [f"-I{folder}" for folder in (*own, *include)]
-    own_headers = list(_headers(own))
-    jobs = [
-        (path, executor_flags, own_headers) for path in sorted((HERE / "executor").glob("*.cpp"))
-    ]
-    headers = [*own_headers, *_headers(include)]
-    for source in sources:
-        path, extra = source if isinstance(source, tuple) else (source, ())
-        macros = [f"-D{define}" for define in (*defines, *extra)]
-        jobs.append((Path(path), [*kernel_flags, *macros], headers))
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        objects = list(pool.map(lambda job: _compile(*job), jobs))
-    script = HERE / "executor" / "shared.ld"
-    link = [*LINK[flavour], f"-Wl,-T,{script}"]
-    program = BUILD / f"program-{_digest(link, [*objects, script])}"
-    if not program.exists():
-        _make(program, [compiler()[0], *objects, *link])
-    return program
+    executor = sorted((HERE / "executor").glob("*.cpp"))
+    objects = _objects(sources, flavour, executor, defines, include)
+    return _link("program", objects, LINK[flavour])
+
+
+def build_library(sources, torch_sources, torch_flags, libraries, defines=(), include=()):
+    """Compile and link a library of operators for torch; return its path.
+
+    sources: .cu files, compiled as by build().
+    torch_sources: .cpp files that see tensors, compiled with torch_flags as well.
+    libraries: the linker's options for torch's libraries.
+    defines, include: as for build().
+    Raises CompileError.
+    """
+    executor = sorted(path for path in (HERE / "executor").glob("*.cpp") if path.stem != "case")
+    objects = _objects(sources, "plain", executor, defines, include)
+    objects += _objects(torch_sources, "plain", [], defines, include, torch_flags)
+    return _link("library", objects, ["-shared", "-Wl,-Bsymbolic", *libraries])

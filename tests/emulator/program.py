@@ -144,10 +144,16 @@ class Program:
             text += "emulator: watchdog: one block has run for too long"
         elif code != FAULT:
             text += f"\n(the program ended with code {code})"
-        return re.sub(r"kernel <(0x[0-9a-f]+)>", lambda m: f"kernel {self._name(m[1])}", text)
+        return with_kernel_names(text, self.path)
 
-    def _name(self, offset):
-        return _symbols(self.path).get(int(offset, 16), f"at {offset}")
+
+def with_kernel_names(text, path):
+    """A report of a program, or library, with the names of kernels where it has their offsets."""
+
+    def name(match):
+        return "kernel " + _symbols(path).get(int(match[1], 16), f"at {match[1]}")
+
+    return re.sub(r"kernel <(0x[0-9a-f]+)>", name, text)
 
 
 def _string(text):
@@ -160,5 +166,5 @@ def _symbols(path):
     """Functions of a program by their offset from its start."""
     listing = subprocess.run(["nm", "-C", path], capture_output=True, text=True).stdout
     rows = [line.split(" ", 2) for line in listing.splitlines() if re.match("[0-9a-f]", line)]
-    start = next(int(row[0], 16) for row in rows if row[2] == "__executable_start")
+    start = next(int(row[0], 16) for row in rows if row[2] == "__ehdr_start")
     return {int(row[0], 16) - start: row[2] for row in rows if row[1] in "tTwW"}

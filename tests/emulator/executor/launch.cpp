@@ -44,6 +44,7 @@ double processor_seconds() { return double(clock()) / CLOCKS_PER_SEC; }
 // A loop without atomics is ended by a signal. The thread sanitizer holds signal handlers back, so
 // there the signal's default action ends the process, and program.py says what it means.
 void start_watchdog() {
+  if (settings.watchdog_seconds == 0) return;
 #if !defined(EXECUTOR_THREAD)
   static const auto handler = signal(SIGVTALRM, [](int) { block_spins(); });
   (void)handler;
@@ -57,6 +58,7 @@ void start_watchdog() {
 }
 
 void stop_watchdog() {
+  if (settings.watchdog_seconds == 0) return;
   itimerval timer{};
   setitimer(ITIMER_VIRTUAL, &timer, nullptr);
 }
@@ -111,7 +113,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
 }
 
 void before_atomic(void* address) {
-  if (++atomics_since_check % 4096 == 0 && processor_seconds() > block_deadline) block_spins();
+  if (++atomics_since_check % 4096 == 0 && settings.watchdog_seconds != 0 &&
+      processor_seconds() > block_deadline)
+    block_spins();
   if (settings.seed != 0 && dice_of_case.below(4) == 0) yield();
   happens_before::before_atomic(address);
 }

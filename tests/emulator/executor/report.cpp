@@ -10,7 +10,8 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-extern "C" char __executable_start;  // from the linker
+// From the linker: where the program, or the library, begins.
+extern "C" __attribute__((visibility("hidden"))) char __ehdr_start;
 
 namespace emulator {
 namespace {
@@ -35,7 +36,7 @@ struct Text {
   void add_place() {
     if (current_kernel == nullptr) return;
     const char* kernel = static_cast<const char*>(current_kernel);
-    add("\n  kernel <0x%zx>, block (%u, %u, %u)", size_t(kernel - &__executable_start), blockIdx.x,
+    add("\n  kernel <0x%zx>, block (%u, %u, %u)", size_t(kernel - &__ehdr_start), blockIdx.x,
         blockIdx.y, blockIdx.z);
     if (current_thread != nullptr)
       add(", thread (%u, %u, %u)", threadIdx.x, threadIdx.y, threadIdx.z);
