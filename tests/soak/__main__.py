@@ -68,7 +68,9 @@ def run(plan: Plan, life: Life, folder: Path, number: int) -> Report:
     meeting.mkdir()
     seconds = TIME_OUT if life.event == TOO_LONG else 60
     with Workers(life.size, meeting, live, plan, life, folder, seconds=seconds) as workers:
-        heard = {rank: hear(workers, rank) for rank in workers.ranks}
+        # The victim first, because it dies once its last words are heard.
+        ranks = sorted(workers.ranks, key=lambda rank: rank != life.victim)
+        heard = {rank: hear(workers, rank) for rank in ranks}
     for rank, report in heard.items():
         expected = life.ends(rank)
         ended = "killed" if report is None else getattr(report, "ended", report)

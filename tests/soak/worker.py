@@ -62,9 +62,6 @@ class Report:
 
 def live(say: Any, plan: Plan, life: Life, folder: Path) -> Report:
     """The whole work of one of support.workers.Workers."""
-    import faulthandler
-
-    faulthandler.dump_traceback_later(15) if life.event == BEFORE_ANSWER else None
     return _Worker(say, plan, life, folder).run()
 
 
