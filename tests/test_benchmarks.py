@@ -22,7 +22,9 @@ from benchmarks.ops import (
     data,
     goals,
     options,
+    problem,
     sanitizers,
+    step,
     timing,
 )
 from benchmarks.ops.cases import Case
@@ -237,6 +239,46 @@ def test_limit_leaves_out_what_it_must(tmp_path):
                         "--data", "gaussian")  # fmt: skip
     assert "left out: 8 of 9 cases: --limit 1e-06 s was reached" in printed
     assert len(read_result(tmp_path, "step")["results"]) == 1
+
+
+def test_a_case_that_fails_costs_no_other(tmp_path, monkeypatch):
+    real, failing = problem.Problem, []
+
+    def make(case, *arguments):
+        if case.density == 0.003:
+            failing.append(case)
+            raise torch.OutOfMemoryError("out of memory")
+        return real(case, *arguments)
+
+    monkeypatch.setattr(step, "Problem", make)
+    cases = ["--density", "0.01", "0.003", "0.001", "--grad-dtype", "fp32", "--wire", "bf16",
+             "--ranks", "8", "--method", "gmc", "--data", "gaussian"]  # fmt: skip
+    options = ["--device", "cpu", "--seconds", "0.05", "--output", str(tmp_path)]
+    done = run("ops.step", *options, "--numel", "1000", *cases)
+    assert done.returncode == 1
+    assert len(failing) == 1
+    content = read_result(tmp_path, "step")
+    assert [record["density"] for record in content["results"]] == [0.01, 0.001]
+    assert content["left_out"][str(failing[0])] == "OutOfMemoryError: out of memory"
+
+
+def test_torch_is_all_they_need(tmp_path):
+    """On a machine without the demo's packages there is no picture, and the tables are plain."""
+    others = ["matplotlib", "numpy", "rich", "sklearn", "tqdm"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({others}))\n"
+        "from benchmarks.ops import host, kernels, step\n"
+        "sys.exit(kernels.main())"
+    )
+    options = ["--device", "cpu", "--seconds", "0.05", "--output", str(tmp_path), "--no-peers"]
+    options += ["--limit", "0.000001", "--numel", "1000"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "left out: the picture: matplotlib is not installed" in done.stdout
+    assert "numbers to reach" in done.stdout
+    assert len(read_result(tmp_path, "kernels")["results"]) == 3
 
 
 @pytest.mark.parametrize(

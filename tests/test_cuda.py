@@ -497,7 +497,7 @@ def test_early_starts_change_nothing():
     said = {
         subprocess.run(
             [sys.executable, "-c", EARLY_STARTS], check=True, capture_output=True, text=True,
-            env={**os.environ, "GMC_NO_EARLY_START": off}, timeout=300,
+            env={**os.environ, "GMC_NO_EARLY_START": off}, timeout=60,
         ).stdout
         for off in ("0", "1")
     }  # fmt: skip

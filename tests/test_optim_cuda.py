@@ -165,7 +165,7 @@ def test_two_ranks_over_nccl():
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(120)
+        worker.join(60)
         worker.kill()
     assert failures.empty(), failures.get()
     assert all(worker.exitcode == 0 for worker in workers)

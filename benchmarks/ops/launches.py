@@ -18,6 +18,8 @@ def count(stages: list[Stage], device: torch.device) -> dict[str, dict[str, int]
             stage.call(0)
             torch.cuda.synchronize(device)
         names = [e.name for e in recording.events() if e.device_type == DeviceType.CUDA]
+        if not names:
+            raise RuntimeError(f"it saw nothing of {stage.name}")
         fills = sum(name.startswith(("Memset", "Memcpy")) for name in names)
         if stage.timed:
             counts[stage.name] = {"kernels": len(names) - fills, "fills_and_copies": fills}

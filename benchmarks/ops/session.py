@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class Session:
             flush=True,
         )
         records: list[dict] = []
+        failed = 0
         for case in chosen:
             if records and self.options.limit and time.monotonic() - started > self.options.limit:
                 cases_left = len(chosen) - chosen.index(case)
@@ -70,7 +72,14 @@ class Session:
                     f"needs about {need / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
                 )
                 continue
-            made = measure(self, case)
+            try:
+                made = measure(self, case)
+            except Exception as error:  # such as too little memory: the other cases count as much
+                failed += 1
+                traceback.print_exc()
+                words = str(error).strip().splitlines() or [""]
+                self.left_out[str(case)] = f"{type(error).__name__}: {words[0]}"
+                continue
             for record in made:
                 print(report.case_line(record), flush=True)
             records += made
@@ -93,7 +102,7 @@ class Session:
                 "Repeat it when it is quiet; if it never is,\nOMP_WAIT_POLICY=PASSIVE makes the "
                 "waiting cheaper."
             )
-        return 0
+        return 1 if failed else 0
 
     def with_peers(self, case: Case) -> bool:
         return case.peers and not self.options.no_peers
@@ -154,7 +163,11 @@ class Session:
         return {"repairs": repairs, "repair_rate": repairs / rounds}
 
     def launches(self, problem: Problem) -> dict[str, dict[str, int]]:
-        return count(problem.stages(), self.device) or {}
+        try:
+            return count(problem.stages(), self.device) or {}
+        except Exception as error:  # where counters are refused, times are had all the same
+            self.left_out["launches"] = f"the profiler: {type(error).__name__}: {error}"
+            return {}
 
     def _pick_device(self) -> torch.device:
         wanted = self.options.device
