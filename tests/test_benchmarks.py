@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -22,13 +23,13 @@ from benchmarks.ops import (
     data,
     goals,
     options,
-    problem,
     sanitizers,
     step,
     timing,
 )
 from benchmarks.ops.cases import Case
 from benchmarks.ops.problem import Problem
+from benchmarks.ops.two_sided import TwoSided, make_problem
 from benchmarks.training import ladder, overlap_trace
 from gmc_cuda import ops
 
@@ -92,7 +93,11 @@ def test_kernels(tmp_path):
     content = read_result(tmp_path, "kernels")
     check_common(content, "kernels")
     assert len(list(tmp_path.glob("kernels-*.png"))) == 1
-    assert [r["op"] for r in content["results"]] == 2 * ["compress", "merge", "apply"]
+    assert [r["op"] for r in content["results"]] == [
+        *["compress", "merge", "apply"],
+        *["compress", "own", "merge", "apply"],  # two-sided
+        *["compress", "merge", "apply"],
+    ]
     compress, merge, apply = content["results"][:3]
     assert (compress["numel"], compress["k"], compress["ranks"]) == (20_000, 200, 8)
     assert compress["bytes"] == 12 * 20_000
@@ -120,10 +125,12 @@ def test_step(tmp_path, method):
     benchmark("ops.step", tmp_path, "--numel", "30001", "--tensors", "3", *factors)
     content = read_result(tmp_path, "step")
     check_common(content, "step")
-    fp32, bf16 = content["results"]
+    fp32, bf16, two_sided = content["results"]
     assert (fp32["op"], fp32["grad_dtype"], bf16["grad_dtype"]) == ("step", "fp32", "bf16")
     expected = ["compress", "merge", "apply"] + (["mask"] if method == "dgc" else [])
     assert list(fp32["stages"]) == expected
+    assert list(two_sided["stages"]) == ["compress", "own", *expected[1:]]
+    assert two_sided["exchange"] == "reduce_scatter"
     assert fp32["reference"]["name"] == "fused SGD"
     assert (fp32["reference"]["bytes"], bf16["reference"]["bytes"]) == (600_020, 300_010)
 
@@ -237,12 +244,12 @@ def test_ladder_that_only_diverges():
 def test_limit_leaves_out_what_it_must(tmp_path):
     printed = benchmark("ops.step", tmp_path, "--numel", "1000", "--limit", "0.000001",
                         "--data", "gaussian")  # fmt: skip
-    assert "left out: 8 of 9 cases: --limit 1e-06 s was reached" in printed
+    assert "left out: 9 of 10 cases: --limit 1e-06 s was reached" in printed
     assert len(read_result(tmp_path, "step")["results"]) == 1
 
 
 def test_a_case_that_fails_costs_no_other(tmp_path, monkeypatch):
-    real, failing = problem.Problem, []
+    real, failing = make_problem, []
 
     def make(case, *arguments):
         if case.density == 0.003:
@@ -250,9 +257,10 @@ def test_a_case_that_fails_costs_no_other(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
         return real(case, *arguments)
 
-    monkeypatch.setattr(step, "Problem", make)
+    monkeypatch.setattr(step, "make_problem", make)
     cases = ["--density", "0.01", "0.003", "0.001", "--grad-dtype", "fp32", "--wire", "bf16",
-             "--ranks", "8", "--method", "gmc", "--data", "gaussian"]  # fmt: skip
+             "--ranks", "8", "--method", "gmc", "--exchange", "all_gather",
+             "--data", "gaussian"]  # fmt: skip
     options = ["--device", "cpu", "--seconds", "0.05", "--output", str(tmp_path)]
     done = run("ops.step", *options, "--numel", "1000", *cases)
     assert done.returncode == 1
@@ -273,7 +281,8 @@ def test_torch_is_all_they_need(tmp_path):
     options = ["--device", "cpu", "--seconds", "0.05", "--output", str(tmp_path), "--no-peers"]
     options += ["--limit", "0.000001", "--numel", "1000"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", code, *options],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "left out: the picture: matplotlib is not installed" in done.stdout
@@ -326,14 +335,14 @@ def test_without_a_gpu_the_gpu_is_refused(tmp_path):
 def test_one_factor_at_a_time():
     chosen = options.parse("x", "x", ["--numel", "100", "1e3", "1e4"])
     assert [case.numel for case in cases.choose(chosen, chosen.numel)][:3] == [100, 1000, 10000]
-    # 2 densities, 1 dtype, 2 wire types, 2 ranks, 1 method and 4 data besides the centre
-    assert len(cases.choose(chosen, chosen.numel)) == 3 * 13
+    # 2 densities, 1 dtype, 2 wire types, 2 ranks, a method, an exchange and 4 data besides it
+    assert len(cases.choose(chosen, chosen.numel)) == 3 * 14
     chosen.quick = True
     quick = cases.choose(chosen, chosen.numel)
-    assert len(quick) == 3 + 12
+    assert len(quick) == 3 + 13
     assert {case.numel for case in quick[3:]} == {1000}
     chosen.cross = True
-    assert len(cases.choose(chosen, chosen.numel)) == 3 * 3 * 2 * 3 * 3 * 2 * 5
+    assert len(cases.choose(chosen, chosen.numel)) == 3 * 3 * 2 * 3 * 3 * 2 * 2 * 5
 
 
 @pytest.mark.parametrize("kind", options.DATA)
@@ -349,6 +358,35 @@ def test_problem_keeps_what_is_not_sent(kind, method):
     if method == "gmc":
         expected += 0.9 * problem.dense_aggregate()
     torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize("method", options.METHODS)
+def test_two_sided_problem_keeps_what_is_not_sent(method):
+    """Of a worker and, within its range, of the owner."""
+    case = replace(TINY, numel=3001, method=method, exchange="reduce_scatter")
+    problem = make_problem(case, CPU)
+    assert isinstance(problem, TwoSided)
+    for turn in range(3):
+        before, owned = problem.memory.clone(), problem.owned.clone()
+        previous = torch.zeros_like(owned)  # the workers have DGC's momentum
+        if method == "gmc":
+            previous = 0.9 * ops.densify(problem.own_aggregate, problem.width)
+        for stage in problem.stages():
+            stage.call(turn)
+            if stage.name == "compress":
+                sent = problem.memory.clone()
+    if method == "gmc":
+        assert int((before + problem.gradient - sent).count_nonzero()) <= sum(problem.ks)
+    received = sum(
+        torch.zeros(problem.width).index_put((i,), v)
+        for i, v, _ in (ops.unpack(row, problem.width, problem.k) for row in problem.received)
+    )
+    answer = problem.dense_aggregate()[: problem.width]
+    came_in = owned + previous + received / case.ranks
+    torch.testing.assert_close(problem.owned + answer, came_in, rtol=1e-5, atol=1e-5)
+    assert int(problem.touched().sum()) == sum(problem.ks)
+    assert problem.touched()[problem.dense_aggregate() != 0].all()
+    assert budget.merge(problem) < budget.merge(Problem(replace(case, exchange="all_gather"), CPU))
 
 
 def test_supports_are_independent_with_a_small_pool(monkeypatch):

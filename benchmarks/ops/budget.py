@@ -4,6 +4,7 @@ import torch
 
 from benchmarks.ops.cases import Case
 from benchmarks.ops.problem import Problem
+from benchmarks.ops.two_sided import TwoSided
 
 ENTRY = 6  # an aggregate's entry: a 16-bit index and a float32
 GPU_SECTOR, CPU_LINE = 32, 64
@@ -31,6 +32,19 @@ def apply(problem: Problem) -> int:
     whole = touched.numel() // width * width
     sectors = int(touched[:whole].view(-1, width).any(1).sum()) + int(touched[whole:].any())
     return ENTRY * int(touched.sum()) + 2 * sector * sectors
+
+
+def own(problem: TwoSided) -> int:
+    """What arrives at an owner, and its owner memory read and written."""
+    return problem.received.numel() + 8 * problem.width
+
+
+def by_op(problem: Problem) -> dict[str, int]:
+    """The bytes of each op of a round, in its order."""
+    sizes = {"compress": compress(problem.case)}
+    if isinstance(problem, TwoSided):
+        sizes["own"] = own(problem)
+    return {**sizes, "merge": merge(problem), "apply": apply(problem)}
 
 
 def sgd(case: Case) -> int:

@@ -28,6 +28,7 @@ class Case:
     ranks: int
     method: str
     data: str
+    exchange: str = "all_gather"
     tensors: int = 1
     peers: bool = True  # measured beside it
 
@@ -65,8 +66,9 @@ def choose(options: argparse.Namespace, numels: list[int]) -> list[Case]:
         ]
     first = {name: values[0] for name, values in factors.items()}
     centres = [Case(numel, **first, tensors=options.tensors) for numel in numels]
-    # A peer's time does not depend on the ranks or on our wire type, and hardly on the data.
-    without_peers = set(factors) if options.quick else {"wire", "ranks", "data"}
+    # A peer's time does not depend on the ranks or on our wire type, and hardly on the data. None
+    # sends two-sided.
+    without_peers = set(factors) if options.quick else {"wire", "ranks", "exchange", "data"}
     middle = numels[(len(numels) - 1) // 2]
     return centres + [
         replace(centre, **{name: value}, peers=name not in without_peers)

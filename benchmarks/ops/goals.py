@@ -12,13 +12,15 @@ CENTRE = {
     "wire": "bf16",
     "ranks": 8,
     "method": "gmc",
+    "exchange": "all_gather",
     "data": "gaussian",
 }
 CUDA_FLOOR = {25_600_000: 1.4, 124_000_000: 1.18, 10**9: 1.10}  # times a copy of the same bytes
 TORCH_PEERS, TORCH_TIMES = ("eager topk", "compiled topk", "sampled threshold (DGC)"), 8
 CUB, CUB_TIMES = "cub::DeviceTopK", 2.5
 CPU_NUMEL, CPU_COMPRESS, CPU_STEP = 25_000_000, 1.5, 1.6
-CUDA_STEP, CUDA_STEP_NUMEL = 1.0, 124_000_000
+CUDA_STEP = {"all_gather": 0.95, "reduce_scatter": 0.8}
+CUDA_STEP_NUMEL = 124_000_000
 WIRE_NUMEL = 10**8
 WIRE = {"bf16": {0.01: 3.2, 0.001: 3.75}, "fp8": {0.01: 2.2, 0.001: 2.75},
         "fp4": {0.01: 1.7, 0.001: 2.25}}  # fmt: skip
@@ -61,18 +63,25 @@ def for_kernels(records: list[dict], device: str) -> list[Row]:
 
 
 def for_step(records: list[dict], device: str) -> list[Row]:
-    found = {r["numel"]: r for r in records if r["op"] == "step" and _is_centre(r)}
     rows = []
-    sizes = [n for n in found if n >= CUDA_STEP_NUMEL] if device == "cuda" else []
-    for numel in sizes or [CUDA_STEP_NUMEL]:
-        row = f"whole local step, GPU, {_size(numel)}: time over fused SGD"
-        measured = found[numel]["reference"]["ratio"]["median"] if sizes else None
-        rows.append(_at_most(row, CUDA_STEP, measured, _why(device, "cuda")))
+    for exchange, limit in CUDA_STEP.items():
+        found = _centre_steps(records, exchange)
+        sizes = [n for n in found if n >= CUDA_STEP_NUMEL] if device == "cuda" else []
+        for numel in sizes or [CUDA_STEP_NUMEL]:
+            row = f"whole local step, GPU, {exchange}, {_size(numel)}: time over fused SGD"
+            measured = found[numel]["reference"]["ratio"]["median"] if sizes else None
+            rows.append(_at_most(row, limit, measured, _why(device, "cuda")))
+    found = _centre_steps(records, "all_gather")
     row = f"whole local step, CPU, {_size(CPU_NUMEL)}: time over fused SGD"
     here = found.get(CPU_NUMEL) if device == "cpu" else None
     measured = here["reference"]["ratio"]["median"] if here else None
     rows.append(_at_most(row, CPU_STEP, measured, _why(device, "cpu")))
     return rows
+
+
+def _centre_steps(records: list[dict], exchange: str) -> dict[int, dict]:
+    steps = [r for r in records if r["op"] == "step" and r["exchange"] == exchange]
+    return {r["numel"]: r for r in steps if _is_centre({**r, "exchange": CENTRE["exchange"]})}
 
 
 def _is_centre(record: dict) -> bool:

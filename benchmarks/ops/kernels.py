@@ -11,12 +11,12 @@ import sys
 
 from benchmarks.ops import budget, goals, peers, session
 from benchmarks.ops.cases import Case
-from benchmarks.ops.problem import Problem
 from benchmarks.ops.timing import run_rounds
+from benchmarks.ops.two_sided import make_problem
 
 
 def measure(run: session.Session, case: Case) -> list[dict]:
-    problem = Problem(case, run.device)
+    problem = make_problem(case, run.device)
     ours, reference = run.ours(problem), peers.add_gradient(problem)
     copy, copied = peers.copy(run.device)
     for_compress, for_merge = session.peers_of(run, problem) if run.with_peers(case) else ([], [])
@@ -26,23 +26,18 @@ def measure(run: session.Session, case: Case) -> list[dict]:
     speed = session.bandwidth(copy, copied)
     repairs = run.repairs(problem, len(ours.total()))
     launches = run.launches(problem)
-    sizes = {
-        "compress": budget.compress(case),
-        "merge": budget.merge(problem),
-        "apply": budget.apply(problem),
-    }
-    records = []
-    for op, nbytes in sizes.items():
+    records = {}
+    for op, nbytes in budget.by_op(problem).items():
         times = ours.total(op)
         record = run.record(op, case, times, nbytes, speed)
         record["launches"] = launches.get(op)
-        records.append(record)
-    compress, merge, _ = records
+        records[op] = record
+    compress, merge = records["compress"], records["merge"]
     compress |= repairs
     compress["reference"] = run.refer(reference, ours.total("compress"))
     compress["peers"] = [run.compare(one, ours.total("compress")) for one in for_compress]
     merge["peers"] = [run.compare(one, ours.total("merge")) for one in for_merge]
-    return records
+    return list(records.values())
 
 
 def main() -> int:

@@ -10,7 +10,8 @@ DTYPES = ["fp32", "bf16"]
 WIRES = ["bf16", "fp8", "fp4", "fp16", "fp32"]
 RANKS = [8, 1, 32]
 METHODS = ["gmc", "dgc"]
-FACTORS = ("density", "grad_dtype", "wire", "ranks", "method", "data")
+EXCHANGES = ["all_gather", "reduce_scatter"]
+FACTORS = ("density", "grad_dtype", "wire", "ranks", "method", "exchange", "data")
 DATA = ["gaussian", "laplace", "ties", "zero", "drift"]
 
 _numel = number(lambda t: int(float(t)), lambda v: 0 < v < 2**31, "a number from 1 to 2**31 - 1")
@@ -32,6 +33,7 @@ def parse(program: str, description: str, arguments: list[str]) -> argparse.Name
     add("--wire", choices=WIRES, nargs="+", default=WIRES[:3], help="type of the values sent")
     add("--ranks", type=positive_int, nargs="+", default=RANKS, metavar="P")
     add("--method", choices=METHODS, nargs="+", default=METHODS)
+    add("--exchange", choices=EXCHANGES, nargs="+", default=EXCHANGES)
     add("--data", choices=DATA, nargs="+", default=DATA)
     add("--tensors", type=positive_int, default=1, help="tensors in the bucket (default 1)")
     add("--no-peers", action="store_true", help="leave out everything that is not ours")

@@ -21,14 +21,19 @@ class Problem:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.gradients = Gradients(case.numel, case.dtype, case.data, device, self.generator)
         self.size = -(-case.numel // case.tensors)
-        self.payloads = self._payload_sets()
+        self.begin()
         self.params = torch.zeros(case.numel, dtype=case.dtype, device=device)
         self.memory = torch.zeros(case.numel, device=device)
         self.local = torch.zeros_like(self.memory) if case.method == "dgc" else None
-        self.state = ops.select_state(case.numel, case.k, device)
-        self.payload = self.payloads[0][0].clone()
         self.spare: torch.Tensor | None = None
         self.repairs_before = 0  # made before the timed rounds
+
+    def begin(self) -> None:
+        """Makes what depends on the exchange."""
+        case, device = self.case, self.device
+        self.payloads = self._payload_sets()
+        self.state = ops.select_state(case.numel, case.k, device)
+        self.payload = self.payloads[0][0].clone()
         self.merged = self.payloads[0]
         self.aggregate = ops.merge(self.merged, case.numel, case.k, case.wire_dtype)
 
@@ -99,6 +104,9 @@ class Problem:
 
     def dense_aggregate(self) -> torch.Tensor:
         return ops.densify(self.aggregate, self.case.numel)
+
+    def repairs(self) -> int:
+        return ops.repairs(self.state)
 
     def touched(self) -> torch.Tensor:
         """Where the latest aggregate has an entry, be it zero: bool [numel]."""

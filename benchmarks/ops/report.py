@@ -12,7 +12,7 @@ def case_line(record: dict) -> str:
     parts = [
         f"{record['op']:<8} {record['numel']:>13,}  {100 * record['density']:g} %  "
         f"{record['grad_dtype']}  wire {record['wire']}  p={record['ranks']:<2} "
-        f"{record['method']} {record['data']:<8}",
+        f"{record['method']} {record['exchange']:<14} {record['data']:<8}",
         f"{duration(time['median_seconds'])} "
         f"({duration(time['p25_seconds'])} to {duration(time['p75_seconds'])})",
         f"{record['gb_per_s']:.4g} GB/s, {record['fraction_of_copy']:.2f} of a copy's",

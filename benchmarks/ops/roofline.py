@@ -8,7 +8,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
-COLOURS = {"compress": "#D55E00", "merge": "#0072B2", "apply": "#009E73", "step": "#D55E00"}
+COLOURS = {"compress": "#D55E00", "own": "#F0E442", "merge": "#0072B2", "apply": "#009E73",
+           "step": "#D55E00"}  # fmt: skip
 PEER_COLOURS = ["#000000", "#CC79A7", "#56B4E9", "#E69F00"]
 MARKERS = ["x", "+", "1", "2"]
 

@@ -105,11 +105,11 @@ class Session:
         return 1 if failed else 0
 
     def with_peers(self, case: Case) -> bool:
-        return case.peers and not self.options.no_peers
+        return case.peers and not self.options.no_peers and case.exchange == "all_gather"
 
     def ours(self, problem: Problem) -> Participant:
         def settled() -> None:
-            problem.repairs_before = ops.repairs(problem.state)
+            problem.repairs_before = problem.repairs()
 
         warm_up = WARM_UP[self.device.type]
         return Participant(
@@ -159,7 +159,7 @@ class Session:
 
     def repairs(self, problem: Problem, rounds: int) -> dict:
         """Over the timed rounds."""
-        repairs = ops.repairs(problem.state) - problem.repairs_before
+        repairs = problem.repairs() - problem.repairs_before
         return {"repairs": repairs, "repair_rate": repairs / rounds}
 
     def launches(self, problem: Problem) -> dict[str, dict[str, int]]:

@@ -10,18 +10,18 @@ import sys
 
 from benchmarks.ops import budget, goals, peers, session
 from benchmarks.ops.cases import Case
-from benchmarks.ops.problem import Problem
 from benchmarks.ops.timing import run_rounds, summary
+from benchmarks.ops.two_sided import make_problem
 
 
 def measure(run: session.Session, case: Case) -> list[dict]:
-    problem = Problem(case, run.device)
+    problem = make_problem(case, run.device)
     ours, reference = run.ours(problem), peers.fused_sgd(problem)
     copy, copied = peers.copy(run.device)
     run_rounds([ours, reference, copy], run.device, run.options.seconds)
 
     times = ours.total()
-    nbytes = budget.compress(case) + budget.merge(problem) + budget.apply(problem)
+    nbytes = sum(budget.by_op(problem).values())
     record = run.record("step", case, times, nbytes, session.bandwidth(copy, copied))
     record |= run.repairs(problem, len(times))
     record["stages"] = {
