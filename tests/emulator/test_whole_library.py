@@ -39,8 +39,9 @@ def test_optimizers(there):
         ("test_equations.py", ""),
         ("test_two_sided.py", NOT_DAMAGE),
         ("test_ops.py", "compress_equals or oracle or merge"),
+        ("test_checkpoint.py", ""),
         ("test_demo.py", "text_with_every_method"),
     ],
 )
 def test_more(there, files, chosen):
-    passes(there, f"tests/{files}", "-k", chosen, "-m", "not slow", "-n", "2")
+    passes(there, f"tests/{files}", "-k", chosen, "-m", "not slow")

@@ -43,7 +43,7 @@ def library():
         ["-std=c++20", f"-DTORCH_TARGET_VERSION={target:#x}", "-DGMC_WITH_CUDA", "-DGMC_EMULATED",
          "-isystem", str(folder / "include")],
         [f"-L{folder / 'lib'}", "-Wl,--no-as-needed", "-lstdc++", "-ltorch", "-ltorch_cpu"],
-        defines=[f"{name}={value}" for name, value in SMALL.items()],
+        defines=[f"{name}={value}" for name, value in SMALL.items() if name != "GMC_LARGEST_COUNT"],
         include=[CUDA_SOURCES],
     )  # fmt: skip
 
