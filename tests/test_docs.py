@@ -271,7 +271,7 @@ def newest(benchmark):
 
 
 def test_the_figures_of_the_readme_are_those_of_the_files():
-    steps, losses = newest("network-*"), newest("time-to-loss-*")
+    steps, losses = newest("network-amd-epyc"), newest("time-to-loss-*")
     ms = {(r["method"], r["rate_mbit"]): round(1e3 * r["step"]["median"]) for r in steps["results"]}
     to_loss = {(r["method"], r["rate_mbit"]): r["seconds"] for r in losses["seconds"]}
     last = {r["method"]: r["losses"][-1] for r in losses["training"]}
@@ -334,11 +334,22 @@ def test_the_losses_at_equal_bytes_on_a_link_are_those_of_the_files():
 
 def test_the_steps_over_a_network_are_those_of_the_file():
     shown: dict[str, list[str]] = {}
-    for run in newest("network-*")["results"]:  # from the highest rate to the lowest
+    for run in newest("network-amd-epyc")["results"]:  # from the highest rate to the lowest
         estimated = "*" if run["estimated"] else ""
         ms, ratio = 1e3 * run["step"]["median"], run["times_compute_alone"]["median"]
         shown.setdefault(run["method"], []).append(f"{ms:.0f}{estimated} ({ratio:.3g})")
     assert rows_of("docs/results.md", "| | 10 Gbit/s |") == shown
+
+
+def test_the_steps_of_eight_workers_are_those_of_the_file():
+    shown = {
+        run["method"]: [
+            f"{1e3 * run['step']['median']:.0f} ({run['times_compute_alone']['median']:.3g})",
+            f"{run['link_bytes'] / 1e6:.3g} MB",
+        ]
+        for run in newest("network-8-workers-*")["results"]
+    }
+    assert rows_of("docs/results.md", "| | ms a step |") == shown
 
 
 def test_the_times_to_a_loss_are_those_of_the_file():

@@ -85,7 +85,9 @@ def counted(results: list[dict]) -> dict:
 
 
 def newest(options: argparse.Namespace) -> Path | None:
-    found = sorted(options.output.glob("network-*.json"), key=lambda path: path.stat().st_mtime)
+    runs = options.output.glob("network-*.json")
+    with_all_rates = [path for path in runs if "-workers-" not in path.stem]
+    found = sorted(with_all_rates, key=lambda path: path.stat().st_mtime)
     return found[-1] if found else None
 
 

@@ -68,7 +68,8 @@ def print_end(task: Task, options: argparse.Namespace, results: Results) -> None
     if options.lr is None and options.momentum is None:
         print(
             "Momentum and lr are each method's best, found by benchmarks/training/convergence.py\n"
-            "for the default number of steps, 4 workers and 1/100 of the bytes on a link."
+            "for the default number of steps, 4 workers and 1/100 of the bytes on a link (memory\n"
+            "SGD's for the all-gather)."
         )
     if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == options.workers:
         print(
