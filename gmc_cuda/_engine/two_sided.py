@@ -308,6 +308,6 @@ class _Owning:
         else:
             tags = steps.header_words(answers, steps.TAG).tolist()
             taken = [tag != ops.CALLED_OFF for tag in tags]
-        left = torch.tensor([not was_taken for was_taken in taken], device=payloads.device)
-        self._return(payloads, left.int())
+        left = [int(not was_taken) for was_taken in taken]
+        self._return(payloads, torch.tensor(left, dtype=torch.int32, device=payloads.device))
         self.take_back(None)
