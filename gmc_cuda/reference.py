@@ -481,6 +481,8 @@ def restore_(
     last_k: int = 0,
 ) -> None:
     """u += c: returns the payload of a skipped step to memory; skip may have one for each range."""
+    if skip is not None and not skip.any():
+        return
     entries = _entries(memory, payload, k, wire_dtype, width, last_k)
     for j, (part, indices, values) in enumerate(entries):
         if skip is None or skip[j if skip.numel() > 1 else 0].item():

@@ -26,23 +26,17 @@ def states(call, width):
 
 
 def assert_same_as_reference(call, state):
-    mine, theirs = call.copy(), call.copy()
-    payloads = mine.run(ops, state)
-    mine.assert_same(theirs, payloads, theirs.run(reference))
+    mine, payloads = call.run_on_both(state)
     options = {name: call.options[name] for name in ("wire_dtype", "width", "last_k")}
-    for skips in (True, False):
-        skip = torch.tensor([int(skips)], dtype=torch.int32)
-        for name in ("restore_", "mask_"):
+    count = -(-mine.memory.numel() // call.options["width"])
+    words = [torch.tensor([skips], dtype=torch.int32) for skips in (1, 0)]
+    some = torch.randint(0, 2, (count,), dtype=torch.int32)  # one for each range
+    for name, skips in (("restore_", [*words, some]), ("mask_", words)):
+        for skip in skips:
             vectors = [mine.memory.clone(), mine.memory.clone()]
             for backend, vector in zip((ops, reference), vectors, strict=True):
                 getattr(backend, name)(vector, payloads, call.k, skip=skip, **options)
-            assert_same_bytes(*vectors, name)
-    count = -(-mine.memory.numel() // call.options["width"])
-    skip = torch.randint(0, 2, (count,), dtype=torch.int32)
-    vectors = [mine.memory.clone(), mine.memory.clone()]
-    for backend, vector in zip((ops, reference), vectors, strict=True):
-        backend.restore_(vector, payloads, call.k, skip=skip, **options)
-    assert_same_bytes(*vectors, "restore_ of some ranges")
+            assert_same_bytes(*vectors, f"{name} with skip {skip.tolist()}")
     return mine, payloads
 
 

@@ -11,25 +11,24 @@ DistributedDataParallel. Needs root, as network.py does.
 import argparse
 import json
 import sys
-import time
 from statistics import median
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-import gmc_cuda
 from benchmarks import report
 from benchmarks.training import namespaces
 from benchmarks.training.namespaces import RATES
+from benchmarks.training.network_methods import METHODS, ComputeAlone, ours
 from benchmarks.training.network_models import MODELS
+from benchmarks.training.network_worker import LR, MOMENTUM, backward, timed_step
 from examples.demo import text
 from examples.demo.arguments import positive_float
 from examples.demo.provenance import provenance
 from gmc_cuda import advise
 
 STEPS = 12
+OTHERS = {"compute alone": ComputeAlone, "DDP": METHODS["DDP"]}  # what is not ours
 
 
 def main() -> None:
@@ -73,29 +72,15 @@ def worker(seconds: float) -> None:
     task = text.load(dist.get_rank(), dist.get_world_size(), False)
     generator = torch.Generator().manual_seed(dist.get_rank())
 
-    def backward(module: torch.nn.Module) -> None:
-        inputs, targets = task.batch(model.batch, generator)
-        F.cross_entropy(module(inputs).flatten(0, -2), targets.flatten()).backward()
+    def batch() -> tuple:
+        return task.batch(model.batch, generator)
 
-    for advice in advise.measure(model.make(), backward, seconds):
-        module = model.make()
-        params = list(module.parameters())
-        optimizer: torch.optim.Optimizer
-        if advice.options:
-            optimizer = gmc_cuda.GMC(params, lr=0.1, momentum=0.5, **advice.options)
-        else:
-            optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9, fused=True)
-            if advice.method == "DDP":
-                module = DistributedDataParallel(module)
+    for advice in advise.measure(model.make(), lambda module: backward(module, batch()), seconds):
+        make = OTHERS.get(advice.method) or ours(**advice.options)
+        method = make(model.make(), LR, MOMENTUM)
         # A method whose step takes minutes would take the rest of the day.
         steps = STEPS if advice.seconds * STEPS < seconds else 2
-        times = []
-        for _ in range(2 + steps if steps == STEPS else steps):
-            started = time.perf_counter()
-            optimizer.zero_grad()
-            backward(module)
-            optimizer.step()
-            times.append(time.perf_counter() - started)
+        times = [timed_step(method, batch()) for _ in range(2 + steps if steps == STEPS else steps)]
         took = median(times[-steps:])
         if dist.get_rank() == 0:
             row = {"method": advice.method, "said": advice.seconds, "took": took,

@@ -150,6 +150,7 @@ def ours(rule: Callable = gmc_cuda.GMC, **options: Any) -> Callable:
 # With 4 workers the payloads of an all-gather are then 1/100 of a gradient.
 FLOAT8: dict[str, Any] = {"wire_dtype": torch.float8_e4m3fn, "bytes_ratio": 50}
 FLOAT4: dict[str, Any] = {"wire_dtype": torch.float4_e2m1fn_x2, "bytes_ratio": 50}
+TWO_SIDED: dict[str, Any] = {**FLOAT4, "bytes_ratio": 100, "exchange": "reduce_scatter"}
 # The last two send all of a gradient: at the slowest rate a step of theirs takes minutes.
 METHODS: dict[str, Callable] = {
     "GMC": ours(density=DENSITY),
@@ -158,12 +159,10 @@ METHODS: dict[str, Callable] = {
     "GMC float4": ours(**FLOAT4),
     "GMC float4 overlap": ours(**FLOAT4, overlap=True),
     "GMC 0.1 %": ours(density=0.001),
-    "GMC two-sided float4": ours(**FLOAT4 | {"bytes_ratio": 100, "exchange": "reduce_scatter"}),
+    "GMC two-sided float4": ours(**TWO_SIDED),
     "DGC": ours(gmc_cuda.DGC, density=DENSITY),
     "DGC float4": ours(gmc_cuda.DGC, **FLOAT4),
-    "DGC two-sided float4": ours(
-        gmc_cuda.DGC, **FLOAT4 | {"bytes_ratio": 100, "exchange": "reduce_scatter"}
-    ),
+    "DGC two-sided float4": ours(gmc_cuda.DGC, **TWO_SIDED),
     "LocalUpdates": Local,
     "PowerSGD rank 4": functools.partial(Dense, power_sgd, bucket_cap_mb=1000),
     "eager GMC": functools.partial(Eager, False),

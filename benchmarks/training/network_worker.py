@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
 from benchmarks.training.network_methods import METHODS, ComputeAlone, Eager, Optimized
 from benchmarks.training.network_models import MODELS
@@ -118,10 +119,14 @@ def row(blocks: list[Block], method: Timed) -> dict:
 def timed_step(method: Timed, batch: tuple) -> float:
     started = time.perf_counter()
     method.model.zero_grad()
-    inputs, targets = batch
-    F.cross_entropy(method.model(inputs).flatten(0, -2), targets.flatten()).backward()
+    backward(method.model, batch)
     method.step()
     return time.perf_counter() - started
+
+
+def backward(model: nn.Module, batch: tuple) -> None:
+    inputs, targets = batch
+    F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten()).backward()
 
 
 def average(value: float) -> float:

@@ -137,9 +137,7 @@ PayloadShape check_shape(int64_t numel, int64_t k, ScalarType wire_dtype) {
   return {numel, k, check_wire_type(wire_dtype)};
 }
 
-Ranges check_ranges(int64_t numel, int64_t k, ScalarType wire_dtype, int64_t width,
-                    int64_t last_k) {
-  if (width == 0) return uncut(check_shape(numel, k, wire_dtype));
+Ranges check_cut(int64_t numel, int64_t k, ScalarType wire_dtype, int64_t width, int64_t last_k) {
   GMC_CHECK_VALUE(width >= 1 && width <= numel, "width: got ", width,
                   ", must be between 1 and numel = ", numel);
   const int64_t count = (numel + width - 1) / width;
@@ -148,6 +146,12 @@ Ranges check_ranges(int64_t numel, int64_t k, ScalarType wire_dtype, int64_t wid
   GMC_CHECK_VALUE(last_k >= 1 && last_k <= std::min(k, last.numel), "last_k: got ", last_k,
                   ", must be between 1 and ", std::min(k, last.numel));
   return {full, last, count};
+}
+
+Ranges check_ranges(int64_t numel, int64_t k, ScalarType wire_dtype, int64_t width,
+                    int64_t last_k) {
+  if (width == 0) return uncut(check_shape(numel, k, wire_dtype));
+  return check_cut(numel, k, wire_dtype, width, last_k);
 }
 
 void check_tensor(const Tensor& tensor, Name name, Device device, std::optional<ScalarType> dtype) {

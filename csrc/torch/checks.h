@@ -48,7 +48,8 @@ WireType check_wire_type(ScalarType dtype);
 void check_numel(int64_t numel, Name name);
 void check_k(int64_t k, int64_t numel);
 PayloadShape check_shape(int64_t numel, int64_t k, ScalarType wire_dtype);
-// width == 0: the bucket is not cut.
+Ranges check_cut(int64_t numel, int64_t k, ScalarType wire_dtype, int64_t width, int64_t last_k);
+// As check_cut, or with width == 0 those of a bucket that is not cut.
 Ranges check_ranges(int64_t numel, int64_t k, ScalarType wire_dtype, int64_t width, int64_t last_k);
 
 // A dense, contiguous tensor on the given device. dtype: checked when given.

@@ -229,9 +229,9 @@ Work<AccumulateCall, Tensor> accumulate(const Tensor& memory, const TensorOrNone
 // What moves parameters
 // ---------------------------------------------------------------------------------------------
 
-Skip skip_of(const OptionalTensor& skip, Device device) {
+Skip skip_of(const OptionalTensor& skip, Device device, int64_t words = 1) {
   if (!skip) return {};
-  check_vector(*skip, "skip", device, ScalarType::Int, 1);
+  check_vector(*skip, "skip", device, ScalarType::Int, words);
   return {data<int32_t>(*skip), nullptr, nullptr};
 }
 
@@ -408,8 +408,7 @@ Work<MergeRangesCall, Tensor> merge_ranges(const Tensor& payloads, int64_t numel
                                            const OptionalTensor& skip) {
   const Device device(payloads);
   check_numel(numel, "numel");
-  GMC_CHECK_VALUE(width >= 1, "width: got ", width, ", must be between 1 and numel = ", numel);
-  const Ranges ranges = check_ranges(numel, k, wire_dtype, width, last_k);
+  const Ranges ranges = check_cut(numel, k, wire_dtype, width, last_k);
   check_tensor(payloads, "payloads", device, ScalarType::Byte);
   const int64_t nbytes = PayloadLayout(ranges.full).nbytes;
   GMC_CHECK_VALUE(
@@ -423,17 +422,17 @@ Work<MergeRangesCall, Tensor> merge_ranges(const Tensor& payloads, int64_t numel
           {std::move(aggregate)}};
 }
 
-// What restore_ and mask_ share: payloads whose entries change a vector.
+// What restore_ and mask_ share, all but the skip: payloads whose entries change a vector.
 template <class Call>
 Work<Call> on_entries(const Tensor& vector, Name name, const Tensor& payload, int64_t k,
-                      ScalarType wire_dtype, const Skip& skip, int64_t width, int64_t last_k) {
+                      ScalarType wire_dtype, int64_t width, int64_t last_k) {
   const Device device(vector);
   const int64_t numel = vector.numel();
   check_vector(vector, name, device, ScalarType::Float, numel);
   const Ranges ranges = check_ranges(numel, k, wire_dtype, width, last_k);
   check_vector(payload, "payload", device, ScalarType::Byte, ranges.nbytes());
   return {
-      {mutable_data<float>(vector), readable_bytes(payload, "payload"), ranges, skip}, device, {}};
+      {mutable_data<float>(vector), readable_bytes(payload, "payload"), ranges, {}}, device, {}};
 }
 
 constexpr char kRestore[] =
@@ -443,18 +442,10 @@ constexpr char kRestore[] =
 Work<RestoreCall> restore(const Tensor& memory, const Tensor& payload, int64_t k,
                           ScalarType wire_dtype, const OptionalTensor& skip, int64_t width,
                           int64_t last_k) {
-  const Device device(memory);
-  const bool by_range = skip && width != 0 && skip->numel() != 1;
-  Skip own = {};
-  if (by_range) {
-    const int64_t ranges = check_ranges(memory.numel(), k, wire_dtype, width, last_k).count;
-    check_vector(*skip, "skip", device, ScalarType::Int, ranges);
-    own.verdict = data<int32_t>(*skip);
-  } else {
-    own = skip_of(skip, device);
-  }
-  auto work = on_entries<RestoreCall>(memory, "memory", payload, k, wire_dtype, own, width, last_k);
-  work.call.by_range = by_range;
+  auto work = on_entries<RestoreCall>(memory, "memory", payload, k, wire_dtype, width, last_k);
+  RestoreCall& call = work.call;
+  call.by_range = skip && width != 0 && skip->numel() != 1;
+  call.skip = skip_of(skip, work.device, call.by_range ? call.ranges.count : 1);
   return work;
 }
 
@@ -465,8 +456,10 @@ constexpr char kMask[] =
 Work<MaskCall> mask(const Tensor& momentum_buffer, const Tensor& payload, int64_t k,
                     ScalarType wire_dtype, const OptionalTensor& skip, int64_t width,
                     int64_t last_k) {
-  return on_entries<MaskCall>(momentum_buffer, "momentum_buffer", payload, k, wire_dtype,
-                              skip_of(skip, Device(momentum_buffer)), width, last_k);
+  auto work = on_entries<MaskCall>(momentum_buffer, "momentum_buffer", payload, k, wire_dtype,
+                                   width, last_k);
+  work.call.skip = skip_of(skip, work.device);
+  return work;
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -75,6 +75,13 @@ class Call:
             **self.options,
         )
 
+    def run_on_both(self, state: Tensor | None = None) -> tuple[Call, Tensor]:
+        """Calls ops and reference with copies, which must agree; that of ops, and its output."""
+        mine, theirs = self.copy(), self.copy()
+        payload = mine.run(ops, state)
+        mine.assert_same(theirs, payload, theirs.run(reference))
+        return mine, payload
+
     def accumulate(self, backend: Any, rank: int, ranks: int) -> Tensor:
         """Calls backend.accumulate_ with the same rule; memory and momentum buffer are updated."""
         of_the_payload = ("wire_dtype", "tag")
