@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from soak.equation import check_lost
@@ -68,9 +70,10 @@ def run(plan: Plan, life: Life, folder: Path, number: int) -> Report:
     meeting.mkdir()
     seconds = TIME_OUT if life.event == TOO_LONG else 60
     with Workers(life.size, meeting, live, plan, life, folder, seconds=seconds) as workers:
-        # The victim first, because it dies once its last words are heard.
-        ranks = sorted(workers.ranks, key=lambda rank: rank != life.victim)
-        heard = {rank: hear(workers, rank) for rank in ranks}
+        # All at once: a report fills its pipe, so its worker ends only when it is heard, and by
+        # its end the others learn that the group is lost.
+        with ThreadPoolExecutor(life.size) as pool:
+            heard = dict(enumerate(pool.map(partial(hear, workers), workers.ranks)))
     for rank, report in heard.items():
         expected = life.ends(rank)
         ended = "killed" if report is None else getattr(report, "ended", report)
