@@ -79,11 +79,15 @@ def save_for_ever(say, folder, store, destroy):
 
 
 def said_before_the_end(workers, rank):
+    """The two are not killed at the same moment: the later one may have noticed the loss before."""
     try:
         while True:
             yield workers.hear(rank)
     except (EOFError, OSError):
         return
+    except AssertionError as failed:
+        if not re.search("GroupLost|connectFullMesh", str(failed)):
+            raise
 
 
 @pytest.mark.parametrize("destroy", [False, True], ids=["group stays", "group destroyed"])
