@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from gmc_cuda import ops
-from support.cases import DTYPES, NUMELS, VALUES, WIRES, Call, assert_same_bytes, ks, sample_call
+from support.cases import (
+    DTYPES,
+    NUMELS,
+    VALUES,
+    WIRES,
+    Call,
+    assert_same_bytes,
+    ks,
+    payloads_of,
+    sample_call,
+)
 from support.payload_sections import aggregate_flags
 from support.sampling import misleading
 
@@ -151,23 +161,21 @@ def test_many_tensors():
         assert_same_bytes(mine, theirs, "params")
 
 
-def payloads_of(ranks, n, k, wire):
-    shared = torch.randn(n)
-    return torch.stack(
-        [
-            ops.compress_(torch.zeros(n), [shared + torch.randn(n)], k, wire_dtype=wire)
-            for _ in range(ranks)
-        ]
-    )
-
-
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize(
-    "ranks,n,k", [(1, 1, 1), (2, 900, 900), (8, 200_000, 2000), (67, 70_000, 700), (3, 140_001, 70)]
+    "ranks,n,k,crowded",
+    [
+        (1, 1, 1, False),
+        (2, 900, 900, False),
+        (8, 200_000, 2000, False),
+        (8, 200_000, 5000, True),
+        (67, 70_000, 700, False),
+        (3, 140_001, 70, False),
+    ],
 )
-def test_everything_else_equals_cpu(ranks, n, k, wire):
+def test_everything_else_equals_cpu(ranks, n, k, crowded, wire):
     torch.manual_seed(ranks)
-    payloads = payloads_of(ranks, n, k, wire)
+    payloads = payloads_of(ranks, n, k, wire, crowded=crowded)
     for skip in (None, 0, 1):
         flag = None if skip is None else torch.tensor([skip], dtype=torch.int32)
         aggregate = ops.merge(payloads.cuda(), n, k, wire, skip=on_gpu(flag))
@@ -348,7 +356,7 @@ def test_capture_and_replay_of_merge_and_apply():
     with torch.cuda.graph(graph):
         run()
     for step in range(4):
-        payloads = payloads_of(ranks, n, k, torch.bfloat16)
+        payloads = payloads_of(ranks, n, k, torch.bfloat16, seed=step)
         payloads[1, 4] = step == 2  # a skipped step
         static.copy_(payloads)
         lr.fill_(0.1 * step)

@@ -16,6 +16,7 @@ from support.cases import (
     Call,
     assert_same_bytes,
     ks,
+    payloads_of,
     range_payloads,
     sample_call,
 )  # fmt: skip
@@ -277,15 +278,13 @@ def test_payload_sizes():
             assert ops.payload_nbytes(n, k, wire) == reference.payload_nbytes(n, k, wire)
 
 
-def payloads_of(p, n, k, wire):
-    return torch.stack([ops.compress_(torch.randn(n), [torch.randn(n)], k, wire_dtype=wire)
-                        for _ in range(p)])  # fmt: skip
-
-
 @pytest.mark.parametrize("wire", WIRES)
-@pytest.mark.parametrize("p,n,k", [(1, 100, 3), (3, 70_000, 700), (8, 5000, 5000), (2, 1, 1)])
-def test_merge_apply_restore_mask_equal_reference(p, n, k, wire):
-    payloads = payloads_of(p, n, k, wire)
+@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize(
+    "p,n,k", [(1, 100, 3), (3, 70_000, 700), (8, 5000, 5000), (2, 1, 1), (2, 140_000, 3000)]
+)
+def test_merge_apply_restore_mask_equal_reference(p, n, k, wire, crowded):
+    payloads = payloads_of(p, n, k, wire, seed=n, crowded=crowded)
     params = [torch.randn(n // 3).bfloat16(), torch.randn(n - n // 3 - n // 5)]
     params.append(torch.randn(n // 5).half())
     memory, buffer = torch.randn(n), torch.randn(n)
@@ -457,7 +456,7 @@ def test_ranges_side_by_side(ranges, numel, width, k, last_k, wire, threads):
 
 def test_merge_into_an_older_aggregate():
     n, k, wire = 200_000, 2000, torch.bfloat16
-    older, newer = payloads_of(2, n, k, wire), payloads_of(2, n, k, wire)
+    older, newer = payloads_of(2, n, k, wire, seed=1), payloads_of(2, n, k, wire, seed=2)
     aggregate = ops.merge(older, n, k, wire)
     assert ops.merge(newer, n, k, wire, out=aggregate) is aggregate
     expected = ops.densify(ops.merge(newer, n, k, wire), n)

@@ -129,7 +129,7 @@ __device__ __forceinline__ bool open_piece(const PayloadSource& source, int64_t 
   const uint32_t total = __shfl_sync(kAllLanes, inclusive, 31);
   const uint32_t count = __shfl_sync(kAllLanes, entries, 31);
   const uint32_t before = begin == 0 ? 0 : begin - skipped - ended;
-  if (end != 0) {
+  if (begin < end) {  // other payloads may have more pieces of this tile
     sound &= before + count <= range.count;
     const uint32_t last = words[(end - 1) / 32] >> (end - 1) % 32;
     if (number + 1 == pieces) sound &= total == range.zeros && (last & 1) == 0;

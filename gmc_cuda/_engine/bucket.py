@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gmc_cuda import ops
 from gmc_cuda._engine.budget import ring_nbytes
+from gmc_cuda._engine.device import is_capturing
 from gmc_cuda._engine.owner import Owner
 from gmc_cuda._engine.ranges import cut
 from gmc_cuda._engine.shards import shard_of, shard_of_gradient
@@ -156,7 +157,7 @@ class Bucket:
         """
         state, largest_k = self._states.get(ranges, (None, 0))
         if state is None or k > largest_k:
-            if self.memory.is_cuda and torch.cuda.is_current_stream_capturing():
+            if is_capturing(self.memory):
                 raise RuntimeError("make a step of the largest density before capturing any")
             state = ops.select_state(numel or self.numel, k, self.device, state, ranges)
             self._states[ranges] = state, k
@@ -172,7 +173,7 @@ class Bucket:
 
     def keep_aggregate(self, aggregate: Tensor) -> None:
         """Makes this a_{t-1} of the next step."""
-        if not (aggregate.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not is_capturing(aggregate):
             if aggregate.is_cpu:  # CUDA's caching allocator makes reuse needless
                 self._spare = self.aggregate
             self.aggregate = aggregate

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gmc_cuda import ops
+from gmc_cuda._engine.device import is_capturing
 from gmc_cuda._engine.exchange import Exchange
 from gmc_cuda._engine.ranges import Range
 
@@ -71,7 +72,7 @@ class Owner:
 
     def keep(self, aggregate: Tensor, whole: Tensor | None) -> None:
         """Makes this what :meth:`aggregate_of` returns for the bucket's aggregate ``whole``."""
-        if aggregate.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(aggregate):
             assert self._aggregate is not None
             assert whole is self._whole
             self._aggregate.copy_(aggregate)  # a graph's replay reads it there

@@ -22,6 +22,7 @@ from torch import Tensor
 from gmc_cuda import ops
 from gmc_cuda._engine import comparison, steps
 from gmc_cuda._engine.bucket import Bucket
+from gmc_cuda._engine.device import is_synchronous
 from gmc_cuda._engine.exchange import Exchange, GroupLost
 from gmc_cuda._engine.owner import owner_of
 from gmc_cuda._engine.rules import Group, Plan, Rule, tag_of
@@ -203,10 +204,8 @@ class Round:
                 group was lost. Nothing was applied, and what was sent is in memory.
         """
         if not self._sent:  # a worker whose shards are all empty
-            verdict, on_cpu = self._judge([], []), self.device.type == "cpu"
-            if self.two_sided and not (
-                self._reads_verdicts(on_cpu) and self._stops(int(verdict), on_cpu)
-            ):
+            verdict = self._judge([], [])
+            if self.two_sided and not (self._reads_verdicts() and self._stops(int(verdict))):
                 self._judge([], [])
             self.steps += 1
             return []
@@ -292,12 +291,12 @@ class Round:
             unless: bits to ignore for now.
         """
         self.verdict = skip
-        if not self._reads_verdicts(skip.is_cpu):
+        if not self._reads_verdicts():
             return
         verdict, rank = int(skip) & ~unless, self.exchange.rank
         if verdict & ops.MISMATCH:
             self._raise_mismatch()
-        if verdict & ops.OFF:
+        if verdict & ops.OFF and not verdict & ops.DAMAGED:
             raise RuntimeError(
                 f"step {self.steps + 1}: another worker left it by an exception before it had sent "
                 "all of its part. No worker has made the step, what was sent is back in memory, "
@@ -316,14 +315,14 @@ class Round:
                 "finite gradients stay in memory (nonfinite='skip' goes on without raising)"
             )
 
-    def _reads_verdicts(self, on_cpu: bool) -> bool:
+    def _reads_verdicts(self) -> bool:
         """Whether the host reads verdicts; to read a GPU's makes it wait for the device."""
-        return on_cpu or self.nonfinite == "raise"
+        return is_synchronous(self.device) or self.nonfinite == "raise"
 
-    def _stops(self, verdict: int, on_cpu: bool) -> bool:
+    def _stops(self, verdict: int) -> bool:
         """Whether this verdict, before the owners' answers, makes all workers leave the step."""
         bits = ops.MISMATCH | ops.OFF | (ops.NONFINITE if self.nonfinite == "raise" else 0)
-        return self._reads_verdicts(on_cpu) and bool(verdict & bits)
+        return self._reads_verdicts() and bool(verdict & bits)
 
     def _raise_mismatch(self) -> None:
         """Raises ValueError with the facts in which the workers differ.
@@ -336,7 +335,7 @@ class Round:
         senders = {tag: round.number for round in _rounds for tag in round._tags}
         answers = [(own, senders)]
         # Where verdicts are not read, the others have gone on, and learn it one step later.
-        if self._reads_verdicts(self.device.type == "cpu"):
+        if self._reads_verdicts():
             answers = self.exchange.gather_objects((own, senders), self.device)
         found = comparison.differences([facts for facts, _ in answers])
         advice = "All workers must change options and layers in the same step"
@@ -421,7 +420,7 @@ class Round:
         Returns:
             The verdict on the answers.
         """
-        if not self.two_sided or self._stops(verdict, self.device.type == "cpu"):
+        if not self.two_sided or self._stops(verdict):
             return 0
         called_off = steps.CalledOff(verdict)
         answers = [step.throw(called_off) for _, step, sent in self._sent if sent.two_sided]

@@ -28,11 +28,17 @@ T = TypeVar("T")
 
 
 COUNT, TAG = 1, 5  # words of a payload's header: the count of non-finite values, and the tag
+FLAGS = 1  # of an aggregate's header: the bits of a verdict that merging has found
 
 
 def header_words(payloads: Tensor, i: int) -> Tensor:
     """The i-th 32-bit word of the header of each payload, int32 [p]; payloads: uint8 [p, n]."""
     return payloads[:, 4 * i : 4 * i + 4].contiguous().view(torch.int32).flatten()
+
+
+def header_word(made: Tensor, i: int) -> Tensor:
+    """The i-th 32-bit word of a payload or an aggregate that was made here: a view, int32 [1]."""
+    return made[4 * i : 4 * i + 4].view(torch.int32)
 
 
 class Sent(NamedTuple):

@@ -18,12 +18,15 @@ sender's memory.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from gmc_cuda import ops
 from gmc_cuda._engine import missing, steps
 from gmc_cuda._engine.bucket import Bucket
+from gmc_cuda._engine.device import is_synchronous
 from gmc_cuda._engine.exchange import Exchange, Work
 from gmc_cuda._engine.ranges import within
 from gmc_cuda._engine.rules import Plan
@@ -74,8 +77,9 @@ def two_sided_step(
         insist_once(move, errors)
         applied = True
         insist_once(lambda: owning.take_back(skip), errors)
-        if not skip.is_cpu:  # on the CPU a step that was called off has raised
-            insist_once(lambda: owning.give_back(payloads, verdict, gathered), errors)
+        if owning.unusable is not None:  # otherwise a step that was called off has raised
+            insist_once(lambda: owning.give_back(payloads, gathered), errors)
+            insist_once(lambda: owning.report(target.flags), errors)
         insist_once(lambda: _mask(bucket, payloads, plan, skip), errors)
         insist_once(lambda: owning.keep(aggregate, own), errors)
     finally:
@@ -125,6 +129,11 @@ def _mask(bucket: Bucket, payloads: Tensor, plan: Plan, skip: Tensor) -> None:
         ops.mask_(bucket.momentum_buffer, payloads, k, plan.wire_dtype, skip=skip, **plan.ranges())
 
 
+def _call_off(answer: Tensor, condition: Tensor) -> None:
+    """Makes an owner's answer call the step off if the condition, int32 [1], is not zero."""
+    steps.header_word(answer, steps.TAG).masked_fill_(condition != 0, ops.CALLED_OFF)
+
+
 class _Owning:
     """This worker's part of a step as the owner of a range, and what undoes the step.
 
@@ -144,6 +153,8 @@ class _Owning:
         self._took_in = False  # whether r has what the workers have sent
         self._none_took_in = True  # whether no owner has
         self._answer: Tensor | None = None
+        # Not zero: what has arrived could not be used, int32 [1]. None where that raises.
+        self.unusable: Tensor | None = None
 
     def answer(
         self, received: Tensor, verdict: Tensor, errors: list[BaseException]
@@ -162,13 +173,16 @@ class _Owning:
         """
         part, plan = self.part, self._plan
         self._none_took_in = False
-        stop = None if verdict.is_cpu else verdict & ~ops.NONFINITE
+        stop = None if is_synchronous(verdict.device) else verdict & ~ops.NONFINITE
         try:
             merged = insist(
                 lambda: ops.merge(received, part.numel, part.k, plan.wire_dtype, skip=stop), errors
             )
             self._add_momentum(errors)
             self._answer = self._select(merged, verdict, errors)
+            if stop is not None:
+                self.unusable = stop | steps.header_word(merged, steps.FLAGS) & ops.DAMAGED
+                insist(partial(_call_off, self._answer, self.unusable), errors)
         except Exception as error:
             errors.clear()
             self._answer = self._nothing(ops.CALLED_OFF)
@@ -262,16 +276,20 @@ class _Owning:
             part, memory = self.part, self._owner.memory
             ops.restore_(memory, self._answer, part.k, self._plan.wire_dtype, skip=skip)
 
-    def give_back(self, payloads: Tensor, verdict: Tensor, answers: Tensor) -> None:
+    def give_back(self, payloads: Tensor, answers: Tensor) -> None:
         """What no owner has taken in returns to this worker's memory, without the host's help.
 
         Args:
             payloads: what this worker has sent to the owners.
-            verdict: on what all workers have sent to them.
             answers: what they have sent to all, uint8 [p, nbytes].
         """
         refused = steps.header_words(answers, steps.TAG) == ops.CALLED_OFF
-        self._return(payloads, (verdict & (ops.MISMATCH | ops.OFF)) | refused)
+        self._return(payloads, refused.int())
+
+    def report(self, flags: Tensor | None) -> None:
+        """Adds to the flags of a Target that what has arrived here could not be used."""
+        if flags is not None and self.unusable is not None:
+            flags |= self.unusable
 
     def _return(self, payloads: Tensor, of: Tensor) -> None:
         """Returns to memory what was sent to the owners for whom `of`, int32 [p], is not zero."""

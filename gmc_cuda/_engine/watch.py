@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gmc_cuda import ops
+from gmc_cuda._engine.device import is_capturing, is_synchronous
 from gmc_cuda._engine.exchange import Exchange
 from gmc_cuda._engine.fingerprint import fingerprints
 
@@ -29,9 +30,9 @@ class DamageWatch:
 
     def flags(self, skip: Tensor, size: int) -> Tensor | None:
         """The word for kernels, int32 [1], made at the first step; None without GPU or peers."""
-        if self._flags is None and skip.is_cuda and size > 1:
+        if self._flags is None and not is_synchronous(skip.device) and size > 1:
             self._flags = torch.zeros(1, dtype=torch.int32, device=skip.device)
-            self._seen = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
+            self._seen = _on_the_host(self._flags)
         return self._flags
 
     def report(self) -> None:
@@ -74,7 +75,7 @@ class DuplicateWatch:
             gathered: every rank's payloads, uint8 [p, n], of each sparse bucket.
             aggregates: each bucket's aggregate and numel.
         """
-        if size == 1 or self._same < 0 or not gathered or _capturing(gathered[0]):
+        if size == 1 or self._same < 0 or not gathered or is_capturing(gathered[0]):
             return
         # Gradients of zero are equal on all workers without a mistake.
         sent = any(a.any() and ops.densify(a, numel).any() for a, numel in aggregates)
@@ -113,15 +114,15 @@ class SkipWatch:
             skipped: number of skipped steps so far, int64 [1].
             nonfinite: returns every rank's count of non-finite values in this step, int64 [p].
         """
-        if _capturing(skipped):
+        if is_capturing(skipped):
             return
-        if skipped.is_cpu:
+        if is_synchronous(skipped.device):
             count = int(skipped)
-        elif not skipped.is_cuda:
+        elif skipped.is_meta:
             return
         else:
             if self._seen is None:
-                self._seen = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=True)
+                self._seen = _on_the_host(skipped)
             count = int(self._seen)
             self._seen.copy_(skipped, non_blocking=True)
         self._steps = self._steps + 1 if count > self._seen_before else 0
@@ -178,5 +179,6 @@ def _all_equal(exchange: Exchange, numbers: Tensor) -> Tensor | None:
     return differs if bool(differs.any()) else None
 
 
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+def _on_the_host(number: Tensor) -> Tensor:
+    """A zero to copy a GPU's number [1] to, in page-locked memory, so that no copy waits."""
+    return torch.zeros(1, dtype=number.dtype, device="cpu", pin_memory=number.is_cuda)

@@ -18,7 +18,7 @@ from emulator.kernel_ops import (
     program,
 )
 from gmc_cuda import ops, reference
-from support.cases import assert_same_bytes, range_payloads, sample_call
+from support.cases import assert_same_bytes, payloads_of, range_payloads, sample_call
 from support.payload_sections import aggregate_flags, section_begin, spare_bits
 from support.sampling import misleading, places
 
@@ -218,17 +218,6 @@ def test_apply_dense(running, ranks, skip):
                 assert_same_bytes(mine, theirs, "params, memory or total")
 
 
-def payloads_of(ranks, numel, k, wire, seed, spread=1.0):
-    """Gathered payloads whose supports partly agree and whose scales differ."""
-    rng = np.random.default_rng(seed)
-    shared = gaussian(numel, rng)
-    payloads = []
-    for rank in range(ranks):
-        gradient = (shared + spread * gaussian(numel, rng)) * 4.0 ** (rank % 5)
-        payloads.append(ops.compress_(torch.zeros(numel), [gradient], k, wire_dtype=wire))
-    return torch.stack(payloads)
-
-
 @pytest.mark.parametrize("skip", [None, 0, 1, 3])
 def test_skip(running, skip):
     ranks, numel, k = 2, 1500, 40
@@ -319,14 +308,22 @@ def test_what_should_not_have_happened_is_kept(running):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "numel", "k"),
-    [(1, 1, 1), (1, 900, 30), (2, 900, 900), (5, 3000, 130), (67, 400, 9), (3, 66000, 300)],
+    ("ranks", "numel", "k", "crowded"),
+    [
+        (1, 1, 1, False),
+        (1, 900, 30, False),
+        (2, 900, 900, False),
+        (5, 3000, 130, False),
+        (67, 400, 9, False),
+        (3, 66_000, 300, False),
+        (2, 140_000, 1500, True),
+    ],
 )
-def test_merge_and_apply(running, ranks, numel, k):
+def test_merge_and_apply(running, ranks, numel, k, crowded):
     for seed in seeds(running, 2):
         kernels = Kernels(running, seed, offset=seed % 3)
         for wire in WIRES:
-            payloads = payloads_of(ranks, numel, k, wire, seed)
+            payloads = payloads_of(ranks, numel, k, wire, seed, crowded)
             aggregate = kernels.merge(payloads, numel, k, wire)
             expected = ops.merge(payloads, numel, k, wire)
             assert_same_aggregate(aggregate, expected, numel)

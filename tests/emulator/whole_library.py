@@ -1,8 +1,9 @@
 """The whole package on the emulator: its operators, whose CUDA kernels run on the CPU.
 
 A copy of the repository gets another gmc_cuda/_ops.so, made of csrc/torch and of the kernels of
-csrc/cuda, which are registered for CPU tensors. Nothing else differs, so every test and program
-that is started there runs on the kernels, through the entry points that users call.
+csrc/cuda, which are registered for CPU tensors. The package takes the CPU for a device there that
+tells errors late, as a GPU does. Nothing else differs, so every test and program that is started
+there runs on the kernels, through the entry points that users call.
 
     PYTHONPATH=tests python -m emulator.whole_library tests/test_ops.py -k merge   (as pytest)
 """
@@ -56,6 +57,14 @@ def copy_repository(folder):
         else:
             shutil.copy(ROOT / part, folder)
     shutil.copy(library(), folder / "gmc_cuda" / "_ops.so")
+    device = folder / "gmc_cuda" / "_engine" / "device.py"
+    found, on_a_gpu = (
+        'SYNCHRONOUS = frozenset({"cpu"})',
+        "SYNCHRONOUS: frozenset[str] = frozenset()",
+    )
+    text = device.read_text()
+    assert found in text
+    device.write_text(text.replace(found, on_a_gpu))
 
 
 def pytest_there(folder, *arguments):

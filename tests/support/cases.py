@@ -151,6 +151,24 @@ def sample_call(seed: int, values: str, n: int, k: int) -> Call:
     return Call(memory, grads, k, aggregate, momentum_buffer, options)
 
 
+def payloads_of(ranks, n, k, wire_dtype, seed=0, crowded=False):
+    """Gathered payloads whose supports partly agree and whose scales differ.
+
+    Args:
+        crowded: the entries of each rank lie in a stretch of its own, so that a wire tile has many
+            entries of one rank and few of another.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(n, generator=generator)
+    payloads = []
+    for rank in range(ranks):
+        gradient = (shared + torch.randn(n, generator=generator)) * 4.0 ** (rank % 5)
+        if crowded:
+            gradient[rank * n // ranks : (rank + 1) * n // ranks] *= 1000
+        payloads.append(ops.compress_(torch.zeros(n), [gradient], k, wire_dtype=wire_dtype))
+    return torch.stack(payloads)
+
+
 def range_payloads(ranges, numel, width, k, last_k, wire_dtype, seed):
     """Payloads of the ranges of a bucket as ops.merge_ranges takes them."""
     generator = torch.Generator().manual_seed(seed)
