@@ -153,7 +153,8 @@ def parse() -> argparse.Namespace:
     add("--non-iid", action="store_true", help="few classes, or its own files, on each worker")
     add("--methods", nargs="+", choices=NAMES, default=METHODS, metavar="METHOD",
         help=f"dense, or {', '.join(list(RULES)[1:])} with "
-        f":{', :'.join(DTYPES)}, and :reduce_scatter for two-sided compression "
+        f":{', :'.join(DTYPES)}, then :reduce_scatter for two-sided compression, and last "
+        ":warmup for a density that falls to its value in the first tenth of the steps "
         f"(default: {' '.join(METHODS)})")  # fmt: skip
     add("--bytes-ratio", type=arguments.positive_float, default=100.0,
         help="times fewer bytes on a link than with a ring all-reduce (default 100)")  # fmt: skip

@@ -1,12 +1,17 @@
 """The methods that convergence.py compares, with p workers in one process.
 
 A method is named "dense", "rule:dtype" as in "gmc:float4", or "rule:dtype:exchange" as in
-"gmc:float4:reduce_scatter"; the exchange is an all-gather where none is named. To add a rule, write
-its row of RULES; to add an exchange, write its class and its row of EXCHANGES. All else reads these
-tables.
+"gmc:float4:reduce_scatter"; the exchange is an all-gather where none is named. With ":warmup"
+behind that, the density falls to its value in the first steps, as by gmc_cuda.DensityWarmup. To
+add a rule, write its row of RULES; to add an exchange, write its class and its row of EXCHANGES.
+All else reads these tables.
 """
 
+from __future__ import annotations
+
 from argparse import Namespace
+from bisect import bisect_right
+from statistics import mean
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,6 +21,9 @@ from gmc_cuda import ops, reference
 from gmc_cuda._engine import budget, ranges
 
 DTYPES = {str(dtype).removeprefix("torch.").split("_")[0]: dtype for dtype in reference.WIRE_DTYPES}
+
+
+WARMUP_SHARE, INITIAL_DENSITY = 0.1, 0.25  # of a warm-up of density: of the steps, of the entries
 
 
 class Rule(NamedTuple):
@@ -65,18 +73,47 @@ class Method(Protocol):
     """Takes each worker's gradient in turn, from `.grad` of the parameters, then makes the step.
 
     Attributes:
-        k: entries that a worker sends in a step.
-        nbytes: bytes that a worker hands to collectives in a step.
+        k: entries that a worker sends in a step, on average.
+        nbytes: bytes that a worker hands to collectives in a step, on average.
     """
 
-    k: int
-    nbytes: int
+    k: float
+    nbytes: float
 
     def bytes_ratio(self, numel: int) -> float: ...
 
     def take(self, rank: int) -> None: ...
 
     def finish(self, lr: float) -> None: ...
+
+
+def entries_by_step(
+    options: Namespace, numel: int, dtype: torch.dtype, warmup: bool, times: float = 1.0
+) -> list[int]:
+    """K of each step, of numel entries.
+
+    Args:
+        warmup: whether K falls exponentially to its value, as by gmc_cuda.DensityWarmup. That value
+            is chosen so that a run sends as many bytes as without.
+        times: see budget.entries.
+    """
+    ratio = None if options.density is not None else options.bytes_ratio
+    steady = budget.entries(options.density, ratio, numel, dtype, times)
+    steps = options.steps
+    if not warmup:
+        return [steady] * steps
+    falling = max(1, round(WARMUP_SHARE * steps))
+
+    def by_step(k: int) -> list[int]:
+        first = max(INITIAL_DENSITY, k / numel)
+        shares = [min(s / falling, 1.0) for s in range(steps)]
+        return [budget.entries_at(first ** (1 - s) * (k / numel) ** s, numel) for s in shares]
+
+    def nbytes(k: int) -> int:
+        return sum(budget.payload_nbytes(numel, k, dtype) for k in by_step(k))
+
+    allowed = steps * budget.payload_nbytes(numel, steady, dtype)
+    return by_step(max(1, bisect_right(range(1, steady), allowed, key=nbytes)))
 
 
 def gradients(params: list[nn.Parameter]) -> list[Tensor]:
@@ -88,8 +125,8 @@ class Dense:
         self.params, self.workers = params, workers
         self.optimizer = torch.optim.SGD(params, lr=0.0, momentum=momentum)
         self.sums = [torch.zeros_like(param) for param in params]
-        self.k = sum(param.numel() for param in params)
-        self.nbytes = 4 * self.k
+        self.k: float = sum(param.numel() for param in params)
+        self.nbytes: float = 4 * self.k
 
     def bytes_ratio(self, numel: int) -> float:
         return 1.0
@@ -115,11 +152,12 @@ class Gathered:
         momentum: float,
         rule: Rule,
         dtype: torch.dtype,
+        warmup: bool,
         options: Namespace,
     ) -> None:
         self.params, self.momentum, self.dtype = params, momentum, dtype
         self.numel = sum(param.numel() for param in params)
-        self.workers = options.workers
+        self.workers, self.warmup, self.step = options.workers, warmup, 0
         self.memories = torch.zeros(options.workers, self.numel)
         self.buffers: list[Tensor | None] = [None] * options.workers
         if rule.local_momentum:
@@ -129,10 +167,11 @@ class Gathered:
 
     def prepare(self, options: Namespace) -> None:
         """Sets how many entries and bytes are sent, and makes what the exchange keeps."""
-        self.k = self.entries(options, self.numel, times=max(self.workers, 2) / 2)
-        self.nbytes = ops.payload_nbytes(self.numel, self.k, self.dtype)
+        self.ks = self.entries(options, self.numel, times=max(self.workers, 2) / 2)
+        self.k = mean(self.ks)
+        self.nbytes = self.mean_nbytes(self.numel, self.ks)
         self.link_nbytes = (self.workers - 1) * self.nbytes
-        self.states = [ops.select_state(self.numel, self.k, "cpu") for _ in self.buffers]
+        self.states = [ops.select_state(self.numel, max(self.ks), "cpu") for _ in self.buffers]
         self.payloads: list[Tensor] = []
         self.aggregate: Tensor | None = None
 
@@ -142,16 +181,18 @@ class Gathered:
             return 4 * numel / self.nbytes
         return budget.ring_nbytes(4 * numel, self.workers) / self.link_nbytes
 
-    def entries(self, options: Namespace, numel: int, times: float = 1.0) -> int:
-        ratio = None if options.density is not None else options.bytes_ratio
-        return budget.entries(options.density, ratio, numel, self.dtype, times)
+    def entries(self, options: Namespace, numel: int, times: float = 1.0) -> list[int]:
+        return entries_by_step(options, numel, self.dtype, self.warmup, times)
+
+    def mean_nbytes(self, numel: int, ks: list[int]) -> float:
+        return mean(budget.payload_nbytes(numel, k, self.dtype) for k in ks)
 
     def take(self, rank: int) -> None:
-        buffer = self.buffers[rank]
+        buffer, k = self.buffers[rank], self.ks[self.step]
         payload = ops.compress_(
             self.memories[rank],
             gradients(self.params),
-            self.k,
+            k,
             momentum=self.momentum,
             aggregate=self.aggregate if buffer is None else None,
             momentum_buffer=buffer,
@@ -159,12 +200,14 @@ class Gathered:
             state=self.states[rank],
         )
         if self.masking and buffer is not None:
-            ops.mask_(buffer, payload, self.k, self.dtype)
+            ops.mask_(buffer, payload, k, self.dtype)
         self.payloads.append(payload)
 
     def finish(self, lr: float) -> None:
-        self.aggregate = ops.merge(torch.stack(self.payloads), self.numel, self.k, self.dtype)
+        k = self.ks[self.step]
+        self.aggregate = ops.merge(torch.stack(self.payloads), self.numel, k, self.dtype)
         self.payloads.clear()
+        self.step += 1
         ops.apply_([param.data for param in self.params], self.aggregate, lr)
 
 
@@ -173,11 +216,11 @@ class TwoSided(Gathered):
 
     def prepare(self, options: Namespace) -> None:
         self.ranges = ranges.cut(self.numel, self.workers)
-        self.ks = [self.entries(options, part.numel) for part in self.ranges]
-        self.k = sum(self.ks)
+        self.ks_of = [self.entries(options, part.numel) for part in self.ranges]
+        self.k = sum(mean(ks) for ks in self.ks_of)
         nbytes = [
-            ops.payload_nbytes(part.numel, k, self.dtype)
-            for part, k in zip(self.ranges, self.ks, strict=True)
+            self.mean_nbytes(part.numel, ks)
+            for part, ks in zip(self.ranges, self.ks_of, strict=True)
         ]
         self.nbytes = sum(nbytes) + nbytes[0]
         self.link_nbytes = sum(nbytes[1:]) + (self.workers - 1) * nbytes[0]
@@ -189,14 +232,15 @@ class TwoSided(Gathered):
     def state(self, rank: int, part: int) -> Tensor:
         """Of a worker's selection in a range; rank -1: of the owner's."""
         if (rank, part) not in self.state_of:
-            numel, k = self.ranges[part].numel, self.ks[part]
+            numel, k = self.ranges[part].numel, max(self.ks_of[part])
             self.state_of[rank, part] = ops.select_state(numel, k, "cpu")
         return self.state_of[rank, part]
 
     def take(self, rank: int) -> None:
         grad = torch.cat([grad.view(-1) for grad in gradients(self.params)])
         buffer = self.buffers[rank]
-        for j, (part, k) in enumerate(zip(self.ranges, self.ks, strict=True)):
+        for j, (part, ks) in enumerate(zip(self.ranges, self.ks_of, strict=True)):
+            k = ks[self.step]
             place = slice(part.begin, part.end)
             payload = ops.compress_(
                 self.memories[rank][place],
@@ -213,7 +257,8 @@ class TwoSided(Gathered):
 
     def finish(self, lr: float) -> None:
         moved = []
-        for j, (memory, k) in enumerate(zip(self.owned, self.ks, strict=True)):
+        for j, (memory, ks) in enumerate(zip(self.owned, self.ks_of, strict=True)):
+            k = ks[self.step]
             previous = self.aggregates[j]
             if previous is not None and self.buffers[0] is None:
                 ops.apply_([memory], previous, -self.momentum)
@@ -227,11 +272,13 @@ class TwoSided(Gathered):
             self.aggregates[j] = aggregate
             moved.append(ops.densify(aggregate, memory.numel()))
         ops.apply_([param.data for param in self.params], ops.sparsify(torch.cat(moved)), lr)
+        self.step += 1
 
 
 EXCHANGES = {"all_gather": Gathered, "reduce_scatter": TwoSided}
-NAMES = ["dense", *(f"{rule}:{dtype}{exchange}" for rule in RULES if rule != "dense"
-                    for dtype in DTYPES for exchange in ("", ":reduce_scatter"))]  # fmt: skip
+NAMES = ["dense", *(f"{rule}:{dtype}{exchange}{warmup}" for rule in RULES if rule != "dense"
+                    for dtype in DTYPES for exchange in ("", ":reduce_scatter")
+                    for warmup in ("", ":warmup"))]  # fmt: skip
 
 
 def rule_of(name: str) -> Rule:
@@ -241,5 +288,8 @@ def rule_of(name: str) -> Rule:
 def make(name: str, params: list[nn.Parameter], momentum: float, options: Namespace) -> Method:
     if name == "dense":
         return Dense(params, momentum, options.workers)
-    _, dtype, exchange = f"{name}:all_gather".split(":")[:3]
-    return EXCHANGES[exchange](params, momentum, rule_of(name), DTYPES[dtype], options)
+    plain = name.removesuffix(":warmup")
+    _, dtype, exchange = f"{plain}:all_gather".split(":")[:3]
+    return EXCHANGES[exchange](
+        params, momentum, rule_of(name), DTYPES[dtype], plain != name, options
+    )
