@@ -33,9 +33,10 @@ def test_rings():
 
 def test_overlap_hides_what_fits_under_the_backward_pass():
     local = Local(compute=3.0, update=0.5)
-    assert step_model.step(local, 1.0, overlapped=False) == 4.5
-    assert step_model.step(local, 1.0, overlapped=True) == pytest.approx(3.75)
-    assert step_model.step(local, 100.0, overlapped=True) == pytest.approx(3.5 + 100 - 1.5)
+    assert step_model.step(local, 1.0, overlapped=0) == 4.5
+    assert step_model.step(local, 1.0, overlapped=1) == pytest.approx(3.75)
+    assert step_model.step(local, 100.0, overlapped=1) == pytest.approx(3.5 + 100 - 1.5)
+    assert step_model.step(local, 2.0, overlapped=0.5) == pytest.approx(5.5 - 0.75)
 
 
 def test_gmc_goes_dense_where_the_optimizer_does():

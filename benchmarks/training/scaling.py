@@ -114,7 +114,9 @@ def show_check(check: dict) -> None:
 # its colour's family: dense warm, GMC cold.
 COLOURS = {"DDP": "#D55E00", "DDP bf16": "#E69F00", "PowerSGD rank 4": "#CC79A7", "GMC": "#0072B2",
            "GMC overlap": "#56B4E9", "GMC float4": "#004D40", "GMC float4 overlap": "#009E73",
-           "GMC 0.1 %": "#999999", "GMC two-sided float4": "#F0E442"}  # fmt: skip
+           "GMC 0.1 %": "#999999", "GMC two-sided float4": "#8F7A00",
+           "GMC two-sided float4 overlap": "#F0E442",
+           "GMC two-sided 1/1000": "#C0B000"}  # fmt: skip
 
 
 def draw(path: Path, results: list[dict]) -> None:

@@ -72,12 +72,15 @@ def all_gather(nbytes: float, network: Network, latency: float) -> float:
     return (p - 1) * (8 * nbytes / network.rate + latency)
 
 
-def step(local: Local, exchange: float, overlapped: bool) -> float:
-    """exchange: of all buckets, one after the other."""
-    if overlapped:
-        hidden = min(exchange, BACKWARD * local.compute) * (1 - 1 / BUCKETS)
-        exchange -= hidden
-    return local.compute + exchange + local.update
+def step(local: Local, exchange: float, overlapped: float) -> float:
+    """Seconds of a step.
+
+    Args:
+        exchange: of all buckets, one after the other.
+        overlapped: the share of it that may lie under the backward pass.
+    """
+    hidden = min(overlapped * exchange, BACKWARD * local.compute) * (1 - 1 / BUCKETS)
+    return local.compute + exchange - hidden + local.update
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Method:
 
     exchange: Callable[[Model, Network, float], float]
     update: Callable[[Model, Machine, int], float]
-    overlapped: bool
+    overlapped: float
     dense: bool = False  # DistributedDataParallel, with a hook or without, losing nothing
 
     def time(self, model: Model, machine: Machine, network: Network) -> float:
@@ -187,7 +190,7 @@ def two_sided(sent: Sent, dtype: torch.dtype, overlapped: bool) -> Method:
         parts = BUCKETS if overlapped else 1
         return 2 * parts * all_gather(nbytes / parts, network, latency)  # an all-to-all costs alike
 
-    return Method(exchange, update, overlapped)
+    return Method(exchange, update, 0.5 * overlapped)
 
 
 FLOAT4 = Sent(bytes_ratio=100.0)
@@ -201,6 +204,8 @@ METHODS = {
     "GMC float4 overlap": gmc(FLOAT4, torch.float4_e2m1fn_x2, True),
     "GMC 0.1 %": gmc(Sent(0.001), torch.bfloat16, False),
     "GMC two-sided float4": two_sided(FLOAT4, torch.float4_e2m1fn_x2, False),
+    "GMC two-sided float4 overlap": two_sided(FLOAT4, torch.float4_e2m1fn_x2, True),
+    "GMC two-sided 1/1000": two_sided(Sent(bytes_ratio=1000.0), torch.float4_e2m1fn_x2, False),
 }
 
 
