@@ -130,6 +130,42 @@ def test_two_streams_do_not_disturb_each_other():
     assert all(torch.equal(p, q) for p, q in zip(*sets, strict=True))
 
 
+def test_overlap_waits_for_layers_on_other_streams():
+    """The backward pass of a layer runs on its forward pass's stream, which may be far behind."""
+    results = []
+    for overlap in (False, True):
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(256, 256, device="cuda") for _ in range(2)]
+        params = [p for layer in layers for p in layer.parameters()]
+        optimizer = gmc_cuda.GMC(params, lr=0.01, density=0.05, overlap=overlap)
+        stream = torch.cuda.Stream()
+        for _ in range(5):
+            x = torch.randn(64, 256, device="cuda")
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                slow = Late.apply(layers[0](x))
+            fast = layers[1](x)
+            torch.cuda.current_stream().wait_stream(stream)
+            (slow.square().sum() + fast.square().sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([p.detach().cpu() for p in params])
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+class Late(torch.autograd.Function):
+    """Does nothing, but its backward pass keeps the stream busy for some milliseconds."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        torch.cuda._sleep(20_000_000)
+        return gradient.clone()
+
+
 def nccl_worker(rank, store, failures):
     os.environ["NCCL_HOSTID"] = str(rank)  # NCCL refuses two ranks on one GPU of one host
     torch.cuda.set_device(0)

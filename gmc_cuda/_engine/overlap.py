@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gmc_cuda._engine.bucket import Bucket
@@ -34,6 +35,7 @@ class Overlap:
         self._on_gradient = weakref.WeakMethod(on_gradient)
         self._handles: dict[Tensor, Any] = {}
         self._missing: dict[Bucket, set[Tensor]] = {}
+        self._streams: dict[Bucket, set[torch.cuda.Stream]] = {}  # that its gradients are made on
         self._order: deque[Bucket] = deque()
         self._paused = False
         weakref.finalize(self, _remove, self._handles)
@@ -78,22 +80,39 @@ class Overlap:
         """Begins a backward pass, in which no gradient of these buckets has arrived yet."""
         self.following = True
         self._missing = {bucket: set(bucket.params) for bucket in buckets}
+        self._streams = {bucket: set() for bucket in self._missing}
         self._order = deque(self._missing)
 
     def arrived(self, param: Tensor, bucket: Bucket) -> bool:
         """Notes a gradient. Returns False if the bucket already had all of its gradients."""
         had_all = not self._missing[bucket]
         self._missing[bucket].discard(param)
+        if param.is_cuda:
+            self._streams[bucket].add(torch.cuda.current_stream(param.device))
         return not had_all
 
     def complete(self) -> Iterator[Bucket]:
         """Yields the buckets to send now.
 
         They come in bucket order on all ranks, whatever order gradients arrive in: ranks that issue
-        collectives in different orders would deadlock.
+        collectives in different orders would deadlock. The present stream waits for all gradients
+        of a bucket, because layers may run on several streams, and backward passes as they do.
         """
         while self._order and not self._missing[self._order[0]]:
-            yield self._order.popleft()
+            bucket = self._order.popleft()
+            for stream in self._streams[bucket]:
+                present = torch.cuda.current_stream(stream.device)
+                if stream != present:
+                    present.wait_stream(stream)
+                    _keep_for(present, bucket)
+            yield bucket
+
+
+def _keep_for(stream: torch.cuda.Stream, bucket: Bucket) -> None:
+    """Keeps the allocator from reusing a bucket's gradients before this stream has read them."""
+    for param in bucket.params:
+        if param.grad is not None:
+            param.grad.record_stream(stream)
 
 
 def _arrived(listener: weakref.ref[Overlap], param: Tensor) -> None:
