@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.report import add_output, file_stem, load, write_json
 from benchmarks.training import convergence_report, ladder, logical_workers
-from benchmarks.training.logical_methods import DTYPES, NAMES, RULES, rule_of
+from benchmarks.training.logical_methods import DTYPES, NAMES, RULES, WHOLE, rule_of
 from examples.demo import arguments
 from examples.demo.provenance import provenance
 
@@ -152,7 +152,7 @@ def parse() -> argparse.Namespace:
     add("--task", choices=list(TASKS), help="(default: text, digits, and digits --non-iid)")
     add("--non-iid", action="store_true", help="few classes, or its own files, on each worker")
     add("--methods", nargs="+", choices=NAMES, default=METHODS, metavar="METHOD",
-        help=f"dense, or {', '.join(list(RULES)[1:])} with "
+        help=f"{', '.join(WHOLE)}, or {', '.join(RULES.keys() - WHOLE.keys())} with "
         f":{', :'.join(DTYPES)}, then :reduce_scatter for two-sided compression, and last "
         ":warmup for a density that falls to its value in the first tenth of the steps "
         f"(default: {' '.join(METHODS)})")  # fmt: skip

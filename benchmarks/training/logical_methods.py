@@ -1,7 +1,7 @@
 """The methods that convergence.py compares, with p workers in one process.
 
-A method is named "dense", "rule:dtype" as in "gmc:float4", or "rule:dtype:exchange" as in
-"gmc:float4:reduce_scatter"; the exchange is an all-gather where none is named. With ":warmup"
+A method is named "dense", "powersgd", "rule:dtype" as in "gmc:float4", or "rule:dtype:exchange" as
+in "gmc:float4:reduce_scatter"; the exchange is an all-gather where none is named. With ":warmup"
 behind that, the density falls to its value in the first steps, as by gmc_cuda.DensityWarmup. To
 add a rule, write its row of RULES; to add an exchange, write its class and its row of EXCHANGES.
 All else reads these tables.
@@ -48,6 +48,10 @@ class Rule(NamedTuple):
 RULES = {
     "dense": Rule(
         "torch.optim.SGD on the mean gradient", {"text": (0.8, 2.56), "digits": (0.5, 1.28)}
+    ),
+    "powersgd": Rule(
+        "torch.optim.SGD on PowerSGD's approximation of rank 4, as by torch's hook",
+        {"text": (0.8, 2.56), "digits": (0.5, 1.28)},
     ),
     "gmc": Rule("global momentum", {"text": (0.5, 2.56), "digits": (0.5, 1.28)}),
     "dgc": Rule(
@@ -141,6 +145,59 @@ class Dense:
             total.zero_()
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
+
+
+class PowerSGD(Dense):
+    """Low-rank approximation with error feedback and warm start, as in torch's powerSGD_hook.
+
+    A weight of n x m elements is approximated by factors of n x 4 and m x 4 elements, unless those
+    have more than half of its elements; then it is sent whole, as in the first steps.
+
+    Source: Vogels et al., "PowerSGD: Practical Low-Rank Gradient Compression for Distributed
+    Optimization", algorithm 1.
+    """
+
+    RANK, WHOLE_STEPS = 4, 2
+
+    def __init__(self, params: list[nn.Parameter], momentum: float, workers: int) -> None:
+        super().__init__(params, momentum, workers)
+        self.numel, self.step = self.k, 0
+        sizes = [(param.size(0), param.numel() // param.size(0)) for param in params]
+        self.low = [
+            i for i, (n, m) in enumerate(sizes)
+            if params[i].dim() > 1 and 2 * self.RANK * (n + m) < n * m
+        ]  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        self.right = {i: torch.randn(sizes[i][1], self.RANK, generator=generator) for i in self.low}
+        self.errors = [{i: torch.zeros(sizes[i]) for i in self.low} for _ in range(workers)]
+        self.k -= sum(params[i].numel() - self.RANK * sum(sizes[i]) for i in self.low)
+        self.nbytes = 4 * self.k
+        self.matrices: list[dict[int, Tensor]] = []
+
+    def bytes_ratio(self, numel: int) -> float:
+        return numel / self.k
+
+    def take(self, rank: int) -> None:
+        super().take(rank)
+        errors = self.errors[rank]
+        self.matrices.append(
+            {i: errors[i] + self.params[i].grad.view_as(errors[i]) for i in self.low}  # type: ignore[union-attr]
+        )
+
+    def finish(self, lr: float) -> None:
+        for i in self.low if self.step >= self.WHOLE_STEPS else []:
+            right = torch.linalg.qr(self.right[i]).Q
+            left = sum(worker[i] @ right for worker in self.matrices) / self.workers
+            left = torch.linalg.qr(left).Q
+            right = sum(worker[i].T @ left for worker in self.matrices) / self.workers
+            self.right[i] = right
+            approximation = left @ right.T
+            for errors, worker in zip(self.errors, self.matrices, strict=True):
+                errors[i] = worker[i] - approximation
+            self.sums[i].copy_(self.workers * approximation.view_as(self.sums[i]))
+        self.matrices.clear()
+        self.step += 1
+        super().finish(lr)
 
 
 class Gathered:
@@ -275,10 +332,11 @@ class TwoSided(Gathered):
         self.step += 1
 
 
+WHOLE = {"dense": Dense, "powersgd": PowerSGD}
 EXCHANGES = {"all_gather": Gathered, "reduce_scatter": TwoSided}
-NAMES = ["dense", *(f"{rule}:{dtype}{exchange}{warmup}" for rule in RULES if rule != "dense"
-                    for dtype in DTYPES for exchange in ("", ":reduce_scatter")
-                    for warmup in ("", ":warmup"))]  # fmt: skip
+NAMES = [*WHOLE, *(f"{rule}:{dtype}{exchange}{warmup}" for rule in RULES if rule not in WHOLE
+                   for dtype in DTYPES for exchange in ("", ":reduce_scatter")
+                   for warmup in ("", ":warmup"))]  # fmt: skip
 
 
 def rule_of(name: str) -> Rule:
@@ -286,8 +344,8 @@ def rule_of(name: str) -> Rule:
 
 
 def make(name: str, params: list[nn.Parameter], momentum: float, options: Namespace) -> Method:
-    if name == "dense":
-        return Dense(params, momentum, options.workers)
+    if name in WHOLE:
+        return WHOLE[name](params, momentum, options.workers)
     plain = name.removesuffix(":warmup")
     _, dtype, exchange = f"{plain}:all_gather".split(":")[:3]
     return EXCHANGES[exchange](
