@@ -22,6 +22,7 @@ RATES = {10_000: "10 Gbit/s", 1_000: "1 Gbit/s", 100: "100 Mbit/s", 10: "10 Mbit
 # Burst and limit of tc's token bucket filter with which the rate was seen to be kept.
 TOKEN_BUCKETS = {10_000: ("16mb", "32mb"), 1_000: ("256kb", "4mb"), 100: ("128kb", "1mb"),
                  10: ("32kb", "512kb")}  # fmt: skip
+QDISC = ["tc", "qdisc", "replace", "dev"]
 
 
 def missing() -> str | None:
@@ -77,12 +78,16 @@ class Star:
     def address(self, rank: int) -> str:
         return f"10.79.0.{rank + 1}"
 
-    def limit(self, rate_mbit: int) -> None:
+    def limit(self, rate_mbit: int, latency: float = 0.0) -> None:
+        """Sets the rate, and the milliseconds that a packet takes from one worker to another."""
         burst, limit = TOKEN_BUCKETS[rate_mbit]
-        bucket = ["root", "tbf", "rate", f"{rate_mbit}mbit", "burst", burst, "limit", limit]
+        bucket = ["tbf", "rate", f"{rate_mbit}mbit", "burst", burst, "limit", limit]
         for rank, name in enumerate(self.workers):
-            self._inside(name, "tc", "qdisc", "replace", "dev", "eth0", *bucket)
-            self._inside(self.switch, "tc", "qdisc", "replace", "dev", f"port{rank}", *bucket)
+            self._inside(name, *QDISC, "eth0", "root", "handle", "1:", *bucket)
+            self._inside(self.switch, *QDISC, f"port{rank}", "root", *bucket)
+            if latency:  # behind the bucket, with room for what the link carries meanwhile
+                delay = ["netem", "delay", f"{latency}ms", "limit", "100000"]
+                self._inside(name, *QDISC, "eth0", "parent", "1:1", *delay)
 
     def run(self, module: str, *arguments: str) -> Iterator[dict]:
         """Runs a module as every worker, with torchrun's variables; yields what rank 0 prints,

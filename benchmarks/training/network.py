@@ -20,7 +20,7 @@ from benchmarks.training import namespaces, network_worker
 from benchmarks.training.namespaces import RATES
 from benchmarks.training.network_methods import DENSE, METHODS
 from benchmarks.training.network_models import MODELS
-from examples.demo.arguments import positive_float, positive_int
+from examples.demo.arguments import non_negative_float, positive_float, positive_int
 from examples.demo.provenance import provenance
 
 
@@ -48,10 +48,12 @@ def main() -> None:
     name = "network" if options.model == "large" else f"network-{options.model}"
     if options.workers != 4:
         name += f"-{options.workers}-workers"
+    if options.latency:
+        name += f"-{options.latency:g}-ms"
     path = options.output / f"{report.file_stem(name, content)}.json"
     with namespaces.Star(options.workers) as star:
         for rate in sorted(options.rates, reverse=True):
-            star.limit(rate)
+            star.limit(rate, options.latency)
             for row in rows(star, options.model, rate, options, content["results"]):
                 add(content, row, path)
     show(content)
@@ -127,6 +129,8 @@ def parse() -> argparse.Namespace:
     add("--model", choices=list(MODELS), default="large",
         help="large: 10.9 M parameters (default); text: the demo's")  # fmt: skip
     add("--workers", type=positive_int, default=4, help="(default 4)")
+    add("--latency", type=non_negative_float, default=0.0,
+        help="milliseconds from worker to worker, by the kernel's netem (default 0)")  # fmt: skip
     add("--seconds", type=positive_float, default=10.0, help="for each method (default 10)")
     report.add_output(parser)
     return parser.parse_args()
