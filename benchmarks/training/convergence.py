@@ -29,6 +29,7 @@ from examples.demo import arguments
 from examples.demo.provenance import provenance
 
 TASKS = logical_workers.TASKS
+BYTES_RATIO = 100.0
 SIZES = {
     "text": {"steps": 600, "global_batch": 16, "search_seeds": 1, "seeds": 3},
     "digits": {"steps": 100, "global_batch": 64, "search_seeds": 3, "seeds": 6},
@@ -74,6 +75,8 @@ def compare(options: argparse.Namespace) -> None:
     }
     name = options.task + ("-non-iid" if options.non_iid else "")
     name += f"-{options.workers}-workers"
+    if options.density is None and options.bytes_ratio != BYTES_RATIO:
+        name += f"-{options.bytes_ratio:g}-times"
     path = options.output / f"{file_stem(f'convergence-{name}', content)}.json"
     known = {key(run): run for run in reusable(options, content)}
     lock = threading.Lock()
@@ -156,8 +159,9 @@ def parse() -> argparse.Namespace:
         f":{', :'.join(DTYPES)}, then :reduce_scatter for two-sided compression, and last "
         ":warmup for a density that falls to its value in the first tenth of the steps "
         f"(default: {' '.join(METHODS)})")  # fmt: skip
-    add("--bytes-ratio", type=arguments.positive_float, default=100.0,
-        help="times fewer bytes on a link than with a ring all-reduce (default 100)")  # fmt: skip
+    add("--bytes-ratio", type=arguments.positive_float, default=BYTES_RATIO,
+        help="times fewer bytes on a link than with a ring all-reduce (default "
+        f"{BYTES_RATIO:g})")  # fmt: skip
     add("--density", type=arguments.density, help="instead of --bytes-ratio")
     add("--momentum", nargs="+", type=arguments.below_one,
         help=f"that may be tried (default: {' '.join(map(str, ladder.MOMENTA))})")  # fmt: skip
