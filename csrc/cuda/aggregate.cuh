@@ -8,42 +8,76 @@
 
 namespace gmc::cuda {
 
-struct AggregateEntries {
-  const uint16_t* indices;
-  const float* values;
-  uint32_t count;
+// The layout is computed on the host: as part of a kernel's parameters it takes neither
+// instructions nor registers.
+struct AggregateSource {
+  const uint8_t* data;       // nullptr: there is none
+  uint32_t numel, capacity;  // capacity: the largest for its size
+  AggregateLayout layout;
+
+  GMC_HD AggregateSource(const Aggregate& aggregate, int64_t numel)
+      : data(aggregate.data),
+        numel(static_cast<uint32_t>(numel)),
+        capacity(static_cast<uint32_t>(largest_capacity(numel, aggregate.nbytes))),
+        layout(numel, capacity) {}
+
+  __device__ AggregateView<const uint8_t> view() const { return {data, layout}; }
 };
 
-// The entries of a wire tile; none when the aggregate is damaged or not one for numel elements. The
-// operators have checked that there is room for all but the entries, so the tile's place is loaded
-// together with the header.
-__device__ __forceinline__ AggregateEntries aggregate_entries(const Aggregate& aggregate,
-                                                              int64_t numel, int64_t tile) {
-  if (!aggregate.data) return {nullptr, nullptr, 0};
-  const AggregateHeader header = *at<AggregateHeader>(aggregate.data, 0);
-  const AggregateLayout without_entries(numel, 0);
-  const int64_t start = at<uint32_t>(aggregate.data, without_entries.starts)[tile];
-  const int64_t count = at<uint32_t>(aggregate.data, without_entries.counts)[tile];
-  const int64_t capacity = header.capacity;
-  if ((header.flags & kDamaged) != 0 || !sound_aggregate(header, numel, aggregate.nbytes) ||
-      start + count > capacity || count > kTile)
-    return {nullptr, nullptr, 0};
-  const AggregateView view(aggregate.data, AggregateLayout(numel, capacity));
-  return {view.indices + start, view.values + start, static_cast<uint32_t>(count)};
+// A place in the list of entries.
+struct EntryRange {
+  uint32_t begin, count;
+};
+
+// What an aggregate says of the entries of one wire tile. The operators have checked that there is
+// room for all but the entries, so all of it is loaded together.
+struct TileWords {
+  AggregateHeader header;
+  uint32_t start, count;
+
+  // Its entries; none when the aggregate is damaged or not one for this bucket.
+  __device__ EntryRange entries(const AggregateSource& source) const {
+    bool sound = sound_aggregate(header, source.numel, source.capacity);
+    sound &= (header.flags & kDamaged) == 0;
+    sound &= int64_t{start} + count <= header.capacity;
+    sound &= count <= kTile;
+    return {start, sound ? count : 0};
+  }
+};
+
+__device__ __forceinline__ EntryRange aggregate_entries(const AggregateSource& source,
+                                                        uint32_t tile) {
+  if (!source.data) return {0, 0};
+  const AggregateView<const uint8_t> view = source.view();
+  return TileWords{*view.header, view.starts[tile], view.counts[tile]}.entries(source);
 }
 
-// The entries of one run of 4096 elements.
-__device__ __forceinline__ AggregateEntries aggregate_run(const Aggregate& aggregate, int64_t numel,
-                                                          int64_t run) {
-  if (!aggregate.data) return {nullptr, nullptr, 0};
-  const uint16_t* const runs = at<uint16_t>(aggregate.data, AggregateLayout(numel, 0).runs);
-  const uint32_t before = runs[run];
-  const uint32_t after = (run + 1) % kTileRuns != 0 ? runs[run + 1] : uint32_t{kTile};
-  const AggregateEntries tile = aggregate_entries(aggregate, numel, run / kTileRuns);
-  const uint32_t begin = before < tile.count ? before : tile.count;
-  const uint32_t last = after < tile.count ? after : tile.count;
-  const uint32_t end = begin < last ? last : begin;
-  return {tile.indices + begin, tile.values + begin, end - begin};
-}
+// What it says of the entries of one run of 4096 elements.
+struct RunWords {
+  TileWords tile;
+  uint32_t before, after;
+
+  // Each lane of a warp loads one word, into shared memory, because a thread that loaded them all
+  // would have no registers for them.
+  __device__ void load(const AggregateSource& source, uint32_t run, uint32_t lane) {
+    const AggregateView<const uint8_t> view = source.view();
+    const uint32_t tile = run / static_cast<uint32_t>(kTileRuns);
+    auto* const words = reinterpret_cast<uint32_t*>(this);
+    if (lane < 6) {
+      const uint32_t* const header = at<uint32_t>(source.data, 0) + lane;
+      words[lane] = *(lane < 4 ? header : (lane == 4 ? view.starts : view.counts) + tile);
+    } else if (lane < 8) {
+      const bool last = lane == 7 && (run + 1) % kTileRuns == 0;
+      words[lane] = last ? uint32_t{kTile} : view.runs[run + lane - 6];
+    }
+  }
+
+  __device__ EntryRange entries(const AggregateSource& source) const {
+    const EntryRange all = tile.entries(source);
+    const uint32_t begin = min(before, all.count), end = max(begin, min(after, all.count));
+    return {all.begin + begin, end - begin};
+  }
+};
+static_assert(sizeof(RunWords) == 32, "a word for each of eight lanes");
 
 }  // namespace gmc::cuda

@@ -9,8 +9,7 @@ namespace gmc::cuda {
 namespace {
 
 struct ApplyArgs {
-  Aggregate aggregate;
-  int64_t numel;
+  AggregateSource aggregate;
   MoveArgs move;
   float* memory;         // as in ApplyCall
   PayloadSource source;  // of its payload
@@ -24,18 +23,19 @@ constexpr int kBatch = 4;  // entries of a thread whose parameters are loaded at
 // the branch that needs it.
 template <class Format>
 __device__ __forceinline__ void move_words(typename Format::Word* words, uint32_t size,
-                                           const AggregateEntries& entries, float lr) {
-  for (uint32_t first = 0; first < entries.count; first += kBatch * kThreads) {
+                                           const uint16_t* indices, const float* values,
+                                           uint32_t count, float lr) {
+  for (uint32_t first = 0; first < count; first += kBatch * kThreads) {
     uint32_t place[kBatch];
     float value[kBatch], weight[kBatch];
     bool present[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const uint32_t entry = first + threadIdx.x + j * kThreads;
-      const uint32_t at = min(entry, entries.count - 1);
-      place[j] = entries.indices[at];
-      value[j] = entries.values[at];
-      present[j] = entry < entries.count && place[j] < size;
+      const uint32_t at = min(entry, count - 1);
+      place[j] = indices[at];
+      value[j] = values[at];
+      present[j] = entry < count && place[j] < size;
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j)
@@ -50,8 +50,9 @@ __device__ __forceinline__ void move_words(typename Format::Word* words, uint32_
 // A block owns one wire tile.
 __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__ ApplyArgs args) {
   static __shared__ PayloadPiece own;
+  const AggregateView<const uint8_t> view = args.aggregate.view();
   if (blockIdx.x == 0 && threadIdx.x == 0)
-    args.move.skip.leave_behind(at<AggregateHeader>(args.aggregate.data, 0)->flags & kDamaged);
+    args.move.skip.leave_behind(view.header->flags & kDamaged);
   if (args.move.skip.skipped()) {
     if (!args.memory) return;
     with_wire_type(args.source.payload.shape.wire, [&](auto format) {
@@ -60,13 +61,15 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
     return;
   }
   const int64_t begin = blockIdx.x * kTile;
-  const AggregateEntries entries = aggregate_entries(args.aggregate, args.numel, blockIdx.x);
+  const EntryRange entries = aggregate_entries(args.aggregate, blockIdx.x);
   if (entries.count == 0) return;
+  const uint16_t* const indices = view.indices + entries.begin;
+  const float* const values = view.values + entries.begin;
   const float lr = args.move.lr.load();
   const TableSegment* segments = args.move.params.begin(args.move.own);
   const int total = args.move.params.count;
   // The tensors that share this tile.
-  const auto size = static_cast<uint32_t>(tile_size(args.numel, blockIdx.x));
+  const auto size = static_cast<uint32_t>(tile_size(args.aggregate.numel, blockIdx.x));
   const int64_t last = begin + size - 1;
   const int first = find_segment(segments, total, static_cast<uint32_t>(begin));
   const int count = find_segment(segments, total, static_cast<uint32_t>(last)) - first + 1;
@@ -75,27 +78,27 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
     with_dtype(only.dtype, [&](auto format) {
       using Format = decltype(format);
       auto* const words = static_cast<typename Format::Word*>(only.data) + (begin - only.begin);
-      move_words<Format>(words, size, entries, lr);
+      move_words<Format>(words, size, indices, values, entries.count, lr);
     });
     return;
   }
   for (uint32_t entry = threadIdx.x; entry < entries.count; entry += kThreads) {
-    const int64_t i = begin + entries.indices[entry];
+    const int64_t i = begin + indices[entry];
     if (i > last) continue;
     const TableSegment segment =
         segments[first + find_segment(segments + first, count, static_cast<uint32_t>(i))];
     const int64_t place = i - segment.begin;
     const float weight = load_value(segment.data, segment.dtype, place);
-    store_value(segment.data, segment.dtype, place, moved(weight, lr, entries.values[entry]));
+    store_value(segment.data, segment.dtype, place, moved(weight, lr, values[entry]));
   }
 }
 
 }  // namespace
 
 void run(const ApplyCall& call, const Stream& stream) {
-  const ApplyArgs args{call.aggregate, call.numel, MoveArgs(call.move, stream), call.memory,
-                       PayloadSource(call.payload)};
-  launch(apply_kernel, tile_count(args.numel), kThreads, stream, args);
+  const ApplyArgs args{AggregateSource(call.aggregate, call.numel), MoveArgs(call.move, stream),
+                       call.memory, PayloadSource(call.payload)};
+  launch(apply_kernel, tile_count(call.numel), kThreads, stream, args);
 }
 
 }  // namespace gmc::cuda

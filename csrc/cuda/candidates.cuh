@@ -30,17 +30,24 @@ __device__ __forceinline__ uint32_t reaching(const WorkTile& tile, const float (
 
 struct CompactShared {
   uint32_t warp_counts[kWarps];
-  uint32_t offset;
+  uint32_t position[kWarps][kQuads];  // of a warp's first candidate in each quad
+  uint32_t end;
+};
+
+// Where a thread's candidates go.
+struct Compaction {
+  const uint32_t* warp_position;
+  uint32_t before;  // candidates of the warp's threads before this one: a byte for each quad
+  bool stored;      // the tile's candidates found room
+
+  // The position of the thread's first candidate in a quad.
+  __device__ uint32_t position(int quad) const {
+    return warp_position[quad] + (before >> (8 * quad) & 0xffu);
+  }
 };
 
 // Appends the tile's candidates in index order: one atomic per tile. Every thread of the block
-// calls it. Returns whether this tile's candidates found room; `position` says where this thread's
-// quads begin.
-struct Compaction {
-  uint32_t position[kQuads];
-  bool stored;
-};
-
+// calls it.
 __device__ __forceinline__ Compaction reserve(const WorkTile& tile, uint32_t mask,
                                               uint32_t* counter, const Workspace& workspace,
                                               CompactShared* shared) {
@@ -52,33 +59,33 @@ __device__ __forceinline__ Compaction reserve(const WorkTile& tile, uint32_t mas
   const uint32_t inclusive = warp_inclusive_sum(counts);
   if (lane_id() == 31) shared->warp_counts[warp_id()] = inclusive;
   __syncthreads();
-  // Sums over warps need 16 bits: quads 0 and 2 in one word, 1 and 3 in the other.
-  uint32_t even_before = 0, odd_before = 0, even = 0, odd = 0;
-#pragma unroll
-  for (unsigned warp = 0; warp < kWarps; ++warp) {
-    const uint32_t word = shared->warp_counts[warp];
-    if (warp == warp_id()) {
-      even_before = even;
-      odd_before = odd;
+  if (warp_id() == 0) {
+    // Each lane stands for a warp. Sums over warps need 16 bits: quads 0 and 2 in one word, 1 and 3
+    // in the other.
+    const uint32_t own = lane_id() < kWarps ? shared->warp_counts[lane_id()] : 0;
+    const uint32_t even = own & 0x00ff00ffu, odd = own >> 8 & 0x00ff00ffu;
+    const uint32_t evens = warp_inclusive_sum(even), odds = warp_inclusive_sum(odd);
+    const uint32_t all_evens = __shfl_sync(kAllLanes, evens, 31);
+    const uint32_t all_odds = __shfl_sync(kAllLanes, odds, 31);
+    const uint32_t quad1 = all_evens & 0xffffu, quad2 = quad1 + (all_odds & 0xffffu);
+    const uint32_t quad3 = quad2 + (all_evens >> 16), total = quad3 + (all_odds >> 16);
+    uint32_t offset = 0;
+    if (lane_id() == 0) {
+      if (total) offset = atomicAdd(counter, total);
+      workspace.tiles[tile.number] = make_uint2(offset, total);
+      shared->end = offset + total;
     }
-    even += word & 0x00ff00ffu;
-    odd += word >> 8 & 0x00ff00ffu;
-  }
-  const uint32_t quad1 = even & 0xffffu, quad2 = quad1 + (odd & 0xffffu);
-  const uint32_t quad3 = quad2 + (even >> 16), total = quad3 + (odd >> 16);
-  if (threadIdx.x == 0) {
-    const uint32_t offset = total ? atomicAdd(counter, total) : 0;
-    workspace.tiles[tile.number] = make_uint2(offset, total);
-    shared->offset = offset;
+    offset = __shfl_sync(kAllLanes, offset, 0);
+    if (lane_id() < kWarps) {
+      uint32_t* const position = shared->position[lane_id()];
+      position[0] = offset + (evens - even & 0xffffu);
+      position[1] = offset + quad1 + (odds - odd & 0xffffu);
+      position[2] = offset + quad2 + (evens - even >> 16);
+      position[3] = offset + quad3 + (odds - odd >> 16);
+    }
   }
   __syncthreads();
-  const uint32_t offset = shared->offset;
-  const uint32_t before = inclusive - counts;
-  return {{offset + (even_before & 0xffffu) + (before & 0xffu),
-           offset + quad1 + (odd_before & 0xffffu) + (before >> 8 & 0xffu),
-           offset + quad2 + (even_before >> 16) + (before >> 16 & 0xffu),
-           offset + quad3 + (odd_before >> 16) + (before >> 24)},
-          offset + total <= workspace.capacity};
+  return {shared->position[warp_id()], inclusive - counts, shared->end <= workspace.capacity};
 }
 
 __device__ __forceinline__ uint32_t bin_of(uint32_t key, uint32_t base) {
@@ -86,40 +93,36 @@ __device__ __forceinline__ uint32_t bin_of(uint32_t key, uint32_t base) {
   return bin < kBins - 1 ? bin : kBins - 1;
 }
 
-// Leaves in x what stays in memory of the elements in `mask` if they are sent. It goes one by one,
-// through the thread's own places of stage (kWorkTile floats of shared memory), because most
-// threads have none, and 16 copies of every wire type's rounding would cost registers.
-__device__ __forceinline__ void take_out(const WorkTile& tile, uint32_t mask, WireType wire,
-                                         int scale, float* stage, float (&x)[kPerThread]) {
-  if (mask == 0) return;
-#pragma unroll
-  for (int e = 0; e < kPerThread; ++e) stage[tile.place(e)] = x[e];
-  for (; mask; mask &= mask - 1) {
-    float& value = stage[tile.place(__ffs(mask) - 1)];
-    value = with_wire_type(
-        wire, [&](auto format) { return left_behind<decltype(format)>(value, scale); });
-  }
-#pragma unroll
-  for (int e = 0; e < kPerThread; ++e) x[e] = stage[tile.place(e)];
-}
-
-// Stores the candidates of `mask` where `reserve` said, and counts them in `bins`.
-__device__ __forceinline__ void store_candidates(const WorkTile& tile, uint32_t mask,
-                                                 const float (&x)[kPerThread], uint32_t base,
+// Stores the candidates of `mask` where `reserve` said, counts them in `bins`, and leaves in x what
+// left(value) says stays of each. It goes one by one, through the thread's own places of stage
+// (kWorkTile floats of shared memory), because most threads have none, and 16 copies of it would
+// cost registers. Every thread of a warp calls it.
+template <class Left>
+__device__ __forceinline__ void store_candidates(const WorkTile& tile, uint32_t mask, uint32_t base,
                                                  const Compaction& compaction,
-                                                 const Workspace& workspace, uint32_t* bins) {
-  if (!compaction.stored || mask == 0) return;
+                                                 const Workspace& workspace, uint32_t* bins,
+                                                 float* stage, float (&x)[kPerThread],
+                                                 const Left& left) {
+  uint32_t beyond = 0;  // of the last bin, whose one address may be that of most candidates
+  if (mask != 0) {
 #pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    uint32_t position = compaction.position[q];
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int e = 4 * q + c;
-      if (!(mask >> e & 1)) continue;
-      workspace.candidates[position++] = make_uint2(tile.begin + tile.place(e), float_bits(x[e]));
-      atomicAdd(&bins[bin_of(magnitude_key(x[e]), base)], 1u);
+    for (int e = 0; e < kPerThread; ++e) stage[tile.place(e)] = x[e];
+    for (uint32_t rest = mask; rest; rest &= rest - 1) {
+      const int e = __ffs(rest) - 1, quad = e / 4;
+      float* const staged = &stage[tile.place(e)];
+      const float value = *staged;
+      const uint32_t before = __popc(mask & ((1u << e) - 1) & ~0u << (4 * quad));
+      const uint32_t position = compaction.position(quad) + before;
+      workspace.candidates[position] = make_uint2(tile.begin + tile.place(e), float_bits(value));
+      const uint32_t bin = bin_of(magnitude_key(value), base);
+      if (bin < kBins - 1) atomicAdd(&bins[bin], 1u);
+      beyond += bin == kBins - 1;
+      *staged = left(value);
     }
+#pragma unroll
+    for (int e = 0; e < kPerThread; ++e) x[e] = stage[tile.place(e)];
   }
+  add_to_counter(&bins[kBins - 1], beyond);
 }
 
 }  // namespace gmc::cuda

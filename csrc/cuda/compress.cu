@@ -12,7 +12,7 @@ void run(const CompressCall& call, const Stream& stream) {
       call.state_nbytes ? call.state_nbytes : workspace_nbytes(ranges.width(), ranges.full.k);
   void* const first = call.states ? call.states : stream.allocate(ranges.count * nbytes);
   const CompressArgs args{RuleArgs(call.rule, stream),
-                          call.aggregate,
+                          AggregateSource(call.aggregate, call.rule.numel),
                           ranges,
                           {make_workspace(first, nbytes, ranges.width()), nbytes},
                           !call.states};

@@ -11,7 +11,7 @@ namespace gmc::cuda {
 // chain of launches compresses them all.
 struct CompressArgs {
   RuleArgs rule;
-  Aggregate aggregate;
+  AggregateSource aggregate;
   Ranges ranges;
   Workspaces workspaces;
   bool fresh;  // the workspaces hold anything, not yet zeros

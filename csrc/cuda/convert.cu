@@ -46,15 +46,16 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    densify_kernel(Aggregate aggregate, int64_t numel, float* dense) {
+    densify_kernel(const __grid_constant__ AggregateSource aggregate, float* dense) {
   const int64_t begin = blockIdx.x * kTile;
-  const int64_t end = begin + kTile < numel ? begin + kTile : numel;
-  const AggregateEntries entries = aggregate_entries(aggregate, numel, blockIdx.x);
+  const int64_t end = min(begin + kTile, int64_t{aggregate.numel});
+  const AggregateView<const uint8_t> view = aggregate.view();
+  const EntryRange entries = aggregate_entries(aggregate, blockIdx.x);
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) dense[i] = 0.0f;
   __syncthreads();
   for (uint32_t entry = threadIdx.x; entry < entries.count; entry += kThreads) {
-    const int64_t i = begin + entries.indices[entry];
-    if (i < end) dense[i] = entries.values[entry];
+    const int64_t i = begin + view.indices[entries.begin + entry];
+    if (i < end) dense[i] = view.values[entries.begin + entry];
   }
 }
 
@@ -66,8 +67,8 @@ void run(const SparsifyCall& call, const Stream& stream) {
 }
 
 void run(const DensifyCall& call, const Stream& stream) {
-  launch(densify_kernel, tile_count(call.numel), kThreads, stream, call.aggregate, call.numel,
-         call.dense);
+  launch(densify_kernel, tile_count(call.numel), kThreads, stream,
+         AggregateSource(call.aggregate, call.numel), call.dense);
 }
 
 }  // namespace gmc::cuda

@@ -44,15 +44,16 @@ __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
     accumulate_kernel(const __grid_constant__ AccumulateArgs args) {
   static __shared__ AccumulateShared shared;
   const RuleTile tile(args.rule, WorkTile(blockIdx.x, args.rule.numel), shared.stage);
-  uint32_t nonfinite = 0;
+  const auto count = [&](uint32_t n) {
+    n = __reduce_add_sync(kAllLanes, n);
+    if (lane_id() == 0 && n != 0) add_count(args.total + args.rule.numel + args.rank, n);
+  };
   float v[kPerThread];
-  Rule::make(tile, args.aggregate, v, &nonfinite, [] {});
+  Rule::make(tile, args.aggregate, v, [] {}, count);
   store_floats(args.rule.memory, tile, v);
   store_floats(args.total, tile, v);
-  nonfinite = __reduce_add_sync(kAllLanes, nonfinite);
-  if (threadIdx.x == 0 && blockIdx.x == 0) nonfinite += args.rule.found_inf.load() != 0.0f;
-  if (lane_id() == 0 && nonfinite != 0)
-    add_count(args.total + args.rule.numel + args.rank, nonfinite);
+  if (blockIdx.x == 0 && warp_id() == 0)
+    count(threadIdx.x == 0 && args.rule.found_inf.load() != 0.0f);
 }
 
 __global__ void __launch_bounds__(kThreads)

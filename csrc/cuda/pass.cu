@@ -12,6 +12,7 @@ namespace {
 struct PassShared {
   uint32_t guess;  // shared, because no thread has registers to spare
   int scale;
+  alignas(16) RunWords run;
   CompactShared compact;
   alignas(16) float stage[kWorkTile];
 };
@@ -27,24 +28,31 @@ __global__ void __launch_bounds__(kThreads, Rule::kBlocks)
   const RuleTile tile(args.rule, own.from(range.begin), shared.stage);
   const Workspace& workspace = range.workspace;
   Control* const control = workspace.control;
-  uint32_t nonfinite = 0;
   float v[kPerThread];
-  Rule::make(tile, args.aggregate, v, &nonfinite, [&] {
+  const auto loaded = [&] {
+    if (args.aggregate.data)
+      shared.run.load(args.aggregate, tile.begin / static_cast<uint32_t>(kAggregateRun),
+                      threadIdx.x);
     wait_for_previous();
     if (threadIdx.x == 0) {
       shared.guess = control->guess.key;
       shared.scale = control->scale;
     }
-  });
-  __syncthreads();
+  };
+  const auto count = [&](uint32_t n) {
+    add_to_counter(&args.workspaces.first.control->nonfinite, n);
+  };
+  Rule::make(tile, SparseMomentum{args.aggregate, shared.run}, v, loaded, count);
   const uint32_t guess = shared.guess;
-  add_to_counter(&args.workspaces.first.control->nonfinite, nonfinite);
   const uint32_t mask = reaching(tile, v, guess);
   const Compaction compaction = reserve(tile, mask, &control->found, workspace, &shared.compact);
-  if (compaction.stored) {
-    store_candidates(own, mask, v, guess, compaction, workspace, workspace.pass_bins);
-    take_out(tile, mask, args.ranges.full.wire, shared.scale, tile.stage, v);
-  }
+  if (compaction.stored)
+    store_candidates(own, mask, guess, compaction, workspace, workspace.pass_bins, tile.stage, v,
+                     [&](float value) {
+                       return with_wire_type(args.ranges.full.wire, [&](auto format) {
+                         return left_behind<decltype(format)>(value, shared.scale);
+                       });
+                     });
   store_floats(args.rule.memory, tile, v);
 }
 

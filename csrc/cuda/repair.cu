@@ -75,6 +75,7 @@ struct RepairShared {
   FindShared<> find;
   CompactShared compact;
   uint32_t bins[kBins];
+  alignas(16) float stage[kWorkTile];
 };
 
 __global__ void __launch_bounds__(kThreads)
@@ -109,7 +110,9 @@ __global__ void __launch_bounds__(kThreads)
     if (fits) {
       const Compaction compaction =
           reserve(tile, mask, &workspace.control->refound, workspace, &shared.compact);
-      store_candidates(tile, mask, x, guess, compaction, workspace, shared.bins);
+      if (compaction.stored)
+        store_candidates(tile, mask, guess, compaction, workspace, shared.bins, shared.stage, x,
+                         [](float value) { return value; });
     } else {
 #pragma unroll
       for (int e = 0; e < kPerThread; ++e)

@@ -19,13 +19,33 @@ struct RuleTile : WorkTile {
   __device__ void load(const SegmentList& list, float (&x)[kPerThread]) const {
     load_segments(list.begin(args.own), list.count, args.numel, *this, stage, x);
   }
+  __device__ float load(const SegmentList& list, uint32_t i) const {
+    return load_element(list.begin(args.own), list.count, i);
+  }
 };
 
+// A sparse aggregate, and what it says of the run that a tile's entries are part of: in shared
+// memory, known after the next barrier.
+struct SparseMomentum {
+  const AggregateSource& aggregate;
+  const RunWords& run;
+};
+
+// Bit e of the result: element e of the bucket is not finite.
+__device__ __forceinline__ uint32_t not_finite(const RuleTile& tile, const float (&v)[kPerThread]) {
+  uint32_t mask = 0;
+#pragma unroll
+  for (int e = 0; e < kPerThread; ++e)
+    mask |= static_cast<uint32_t>(!is_finite(v[e]) && tile.place(e) < tile.size) << e;
+  return mask;
+}
+
 // Loads g' of a tile, which is zero everywhere after an overflow. loaded() is called while the
-// loads are in flight.
-template <class Function>
+// loads are in flight. With kChecked, what is not finite becomes zero, and count() gets how many
+// those are; without, it stays.
+template <bool kChecked, class Function, class Count>
 __device__ __forceinline__ void load_gradient(const RuleTile& tile, float (&g)[kPerThread],
-                                              uint32_t* nonfinite, const Function& loaded) {
+                                              const Function& loaded, const Count& count) {
   const RuleArgs& args = tile.args;
   const bool overflowed = args.found_inf.load() != 0.0f;
   if (overflowed) {
@@ -33,10 +53,14 @@ __device__ __forceinline__ void load_gradient(const RuleTile& tile, float (&g)[k
   } else {
     tile.load(args.grads, g);
   }
-  loaded();
+  if (!kChecked) loaded();
   const float factor = overflowed ? 0.0f : gradient_factor(args.grad_scale.load(), args.options);
 #pragma unroll
-  for (int e = 0; e < kPerThread; ++e) g[e] = scaled_gradient(g[e], factor, nonfinite);
+  for (int e = 0; e < kPerThread; ++e) g[e] = multiply(g[e], factor);
+  if (!kChecked) return;
+  count(__popc(not_finite(tile, g)));
+#pragma unroll
+  for (int e = 0; e < kPerThread; ++e) g[e] = finite_or_zero(g[e]);
 }
 
 __device__ __forceinline__ void add_decay(const RuleTile& tile, float (&x)[kPerThread]) {
@@ -47,19 +71,34 @@ __device__ __forceinline__ void add_decay(const RuleTile& tile, float (&x)[kPerT
     x[e] = add_scaled(x[e], tile.args.options.weight_decay, w[e]);
 }
 
-// x += beta * a from the sparse aggregate, whose entries of this tile are part of one run.
-__device__ __forceinline__ void add_momentum(const Aggregate& aggregate, float momentum,
+constexpr int kMomentumBatch = 2;  // entries of a thread that are loaded at once
+
+// x += beta * a from the sparse aggregate.
+__device__ __forceinline__ void add_momentum(const SparseMomentum& sparse, float momentum,
                                              const RuleTile& tile, float (&x)[kPerThread]) {
-  const AggregateEntries entries =
-      aggregate_run(aggregate, tile.args.numel, tile.begin / kAggregateRun);
-  if (entries.count == 0) return;
+  if (!sparse.aggregate.data) return;
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) tile.stage[tile.place(e)] = 0.0f;
   __syncthreads();
-  const uint32_t begin = tile.begin % kTile;
-  for (uint32_t entry = threadIdx.x; entry < entries.count; entry += kThreads) {
-    const uint32_t place = entries.indices[entry] - begin;  // huge for an entry before the tile
-    if (place < kWorkTile) tile.stage[place] = multiply(momentum, entries.values[entry]);
+  const EntryRange run = sparse.run.entries(sparse.aggregate);
+  if (run.count == 0) return;
+  const AggregateView<const uint8_t> view = sparse.aggregate.view();
+  const uint32_t begin = tile.begin % kTile, end = run.begin + run.count;
+#pragma unroll 1
+  for (uint32_t first = run.begin + threadIdx.x; first < end; first += kMomentumBatch * kThreads) {
+    uint32_t place[kMomentumBatch];
+    float value[kMomentumBatch];
+#pragma unroll
+    for (int j = 0; j < kMomentumBatch; ++j) {
+      const uint32_t entry = first + j * kThreads;
+      place[j] = kWorkTile;
+      if (entry >= end) continue;
+      place[j] = view.indices[entry] - begin;  // huge for an entry before the tile
+      value[j] = view.values[entry];
+    }
+#pragma unroll
+    for (int j = 0; j < kMomentumBatch; ++j)
+      if (place[j] < kWorkTile) tile.stage[place[j]] = multiply(momentum, value[j]);
   }
   __syncthreads();
 #pragma unroll
@@ -76,15 +115,16 @@ __device__ __forceinline__ void add_momentum(const float* aggregate, float momen
   for (int e = 0; e < kPerThread; ++e) x[e] = add_scaled(x[e], momentum, a[e]);
 }
 
-// Bit e of the result: element e is not finite.
-__device__ __forceinline__ uint32_t settle_tile(float (&v)[kPerThread]) {
-  uint32_t overflowed = 0;
+// Whether all of v is finite, then. A sum of zeros tells it in one instruction an element;
+// magnitudes would be kept in registers for the comparison with the guess.
+__device__ __forceinline__ bool settle_tile(float (&v)[kPerThread]) {
+  float zeros = 0.0f;
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) {
     v[e] = settle(v[e]);
-    overflowed |= static_cast<uint32_t>(!is_finite(v[e])) << e;
+    zeros = fmaf(v[e], 0.0f, zeros);
   }
-  return overflowed;
+  return zeros == 0.0f;
 }
 
 // x = finite_or_zero(old) for the elements in `which`: those where v overflowed, so old is still in
@@ -96,15 +136,19 @@ __device__ __forceinline__ void keep_old(const RuleTile& tile, const float* old,
   for (int e = 0; e < kPerThread; ++e) tile.stage[tile.place(e)] = x[e];
   for (; which; which &= which - 1) {
     const uint32_t place = tile.place(__ffs(which) - 1);
-    tile.stage[place] = place < tile.size ? finite_or_zero(old[tile.begin + place]) : 0.0f;
+    tile.stage[place] = finite_or_zero(old[tile.begin + place]);
   }
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) x[e] = tile.stage[tile.place(e)];
 }
 
 // The rules. make() leaves v in registers and updates the momentum buffer; memory still holds u.
-// aggregate: sparse or dense, as an overload of add_momentum takes it. loaded() is called once, by
-// all threads, while the loads of memory and gradient are in flight.
+// aggregate: sparse or dense, as an overload of add_momentum takes it. All threads call loaded()
+// once, while the loads of memory and gradient are in flight and before a barrier, and count(n)
+// with the numbers of their values that are not finite.
+//
+// A gradient that is not finite shows in v. So the gradients are looked at one by one only where
+// some v of the tile is not finite, and then the whole tile is made again.
 //
 // kBlocks: how many blocks must fit on a multiprocessor, which caps the registers. With 40
 // registers the compiler still has all loads of a tile in flight before the first use; each further
@@ -113,23 +157,32 @@ template <bool kDecay>
 struct GlobalMomentum {
   static constexpr int kBlocks = kDecay ? 4 : 5;
 
-  template <class AnyAggregate, class Function>
+  template <class AnyAggregate, class Function, class Count>
   static __device__ __forceinline__ void make(const RuleTile& tile, const AnyAggregate& aggregate,
-                                              float (&v)[kPerThread], uint32_t* nonfinite,
-                                              const Function& loaded) {
+                                              float (&v)[kPerThread], const Function& loaded,
+                                              const Count& count) {
+    if (!__syncthreads_or(!sum<false>(tile, aggregate, v, loaded, count))) return;
+    sum<true>(tile, aggregate, v, loaded, count);
+    const uint32_t overflowed = not_finite(tile, v);
+    count(__popc(overflowed));
+    keep_old(tile, tile.args.memory, overflowed, v);
+  }
+
+ private:
+  template <bool kChecked, class AnyAggregate, class Function, class Count>
+  static __device__ __forceinline__ bool sum(const RuleTile& tile, const AnyAggregate& aggregate,
+                                             float (&v)[kPerThread], const Function& loaded,
+                                             const Count& count) {
     const RuleArgs& args = tile.args;
     float u[kPerThread];
-    load_floats(args.memory, tile, u);
-    load_gradient(tile, v, nonfinite, loaded);
+    if (!kChecked) load_floats(args.memory, tile, u);
+    load_gradient<kChecked>(tile, v, loaded, count);
+    if (kChecked) load_floats(args.memory, tile, u);
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) v[e] = add(decayed(u[e], args.options), v[e]);
     if (kDecay) add_decay(tile, v);
     add_momentum(aggregate, args.momentum.load(), tile, v);
-    const uint32_t overflowed = settle_tile(v);
-    if (overflowed) {
-      *nonfinite += __popc(overflowed);
-      keep_old(tile, args.memory, overflowed, v);
-    }
+    return settle_tile(v);
   }
 };
 
@@ -137,16 +190,36 @@ template <bool kDecay>
 struct LocalMomentum {
   static constexpr int kBlocks = 3;
 
-  template <class AnyAggregate, class Function>
+  template <class AnyAggregate, class Function, class Count>
   static __device__ __forceinline__ void make(const RuleTile& tile, const AnyAggregate&,
-                                              float (&v)[kPerThread], uint32_t* nonfinite,
-                                              const Function& loaded) {
+                                              float (&v)[kPerThread], const Function& loaded,
+                                              const Count& count) {
+    float m[kPerThread];
+    if (__syncthreads_or(!sum<false>(tile, v, m, loaded, count))) {
+      sum<true>(tile, v, m, loaded, count);
+      const uint32_t overflowed = not_finite(tile, v);
+      count(__popc(overflowed));
+      keep_old(tile, tile.args.momentum_buffer, overflowed, m);
+      keep_old(tile, tile.args.memory, overflowed, v);
+    }
+    store_floats(tile.args.momentum_buffer, tile, m);
+  }
+
+ private:
+  template <bool kChecked, class Function, class Count>
+  static __device__ __forceinline__ bool sum(const RuleTile& tile, float (&v)[kPerThread],
+                                             float (&m)[kPerThread], const Function& loaded,
+                                             const Count& count) {
     const RuleArgs& args = tile.args;
-    float u[kPerThread], m[kPerThread];
-    load_floats(args.memory, tile, u);
-    load_floats(args.momentum_buffer, tile, m);
-    load_gradient(tile, v, nonfinite, loaded);
+    float u[kPerThread];
+    const auto load_both = [&] {
+      load_floats(args.memory, tile, u);
+      load_floats(args.momentum_buffer, tile, m);
+    };
+    if (!kChecked) load_both();
+    load_gradient<kChecked>(tile, v, loaded, count);
     if (kDecay) add_decay(tile, v);
+    if (kChecked) load_both();
     const float momentum = args.momentum.load();
 #pragma unroll
     for (int e = 0; e < kPerThread; ++e) {
@@ -154,13 +227,7 @@ struct LocalMomentum {
       u[e] = decayed(u[e], args.options);
       v[e] = local_momentum_value(u[e], v[e], m[e], momentum, args.options);
     }
-    const uint32_t overflowed = settle_tile(v);
-    if (overflowed) {
-      *nonfinite += __popc(overflowed);
-      keep_old(tile, args.momentum_buffer, overflowed, m);
-      keep_old(tile, args.memory, overflowed, v);
-    }
-    store_floats(args.momentum_buffer, tile, m);
+    return settle_tile(v);
   }
 };
 

@@ -565,6 +565,12 @@ def test_nonfinite_values(running, rule):
     grad[-1] = -np.inf
     params = [gaussian(numel, rng)]
     params[0][6] = params[0][9] = np.inf
+    aggregate = None
+    if rule == "global":  # with entries beside and at what is not finite, some themselves not
+        entries = torch.where(gaussian(numel, rng) > 1, gaussian(numel, rng), 0.0)
+        entries[:100] = gaussian(100, rng)
+        entries[10], entries[11] = np.nan, np.inf
+        aggregate = ops.sparsify(entries)
     for seed in seeds(running, 2):
         for found_inf in (None, torch.tensor(0.0), torch.tensor(1.0)):
             bucket = Bucket(Kernels(running, seed), memory, buffer)
@@ -572,6 +578,7 @@ def test_nonfinite_values(running, rule):
                 [grad],
                 k,
                 momentum=0.9,
+                aggregate=aggregate,
                 nesterov=rule == "nesterov",
                 weight_decay=0.1,
                 memory_decay=0.5,
@@ -581,6 +588,28 @@ def test_nonfinite_values(running, rule):
             )
             assert ops.unpack(payload, numel, k)[2] != 0
             assert bool(bucket.sides[0][0].isfinite().all())
+
+
+@pytest.mark.parametrize("rule", ["global", "local", "nesterov"])
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_each_value_is_counted(running, rule, decay):
+    """All are infinite or no numbers, but for those past the end of the bucket, which are none."""
+    numel = 2 * WORK_TILE + 9
+    rng = np.random.default_rng(5)
+    grad, params = gaussian(numel, rng), [gaussian(numel, rng)]
+    grad[::3] = 0
+    buffer = None if rule == "global" else gaussian(numel, rng)
+    for seed in seeds(running, 2):
+        options = {"grad_scale": 0.0, "weight_decay": decay, "params": params, "momentum": 0.5}
+        options["nesterov"] = rule == "nesterov"
+        bucket = Bucket(Kernels(running, seed), gaussian(numel, rng), buffer)
+        payload = bucket.compress([grad], 50, **options)
+        assert ops.unpack(payload, numel, 50)[2] == numel
+        own = None if buffer is None else buffer.clone()
+        total = Kernels(running, seed).accumulate_(
+            gaussian(numel, rng), [grad], momentum_buffer=own, **options
+        )
+        assert total[numel:].tolist() == [numel]
 
 
 def test_the_guess_settles(running):
