@@ -19,9 +19,9 @@ struct Grid {
 };
 
 template <class... Parameters, class... Arguments>
-void launch_with(cudaLaunchAttribute* attribute, size_t shared, void (*kernel)(Parameters...),
-                 const Grid& grid, int threads, const Stream& stream,
-                 const Arguments&... arguments) {
+cudaError_t launch_with(cudaLaunchAttribute* attribute, size_t shared,
+                        void (*kernel)(Parameters...), const Grid& grid, int threads,
+                        const Stream& stream, const Arguments&... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -29,13 +29,13 @@ void launch_with(cudaLaunchAttribute* attribute, size_t shared, void (*kernel)(P
   config.stream = stream.stream;
   config.attrs = attribute;
   config.numAttrs = attribute ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, arguments...));
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, int threads, const Stream& stream,
             const Arguments&... arguments) {
-  launch_with(nullptr, 0, kernel, grid, threads, stream, arguments...);
+  check(launch_with(nullptr, 0, kernel, grid, threads, stream, arguments...));
 }
 
 // Launches a kernel that takes so many bytes of dynamic shared memory, which may be more than a
@@ -45,7 +45,7 @@ void launch_dynamic(void (*kernel)(Parameters...), const Grid& grid, int threads
                     const Stream& stream, const Arguments&... arguments) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared)));
-  launch_with(nullptr, shared, kernel, grid, threads, stream, arguments...);
+  check(launch_with(nullptr, shared, kernel, grid, threads, stream, arguments...));
 }
 
 // Whether the current device, and the code that runs there, can start kernels early; none is with
@@ -55,9 +55,13 @@ enum class Early : uint8_t { kUnknown, kNo, kYes };
 constexpr int kKnownDevices = 64;
 inline std::atomic<Early> early_on_device[kKnownDevices];
 
-inline bool can_start_early(const void* kernel) {
+inline int current_device() {
   int device;
   check(cudaGetDevice(&device));
+  return device;
+}
+
+inline bool can_start_early(int device, const void* kernel) {
   Early known = device < kKnownDevices ? early_on_device[device].load() : Early::kUnknown;
   if (known == Early::kUnknown) {
     cudaFuncAttributes compiled;
@@ -75,15 +79,22 @@ inline bool can_start_early(const void* kernel) {
 // touches anything that an earlier kernel writes, or writes what an earlier kernel reads.
 //
 // Devices before sm_90 cannot do so, nor can code that was compiled for them: there the kernel is
-// launched as usual, and both calls do nothing.
+// launched as usual, and both calls do nothing. A device that refuses the attribute all the same is
+// not asked again.
 template <class... Parameters, class... Arguments>
 void launch_early(void (*kernel)(Parameters...), const Grid& grid, int threads,
                   const Stream& stream, const Arguments&... arguments) {
-  const bool possible = can_start_early(reinterpret_cast<const void*>(kernel));
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  launch_with(possible ? &early : nullptr, 0, kernel, grid, threads, stream, arguments...);
+  const int device = current_device();
+  if (can_start_early(device, reinterpret_cast<const void*>(kernel))) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    const auto status = launch_with(&early, 0, kernel, grid, threads, stream, arguments...);
+    if (status != cudaErrorNotSupported && status != cudaErrorInvalidValue) return check(status);
+    (void)cudaGetLastError();  // or a later call takes it for its own
+    if (device < kKnownDevices) early_on_device[device].store(Early::kNo);
+  }
+  launch(kernel, grid, threads, stream, arguments...);
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -96,9 +107,8 @@ __device__ __forceinline__ void start_next() {}
 
 // The number of multiprocessors of the current device.
 inline int multiprocessors() {
-  int device, count;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  int count;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_device()));
   return count;
 }
 

@@ -1,7 +1,33 @@
 // Calls the CUDA backend from Python; kernel_ops.py is the other end.
+#include <cuda_runtime.h>
+
 #include <algorithm>
 
 #include "case.h"
+
+namespace {
+
+// What a device says that knows no early starts, of which this counts the tries; 0: it knows them.
+cudaError_t refusal = cudaSuccess;
+int refused = 0;
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_or_refuse(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                             const Arguments&... arguments) {
+  if (refusal == cudaSuccess || config->numAttrs == 0)
+    return cudaLaunchKernelEx(config, kernel, arguments...);
+  ++refused;
+  cudaLaunchConfig_t wrong = *config;
+  wrong.blockDim = dim3(0);
+  (void)cudaLaunchKernelEx(&wrong, kernel, arguments...);  // leaves an error behind
+  return refusal;
+}
+
+}  // namespace
+
+#define cudaLaunchKernelEx launch_or_refuse
+#include "cuda/launch.h"
+#undef cudaLaunchKernelEx
 #include "cuda/stream.h"
 #include "cuda/workspace.h"
 #include "shared/calls.h"
@@ -113,6 +139,34 @@ RuleCall rule(Case& in) {
 MoveCall move(Case& in) { return {segments(in, "param"), number(in, "lr", 0.0f), skip(in)}; }
 
 }  // namespace
+
+namespace {
+
+void add_one_kernel(int64_t* sum) {
+  cuda::wait_for_previous();
+  ++*sum;
+}
+
+}  // namespace
+
+CUDA_CASE(early_start) {
+  auto* const sum = in.output<int64_t>("sum", 1);
+  *sum = 0;
+  refusal = static_cast<cudaError_t>(in.integer("refusal"));
+  refused = 0;
+  cuda::early_on_device[0] = cuda::Early::kUnknown;
+  cudaError_t status = cudaSuccess;
+  try {
+    for (int launch = 0; launch < 3; ++launch) cuda::launch_early(add_one_kernel, 1, 1, {}, sum);
+  } catch (const cuda::CudaError& error) {
+    status = error.status;
+  }
+  refusal = cudaSuccess;
+  cuda::early_on_device[0] = cuda::Early::kUnknown;
+  *in.output<int64_t>("refused", 1) = refused;
+  *in.output<int64_t>("status", 1) = status;
+  *in.output<int64_t>("left", 1) = cudaGetLastError();
+}
 
 CUDA_CASE(state_nbytes) {
   *in.output<int64_t>("nbytes", 1) = cuda::state_nbytes(in.integer("numel"), in.integer("k"));

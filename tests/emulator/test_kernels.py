@@ -102,6 +102,21 @@ class Bucket:
         return payload
 
 
+@pytest.mark.parametrize(
+    ("refusal", "refused", "status"), [(0, 0, 0), (801, 1, 0), (1, 1, 0), (2, 1, 2)]
+)
+def test_a_device_that_refuses_early_starts(running, refusal, refused, status):
+    """Where the attribute is not supported or not valid, kernels start as usual from then on; other
+    errors are raised."""
+    out = running.call("early_start", seed=1, refusal=refusal)
+    assert out["sum"][0] == (0 if status else 3)
+    assert (out["refused"][0], out["status"][0], out["left"][0] != 0) == (
+        refused,
+        status,
+        status != 0,
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_whole_tiles_take_wide_loads(running, dtype):
     numel = 3 * WORK_TILE
