@@ -35,6 +35,11 @@ struct TileWords {
   AggregateHeader header;
   uint32_t start, count;
 
+  static __device__ TileWords load(const AggregateSource& source, uint32_t tile) {
+    const AggregateView<const uint8_t> view = source.view();
+    return {*view.header, view.starts[tile], view.counts[tile]};
+  }
+
   // Its entries; none when the aggregate is damaged or not one for this bucket.
   __device__ EntryRange entries(const AggregateSource& source) const {
     bool sound = sound_aggregate(header, source.numel, source.capacity);
@@ -44,13 +49,6 @@ struct TileWords {
     return {start, sound ? count : 0};
   }
 };
-
-__device__ __forceinline__ EntryRange aggregate_entries(const AggregateSource& source,
-                                                        uint32_t tile) {
-  if (!source.data) return {0, 0};
-  const AggregateView<const uint8_t> view = source.view();
-  return TileWords{*view.header, view.starts[tile], view.counts[tile]}.entries(source);
-}
 
 // What it says of the entries of one run of 4096 elements.
 struct RunWords {

@@ -53,7 +53,11 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
   const AggregateView<const uint8_t> view = args.aggregate.view();
   if (blockIdx.x == 0 && threadIdx.x == 0)
     args.move.skip.leave_behind(view.header->flags & kDamaged);
-  if (args.move.skip.skipped()) {
+  // Asked for together; nothing may sink below __syncwarp.
+  const TileWords words = TileWords::load(args.aggregate, blockIdx.x);
+  const bool skipped = args.move.skip.skipped();
+  __syncwarp();
+  if (skipped) {
     if (!args.memory) return;
     with_wire_type(args.source.payload.shape.wire, [&](auto format) {
       for_each_entry<decltype(format)>(args.source, 0, &own, GiveBack{args.memory});
@@ -61,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
     return;
   }
   const int64_t begin = blockIdx.x * kTile;
-  const EntryRange entries = aggregate_entries(args.aggregate, blockIdx.x);
+  const EntryRange entries = words.entries(args.aggregate);
   if (entries.count == 0) return;
   const uint16_t* const indices = view.indices + entries.begin;
   const float* const values = view.values + entries.begin;

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t begin = blockIdx.x * kTile;
   const int64_t end = min(begin + kTile, int64_t{aggregate.numel});
   const AggregateView<const uint8_t> view = aggregate.view();
-  const EntryRange entries = aggregate_entries(aggregate, blockIdx.x);
+  const EntryRange entries = TileWords::load(aggregate, blockIdx.x).entries(aggregate);
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) dense[i] = 0.0f;
   __syncthreads();
   for (uint32_t entry = threadIdx.x; entry < entries.count; entry += kThreads) {

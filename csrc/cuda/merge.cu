@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(kMergeThreads, 2)
   const PayloadShape& shape = args.source.payload.shape;
   const auto size = static_cast<uint32_t>(tile_size(shape.numel, tile));
   const AggregateView<uint8_t>& out = args.out;
-  AggregateHeader* const header = out.header;  // zero so far
-  const bool skipped = args.skip && *args.skip != 0;
+  AggregateHeader* const header = out.header;          // zero so far
+  const int32_t verdict = args.skip ? *args.skip : 0;  // on its way with the starts
   for (int word = threadIdx.x; word < kWords; word += kMergeThreads) shared.present[word] = 0;
   if (threadIdx.x == 0) {
     shared.start_high = shared.start_low = 0;
@@ -91,6 +91,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2)
     atomicAdd(&shared.start_low, static_cast<uint32_t>(range.start) & 0xffffu);
     atomicMax(&shared.rounds, piece_count(range));
   }
+  const bool skipped = verdict != 0;
   if (tile == 0 && threadIdx.x == 0) {
     header->tag = kAggregateMagic;
     header->capacity = static_cast<uint32_t>(args.capacity);
