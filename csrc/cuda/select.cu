@@ -22,43 +22,97 @@ namespace {
 
 // One work tile's entries, in index order: index and value's bits.
 struct Entries {
-  const uint2* candidates;  // nullptr: memory itself
-  const float* memory;
+  const OwnSelection& args;
+  bool from_memory;
   uint32_t begin, count;
 
-  __device__ Entries(const OwnSelection& args, bool from_memory, const WorkTile& tile) {
-    const uint32_t number = tile.number;
-    const uint2 found = from_memory ? make_uint2(0, tile.size) : args.workspace.tiles[number];
-    candidates = from_memory ? nullptr : args.workspace.candidates + found.x;
-    memory = args.memory;
-    begin = tile.begin;
-    count = found.y;
-  }
+  // place: of its candidates, as `tiles` has it.
+  __device__ Entries(const OwnSelection& args, bool from_memory, const WorkTile& tile, uint2 place)
+      : args(args),
+        from_memory(from_memory),
+        begin(from_memory ? tile.begin : place.x),
+        count(from_memory ? tile.size : place.y) {}
 
   __device__ uint2 at(uint32_t i) const {
-    return candidates ? candidates[i] : make_uint2(begin + i, float_bits(memory[begin + i]));
+    i += begin;
+    return from_memory ? make_uint2(i, float_bits(args.memory[i])) : args.workspace.candidates[i];
   }
 };
 
 __device__ __forceinline__ uint32_t key_of(uint2 entry) { return entry.y & kKeyMask; }
 
-// The first of a block's tiles.
-__device__ __forceinline__ uint32_t first_tile(const OwnSelection& args, uint32_t group) {
-  return static_cast<uint32_t>(work_tile_count(args.shape.numel) * group / gridDim.x);
+// A warp goes through the keys of its tiles among the block's: each lane calls meet(key) for its
+// keys of a tile, and all call after(number, how many entries). Where entries are is asked for 32
+// tiles at once, and a lane's first keys one tile ahead.
+template <bool kFromMemory, class Meet, class After>
+__device__ __forceinline__ void for_each_key(const OwnSelection& args, const Meet& meet,
+                                             const After& after) {
+  constexpr uint32_t kAhead = 2;  // keys of a lane: all of a tile at 1 %, as a rule
+  using Keys = uint32_t[kAhead];
+  const uint32_t end = args.groups.first_tile(blockIdx.x + 1);
+  const auto bits = [&](uint2 entries, uint32_t i) {
+    i += entries.x;
+    return kFromMemory ? float_bits(args.memory[i]) : args.workspace.candidates[i].y;
+  };
+  uint32_t t = args.groups.first_tile(blockIdx.x) + warp_id(), turn = 0;
+  uint2 entries, places;  // which is a tile's first entry, and how many it has; places: a tile each
+  const auto load = [&](uint32_t tile, Keys& keys) {
+    if (turn % 32 == 0) {
+      const WorkTile own(min(tile + lane_id() * kWarps, end - 1), args.shape.numel);
+      places = kFromMemory ? make_uint2(own.begin, own.size) : args.workspace.tiles[own.number];
+    }
+    const uint2 next = make_uint2(__shfl_sync(kAllLanes, places.x, turn % 32),
+                                  __shfl_sync(kAllLanes, places.y, turn % 32));
+    ++turn;
+#pragma unroll
+    for (uint32_t j = 0; j < kAhead; ++j)
+      if (lane_id() + 32 * j < next.y) keys[j] = bits(next, lane_id() + 32 * j);
+    return next;
+  };
+  const auto work = [&](const Keys& keys, Keys& next_keys) {
+    const uint2 next = load(t + kWarps, next_keys);
+#pragma unroll
+    for (uint32_t j = 0; j < kAhead; ++j)
+      if (lane_id() + 32 * j < entries.y) meet(keys[j] & kKeyMask);
+#pragma unroll 1
+    for (uint32_t i = lane_id() + 32 * kAhead; i < entries.y; i += 32)
+      meet(bits(entries, i) & kKeyMask);
+    after(t, entries.y);
+    entries = next;
+    t += kWarps;
+  };
+  if (t >= end) return;
+  Keys even, odd;  // by turns, because a copy would wait for what is on its way
+  entries = load(t, even);
+  while (t < end) {
+    work(even, odd);
+    if (t < end) work(odd, even);
+  }
 }
 
-// Sets bytes begin to end of a payload to zero, 16 at a time by all threads of the grid.
-__device__ __forceinline__ void clear_bytes(uint8_t* payload, int64_t begin, int64_t end) {
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+template <class Meet, class After>
+__device__ __forceinline__ void for_each_key(const OwnSelection& args, bool from_memory,
+                                             const Meet& meet, const After& after) {
+  return from_memory ? for_each_key<true>(args, meet, after)
+                     : for_each_key<false>(args, meet, after);
+}
+
+// Sets the bits that emit adds to, and what no section owns, to zero. Sections begin at multiples
+// of 16 bytes, so what is between two of them is shorter than a block.
+__device__ __forceinline__ void clear_payload(const OwnSelection& args) {
+  const PayloadLayout& layout = args.layout;
+  const bool values = args.shape.wire == WireType::kFloat4;
+  const int64_t begin = layout.bitmap, end = values ? layout.nbytes : layout.values;
   const int64_t step = 16 * static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t at = begin / 16 * 16 + 16 * thread; at < end; at += step) {
-    if (begin <= at && at + 16 <= end) {
-      *reinterpret_cast<uint4*>(payload + at) = make_uint4(0, 0, 0, 0);
-    } else {
-      const int64_t last = at + 16 < end ? at + 16 : end;
-      for (int64_t i = at < begin ? begin : at; i < last; ++i) payload[i] = 0;
-    }
-  }
+  int64_t at = begin + 16 * (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x);
+#pragma unroll 1
+  for (; at < end; at += step)
+    *reinterpret_cast<uint4*>(args.payload + at) = make_uint4(0, 0, 0, 0);
+  if (blockIdx.x != 0) return;
+  layout.for_each_gap([&](int64_t from, int64_t to) {
+    if ((from < begin || from >= end) && from + threadIdx.x < to)
+      args.payload[from + threadIdx.x] = 0;
+  });
 }
 
 struct RefineShared {
@@ -66,17 +120,14 @@ struct RefineShared {
   uint32_t bins[kBins];
 };
 
-__global__ void __launch_bounds__(kThreads) refine_kernel(const __grid_constant__ SelectArgs all) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    refine_kernel(const __grid_constant__ SelectArgs all) {
   static __shared__ RefineShared shared;
   const OwnSelection args(all);
   const Workspace& workspace = args.workspace;
   Control* control = workspace.control;
   start_next();
-  const PayloadLayout& layout = args.layout;
-  const auto clear = [&](int64_t begin, int64_t end) { clear_bytes(args.payload, begin, end); };
-  layout.for_each_gap(clear);
-  clear(layout.bitmap, layout.bitmap_end);
-  if (args.shape.wire == WireType::kFloat4) clear(layout.values, layout.values_end);
+  clear_payload(args);
   if (blockIdx.x == 0) clear_bins<kFields>(workspace.field_bins);
   clear_bins<kBins>(shared.bins);
   wait_for_previous();
@@ -90,14 +141,13 @@ __global__ void __launch_bounds__(kThreads) refine_kernel(const __grid_constant_
     control->bin_key = bin_key;
     control->above_bin = found.above;
   }
-  const uint32_t end = first_tile(args, blockIdx.x + 1);
-  for (uint32_t t = first_tile(args, blockIdx.x) + warp_id(); t < end; t += kWarps) {
-    const Entries entries(args, from_memory, WorkTile(t, args.shape.numel));
-    for (uint32_t i = lane_id(); i < entries.count; i += 32) {
-      const uint32_t low = key_of(entries.at(i)) - bin_key;
-      if (low < kBins) atomicAdd(&shared.bins[low], 1u);
-    }
-  }
+  for_each_key(
+      args, from_memory,
+      [&](uint32_t key) {
+        const uint32_t low = key - bin_key;
+        if (low < kBins) atomicAdd(&shared.bins[low], 1u);
+      },
+      [](uint32_t, uint32_t) {});
   __syncthreads();
   flush_bins<kBins>(shared.bins, workspace.low_bins);
 }
@@ -108,7 +158,8 @@ struct CountShared {
   uint32_t fields[kFields];
 };
 
-__global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ SelectArgs all) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    count_kernel(const __grid_constant__ SelectArgs all) {
   static __shared__ CountShared shared;
   const OwnSelection args(all);
   const Workspace& workspace = args.workspace;
@@ -126,26 +177,23 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
     control->threshold = threshold;
     control->ties = few ? wanted : wanted - found.above;
   }
-  const bool from_memory = control->from_memory;
-  const uint32_t end = first_tile(args, blockIdx.x + 1);
   unsigned long long sum = 0;  // entries above << 32 | ties, in lane 0
-  for (uint32_t t = first_tile(args, blockIdx.x) + warp_id(); t < end; t += kWarps) {
-    const WorkTile tile(t, args.shape.numel);
-    const Entries entries(args, from_memory, tile);
-    uint32_t above = 0, ties = few && lane_id() == 0 ? tile.size - entries.count : 0;
-    for (uint32_t i = lane_id(); i < entries.count; i += 32) {
-      const uint32_t key = key_of(entries.at(i));
-      above += key > threshold;
-      ties += key == threshold;
-      if (scaled && key > threshold) atomicAdd(&shared.fields[exponent_field(key)], 1u);
-    }
-    above = __reduce_add_sync(kAllLanes, above);
-    ties = __reduce_add_sync(kAllLanes, ties);
-    if (lane_id() == 0) {
-      workspace.selected[t] = above << 16 | ties;
-      sum += static_cast<unsigned long long>(above) << 32 | ties;
-    }
-  }
+  uint32_t met = 0;            // in a tile, above << 16 | ties
+  for_each_key(
+      args, control->from_memory,
+      [&](uint32_t key) {
+        met += key > threshold ? 1u << 16 : key == threshold;
+        if (scaled && key > threshold) atomicAdd(&shared.fields[exponent_field(key)], 1u);
+      },
+      [&](uint32_t t, uint32_t entries) {
+        met = __reduce_add_sync(kAllLanes, met);
+        if (lane_id() == 0) {
+          if (few) met += WorkTile(t, args.shape.numel).size - entries;
+          workspace.selected[t] = met;
+          sum += static_cast<unsigned long long>(met >> 16) << 32 | (met & 0xffffu);
+        }
+        met = 0;
+      });
   if (lane_id() == 0) shared.warp_sums[warp_id()] = sum;
   __syncthreads();
   if (scaled) flush_bins<kFields>(shared.fields, workspace.field_bins);
@@ -168,26 +216,34 @@ __device__ __forceinline__ void set_bits(uint8_t* section, uint32_t word, uint32
   if (all != 0 && (sharing & lanes_below()) == 0) atomicOr(at<uint32_t>(section, 0) + word, all);
 }
 
+// What is the same for all tiles.
+struct EmitPlan {
+  uint32_t threshold, ties;
+  int32_t scale;
+  bool few, from_memory, taken_out;
+  bool as_expected;  // taken out for this scale
+};
+
 // Writes what a warp's tile contributes to the payload.
 template <class Format>
-__device__ __forceinline__ void emit_tile(const OwnSelection& args, int scale, uint32_t number,
-                                          unsigned long long met) {
+__device__ __forceinline__ void emit_tile(const OwnSelection& args, const EmitPlan& plan,
+                                          uint32_t number, uint2 place, unsigned long long met) {
   const PayloadView<uint8_t>& out = args.out;
-  const Control& control = *args.workspace.control;
-  const uint32_t threshold = control.threshold, ties = control.ties;
+  const uint32_t threshold = plan.threshold, ties = plan.ties;
+  const int scale = plan.scale;
   const WorkTile tile(number, args.shape.numel);
-  bool from_memory = control.from_memory, taken_out = control.outcome != kUseless;
-  if (control.outcome == kFewValues && static_cast<uint32_t>(met) < ties) {
+  bool from_memory = plan.from_memory, taken_out = plan.taken_out;
+  if (plan.few && static_cast<uint32_t>(met) < ties) {
     // Zeros of this tile are taken, so its other values go back to memory beside them.
-    const Entries values(args, false, tile);
+    const Entries values(args, false, tile, place);
     for (uint32_t i = lane_id(); i < values.count; i += 32)
       args.memory[values.at(i).x] = bits_float(values.at(i).y);
     __syncwarp();
     from_memory = true;
     taken_out = false;
   }
-  const bool as_expected = taken_out && scale == control.scale;
-  const Entries entries(args, from_memory, tile);
+  const bool as_expected = taken_out && plan.as_expected;
+  const Entries entries(args, from_memory, tile, place);
   for (uint32_t first = 0; first < entries.count; first += 32) {
     const bool present = first + lane_id() < entries.count;
     const uint2 entry = present ? entries.at(first + lane_id()) : make_uint2(0, 0);
@@ -224,14 +280,17 @@ __device__ __forceinline__ void emit_tile(const OwnSelection& args, int scale, u
 struct EmitShared {
   // An OwnSelection, shared because no thread has registers to spare.
   alignas(OwnSelection) unsigned char own[sizeof(OwnSelection)];
+  EmitPlan plan;
   FindShared<> largest, fitting;
   unsigned long long warp_sums[kWarps];
   unsigned long long next_warp_sums[kWarps];
   unsigned long long met[kScanTiles];
+  uint2 place[kScanTiles];
 };
 
 template <class Format>
-__global__ void __launch_bounds__(kThreads, 6) emit_kernel(const __grid_constant__ SelectArgs all) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    emit_kernel(const __grid_constant__ SelectArgs all) {
   static __shared__ EmitShared shared;
   if (threadIdx.x == 0) new (shared.own) OwnSelection(all);
   __syncthreads();
@@ -239,7 +298,6 @@ __global__ void __launch_bounds__(kThreads, 6) emit_kernel(const __grid_constant
   const Workspace& workspace = args.workspace;
   const PayloadView<uint8_t>& out = args.out;
   wait_for_previous();
-  const uint32_t ties = workspace.control->ties;
   int scale = 0;
   if constexpr (Format::kScaled) {
     // The selected entries that are not above the threshold equal it.
@@ -253,13 +311,25 @@ __global__ void __launch_bounds__(kThreads, 6) emit_kernel(const __grid_constant
     scale = wire_scale_as<Format>({largest, exceeded(saturating, &shared.fitting)});
   }
 
+  if (threadIdx.x == 0) {
+    const Control& control = *workspace.control;
+    shared.plan = {control.threshold,
+                   control.ties,
+                   scale,
+                   control.outcome == kFewValues,
+                   control.from_memory != 0,
+                   control.outcome != kUseless,
+                   scale == control.scale};
+  }
   unsigned long long sum = 0, met;
   for (uint32_t group = threadIdx.x; group < blockIdx.x; group += kThreads)
     sum += workspace.groups[group];
   block_exclusive_sum<kThreads>(sum, &met, shared.warp_sums);
+  const EmitPlan& plan = shared.plan;  // after the barrier
+  const uint32_t ties = plan.ties;
 
-  const uint32_t end = first_tile(args, blockIdx.x + 1);
-  for (uint32_t first = first_tile(args, blockIdx.x); first < end; first += kScanTiles) {
+  const uint32_t end = args.groups.first_tile(blockIdx.x + 1);
+  for (uint32_t first = args.groups.first_tile(blockIdx.x); first < end; first += kScanTiles) {
     const uint32_t own = first + threadIdx.x;
     const bool placing = threadIdx.x < kScanTiles && own < end;
     const uint32_t selected = placing ? workspace.selected[own] : 0;
@@ -270,19 +340,21 @@ __global__ void __launch_bounds__(kThreads, 6) emit_kernel(const __grid_constant
                   &total, shared.next_warp_sums);
     if (placing) {
       shared.met[threadIdx.x] = before;
+      shared.place[threadIdx.x] = workspace.tiles[own];
       constexpr uint32_t kWorkTiles = kTile / kWorkTile;
       if (own % kWorkTiles == 0) out.starts[own / kWorkTiles] = taken(before, ties);
     }
     __syncthreads();
     for (uint32_t t = warp_id(); t < kScanTiles && first + t < end; t += kWarps)
-      if (!workspace.control->from_memory || workspace.selected[first + t] != 0)
-        emit_tile<Format>(args, scale, first + t, shared.met[t]);
+      if (!plan.from_memory || workspace.selected[first + t] != 0)
+        emit_tile<Format>(args, plan, first + t, shared.place[t], shared.met[t]);
     met += total;  // the next round writes shared.met after the barrier in its sum
   }
 
   // The histograms must be zero for the next call; nobody reads them any more.
-  for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < kClearedWords;
-       i += static_cast<int64_t>(gridDim.x) * kThreads)
+#pragma unroll 1
+  for (uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < kClearedWords;
+       i += gridDim.x * kThreads)
     workspace.pass_bins[i] = 0;
 
   if (blockIdx.x != gridDim.x - 1 || threadIdx.x != 0) return;
@@ -294,8 +366,11 @@ __global__ void __launch_bounds__(kThreads, 6) emit_kernel(const __grid_constant
   *out.header = make_header(args.shape, nonfinite, scale, all.tag);
   if (!complete) out.header->magic = 0;
   control->guess.scale = scale;
-  learn(&control->guess, control->threshold, args.shape.k, control->found,
-        control->outcome == kUseless);
+  // A guess from which the k-th is too far away for the bins is too low, but learned from like any.
+  const uint32_t found = control->found;
+  const bool enough = args.shape.k <= found && found <= workspace.capacity;
+  learn(&control->guess, control->threshold, args.shape.k, found,
+        control->outcome == kUseless && !enough);
   control->found = 0;
   control->refound = 0;
 }
@@ -303,9 +378,7 @@ __global__ void __launch_bounds__(kThreads, 6) emit_kernel(const __grid_constant
 }  // namespace
 
 void select(const SelectArgs& args, const Stream& stream) {
-  const int64_t ranges = args.ranges;
-  const int processors = static_cast<int>((multiprocessors() + ranges - 1) / ranges);
-  const Grid grid{group_count(args.shapes[0].numel, processors), ranges};
+  const Grid grid{args.blocks, args.ranges};
   launch_early(refine_kernel, grid, kThreads, stream, args);
   launch_early(count_kernel, grid, kThreads, stream, args);
   with_wire_type(args.shapes[0].wire, [&](auto format) {

@@ -72,12 +72,4 @@ constexpr uint32_t kLargestCount = GMC_LARGEST_COUNT;
 
 GMC_HD int64_t work_tile_count(int64_t numel) { return (numel + kWorkTile - 1) / kWorkTile; }
 
-// How many blocks refine, count and emit have on a device with so many multiprocessors: as many as
-// run there at once.
-GMC_HD int64_t group_count(int64_t numel, int processors) {
-  const int64_t tiles = work_tile_count(numel), resident = int64_t{kResidentBlocks} * processors;
-  const int64_t most = resident < kMaxGroups ? resident : kMaxGroups;
-  return tiles < most ? tiles : most;
-}
-
 }  // namespace gmc::cuda

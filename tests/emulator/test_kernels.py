@@ -993,6 +993,16 @@ def test_several_wire_tiles(running):
     bucket.compress([torch.zeros(numel)], k, state)
 
 
+def test_more_tiles_than_a_warp_has_lanes(running):
+    """Where a warp looks up its tiles more than once, and reads memory itself."""
+    numel, k = 3 * 2 * 40 * WORK_TILE + 5, 2000  # three blocks of two warps
+    rng = np.random.default_rng(9)
+    kernels = Kernels(running, seed=2)
+    for values in (gaussian, two_values) if running is program("plain") else (gaussian,):
+        Bucket(kernels, torch.zeros(numel)).compress([values(numel, rng)], k)
+        assert kernels.from_memory == (values is two_values)
+
+
 @pytest.fixture(scope="module")
 def full_size():
     started = program("plain", small=False)
