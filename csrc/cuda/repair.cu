@@ -1,7 +1,6 @@
-// The repair. When the guess gave too few candidates or too many, they are given back, a better
-// guess comes from a coarse histogram of all of memory, and memory is compacted again. When there
-// are enough but the k-th largest lies beyond the bins, a coarse histogram of the candidates alone
-// gives other bins. Both kernels end at once when the pass did well.
+// The repair. When the guess gave too few candidates or too many, or the k-th largest lies beyond
+// the bins, the candidates are given back, a better guess comes from a coarse histogram of all of
+// memory, and memory is compacted again. Both kernels end at once when the pass did well.
 #include "candidates.cuh"
 #include "compress.h"
 #include "launch.h"
@@ -12,18 +11,8 @@ namespace {
 __device__ __forceinline__ Outcome outcome_of_guess(const OwnSelection& args) {
   const Control& control = *args.workspace.control;
   if (control.found < args.shape.k) return control.guess.key == 1 ? kFewValues : kUseless;
-  if (control.found > args.workspace.capacity) return kUseless;
   const bool beyond = args.workspace.pass_bins[kBins - 1] >= args.shape.k;  // it has no upper end
-  return beyond ? kUnbinned : kUseful;
-}
-
-// Calls function(candidate) for every candidate of the pass, each in one thread.
-template <class Function>
-__device__ __forceinline__ void for_each_candidate(const OwnSelection& args,
-                                                   const Function& function) {
-  const uint32_t count = args.workspace.control->found;
-  for (uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads)
-    function(args.workspace.candidates[i]);
+  return beyond || control.found > args.workspace.capacity ? kUseless : kUseful;
 }
 
 // Puts v back into memory where the pass took candidates of this tile out.
@@ -49,15 +38,11 @@ __global__ void __launch_bounds__(kThreads) coarse_kernel(const __grid_constant_
     control->from_memory = false;
     control->base = control->guess.key;
   }
-  if (outcome == kUseful || outcome == kFewValues) return;
+  if (outcome != kUseless) return;
   clear_bins<kCoarseBins>(bins);
   __syncthreads();
-  if (outcome == kUnbinned)
-    for_each_candidate(args, [&](uint2 candidate) {
-      atomicAdd(&bins[(candidate.y & kKeyMask) >> kCoarseShift], 1u);
-    });
-  for (uint32_t number = blockIdx.x;
-       outcome == kUseless && number < work_tile_count(args.shape.numel); number += gridDim.x) {
+  for (uint32_t number = blockIdx.x; number < work_tile_count(args.shape.numel);
+       number += gridDim.x) {
     const WorkTile tile(number, args.shape.numel);
     give_back(args, tile);
     __syncthreads();
@@ -85,8 +70,7 @@ __global__ void __launch_bounds__(kThreads)
   const Workspace& workspace = args.workspace;
   start_next();
   wait_for_previous();
-  const Outcome outcome = workspace.control->outcome;
-  if (outcome == kUseful || outcome == kFewValues) return;
+  if (workspace.control->outcome != kUseless) return;
   clear_bins<kBins>(shared.bins);
   const FoundBin coarse = find_bin<kCoarseBins>(workspace.coarse_bins, args.shape.k, &shared.find);
   const uint32_t guess = coarse.bin << kCoarseShift;
@@ -94,15 +78,10 @@ __global__ void __launch_bounds__(kThreads)
   const bool fits = coarse.above + workspace.coarse_bins[coarse.bin] <= workspace.capacity;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     workspace.control->base = guess;
-    workspace.control->from_memory = outcome == kUseless && !fits;
+    workspace.control->from_memory = !fits;
   }
-  if (outcome == kUnbinned)
-    for_each_candidate(args, [&](uint2 candidate) {
-      const uint32_t key = candidate.y & kKeyMask;
-      if (key >= guess) atomicAdd(&shared.bins[bin_of(key, guess)], 1u);
-    });
-  for (uint32_t number = blockIdx.x;
-       outcome == kUseless && number < work_tile_count(args.shape.numel); number += gridDim.x) {
+  for (uint32_t number = blockIdx.x; number < work_tile_count(args.shape.numel);
+       number += gridDim.x) {
     const WorkTile tile(number, args.shape.numel);
     float x[kPerThread];
     load_floats(args.memory, tile, x);

@@ -27,8 +27,8 @@ constexpr int kFields = 256;
 enum Outcome : uint32_t {
   kUseful,     // the pass's candidates and bins serve the selection
   kFewValues,  // fewer than k values are not zero, and all of them are candidates
-  kUnbinned,   // the candidates serve, the bins do not reach the k-th: another set of bins is made
-  kUseless,    // too few candidates, or too many: others are made, after these were given back
+  kUseless,    // too few candidates, too many, or the k-th beyond the bins: others are made, after
+               // these were given back
 };
 
 struct Control {

@@ -28,7 +28,7 @@ SMALL = {
     "GMC_INLINE_SEGMENTS": 3,
     "GMC_LARGEST_COUNT": 10_000,
 }
-OUTCOMES = ("useful", "few values", "unbinned", "useless")  # csrc/cuda/workspace.h
+OUTCOMES = ("useful", "few values", "useless")  # csrc/cuda/workspace.h
 SMALLEST_SAMPLE = SMALL["GMC_SMALLEST_SAMPLE"]
 WORK_TILE = 16 * SMALL["GMC_THREADS"]
 LARGEST_COUNT = SMALL["GMC_LARGEST_COUNT"]
