@@ -19,9 +19,6 @@ struct RuleTile : WorkTile {
   __device__ void load(const SegmentList& list, float (&x)[kPerThread]) const {
     load_segments(list.begin(args.own), list.count, args.numel, *this, stage, x);
   }
-  __device__ float load(const SegmentList& list, uint32_t i) const {
-    return load_element(list.begin(args.own), list.count, i);
-  }
 };
 
 // A sparse aggregate, and what it says of the run that a tile's entries are part of: in shared

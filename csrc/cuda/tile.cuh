@@ -143,12 +143,6 @@ __device__ __forceinline__ bool with_quads(const TableSegment& segment, const Wo
   });
 }
 
-// Element i of the bucket, which lies in one of these tensors.
-__device__ __forceinline__ float load_element(const TableSegment* segments, int count, uint32_t i) {
-  const TableSegment segment = segments[find_segment(segments, count, i)];
-  return segment.data ? load_value(segment.data, segment.dtype, i - segment.begin) : 0.0f;
-}
-
 // Elements past the end of the bucket read as zero. stage: kWorkTile floats of shared memory.
 __device__ __forceinline__ void load_segments(const TableSegment* segments, int count,
                                               int64_t numel, const WorkTile& tile, float* stage,
@@ -162,9 +156,15 @@ __device__ __forceinline__ void load_segments(const TableSegment* segments, int 
       return;
   }
   const int candidates = shared.count(tile);
-  for (uint32_t place = threadIdx.x; place < kWorkTile; place += kThreads)
-    stage[place] =
-        place < tile.size ? load_element(shared.first, candidates, tile.begin + place) : 0.0f;
+  for (uint32_t place = threadIdx.x; place < kWorkTile; place += kThreads) {
+    float value = 0.0f;
+    if (place < tile.size) {
+      const uint32_t i = tile.begin + place;
+      const TableSegment segment = shared.first[find_segment(shared.first, candidates, i)];
+      if (segment.data) value = load_value(segment.data, segment.dtype, i - segment.begin);
+    }
+    stage[place] = value;
+  }
   __syncthreads();
 #pragma unroll
   for (int e = 0; e < kPerThread; ++e) x[e] = stage[tile.place(e)];
