@@ -51,6 +51,7 @@ class Device {
   void run(const Call& call) const {
     try {
       cuda::run(call, stream_);
+      require(cudaDeviceSynchronize());
     } catch (const cuda::CudaError& error) {
       require(error.status);
     }

@@ -1,74 +1,58 @@
 #include "block.h"
 
 #include <cstdio>
-#include <memory>
 
-#include "fiber.h"
 #include "happens_before.h"
 #include "report.h"
+#include "schedule.h"
 #include "shared_memory.h"
+#include "watchdog.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace emulator {
 
-const void* current_kernel = nullptr;
-bool early_launch = false;
+Block* current_block = nullptr;
 Thread* current_thread = nullptr;
-std::vector<Thread> threads;
 
 namespace {
 
-std::vector<std::unique_ptr<Fiber>> fibers;  // one per thread of the largest block so far
-std::vector<int> thread_of_slot;
-unsigned ready_warps;  // bit w: ready_lanes[w] is not zero; both in scheduling order
-unsigned ready_lanes[32];
-bool hop;       // pick any ready thread, not the first in scheduling order
-bool hop_once;  // whoever spins must not be picked again at once
-Random* dice;   // null: threads run in order
-void (*thread_body)(const void*);
-const void* thread_closure;
-
-// Of the barrier that threads wait at now.
-size_t waiting;
-int votes;
-int last_votes;
-
 void fiber_body() {
+  const Launch& launch = *current_block->launch;
   happens_before::thread_started();
-  thread_body(thread_closure);
-  if (early_launch && !current_thread->waited)
-    fail("a kernel that may start early never called cudaGridDependencySynchronize");
+  launch.body(launch.closure.get());
   happens_before::thread_ended();
   current_thread->state = Thread::exited;
 }
 
-int pick_bit(unsigned bits) {
-  if (!hop && !hop_once) return __builtin_ctz(bits);
+}  // namespace
+
+int Block::pick_bit(unsigned bits) {
+  if (!hop_ && !hop_once) return __builtin_ctz(bits);
   const unsigned shift = dice->below(32);
   const unsigned rotated = shift == 0 ? bits : bits >> shift | bits << (32 - shift);
   return int((unsigned(__builtin_ctz(rotated)) + shift) % 32);
 }
 
-Thread& take_ready() {
-  const int warp = pick_bit(ready_warps);
-  const int lane = pick_bit(ready_lanes[warp]);
-  ready_lanes[warp] &= ~(1u << lane);
-  if (ready_lanes[warp] == 0) ready_warps &= ~(1u << warp);
+Thread& Block::take_ready() {
+  const int warp = pick_bit(ready_warps_);
+  const int lane = pick_bit(ready_lanes_[warp]);
+  ready_lanes_[warp] &= ~(1u << lane);
+  if (ready_lanes_[warp] == 0) ready_warps_ &= ~(1u << warp);
   hop_once = false;
-  return threads[size_t(thread_of_slot[size_t(32 * warp + lane)])];
+  return threads[size_t(thread_of_slot_[size_t(32 * warp + lane)])];
 }
 
-void place_threads(int count) {
+void Block::place_threads(int count) {
   const int warps = (count + 31) / 32;
   const bool shuffled = dice != nullptr;
   Random in_order(0);
   Random& random = shuffled ? *dice : in_order;
   // Half of the blocks switch at random, half let one warp run as far ahead as it can.
-  hop = shuffled && random.below(2) == 0;
+  hop_ = shuffled && random.below(2) == 0;
   threads.resize(size_t(count));
-  thread_of_slot.assign(size_t(32 * warps), -1);
+  thread_of_slot_.assign(size_t(32 * warps), -1);
   const std::vector<int> place_of_warp = random.order(warps, shuffled);
   std::vector<int> place_of_lane;
   for (int number = 0; number < count; ++number) {
@@ -79,13 +63,13 @@ void place_threads(int count) {
     const unsigned n = unsigned(number);
     thread.index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / (blockDim.x * blockDim.y)};
     thread.slot = 32 * place_of_warp[size_t(thread.warp())] + place_of_lane[size_t(thread.lane())];
-    thread_of_slot[size_t(thread.slot)] = number;
+    thread_of_slot_[size_t(thread.slot)] = number;
     make_ready(thread);
   }
 }
 
 // Every thread waits or has left, and at least one waits: says who waits for whom.
-[[noreturn]] void report_stuck() {
+void Block::report_stuck() {
   char waiter[256], other[256];
   for (Thread& thread : threads) {
     if (thread.state != Thread::at_warp_collective) continue;
@@ -118,8 +102,6 @@ void place_threads(int count) {
   fail("every thread waits, for no reason known");
 }
 
-}  // namespace
-
 void Thread::describe(char* text, size_t size) const {
   if (state == exited)
     snprintf(text, size, "thread (%u, %u, %u) has left the kernel", index.x, index.y, index.z);
@@ -128,10 +110,10 @@ void Thread::describe(char* text, size_t size) const {
              site.what, site.file, site.line);
 }
 
-void make_ready(Thread& thread) {
+void Block::make_ready(Thread& thread) {
   thread.state = Thread::ready;
-  ready_lanes[thread.slot / 32] |= 1u << (thread.slot % 32);
-  ready_warps |= 1u << (thread.slot / 32);
+  ready_lanes_[thread.slot / 32] |= 1u << (thread.slot % 32);
+  ready_warps_ |= 1u << (thread.slot / 32);
 }
 
 void suspend(Thread::State reason) {
@@ -140,55 +122,130 @@ void suspend(Thread::State reason) {
 }
 
 void yield() {
-  hop_once = dice != nullptr;
-  make_ready(*current_thread);
+  Block& block = *current_block;
+  block.hop_once = block.dice != nullptr;
+  block.make_ready(*current_thread);
   Fiber::suspend();
 }
 
-void wait_for_launch_before() { current_thread->waited = true; }
+void wait_for_launch_before() {
+  Thread& self = *current_thread;
+  Block& block = *current_block;
+  if (!reached(block.launch->before)) {
+    ++block.held;
+    suspend(Thread::at_launch_before);
+  }
+  self.waited = true;
+  block.launch->waited = true;
+  happens_before::launch_before_ended();
+}
+
+void let_next_launch_start() {
+  Block& block = *current_block;
+  Launch& launch = *block.launch;
+  if (launch.previous && !current_thread->waited) launch.triggered_unwaited = true;
+  if (block.triggered) return;
+  block.triggered = true;
+  ++launch.triggered;
+  if (!pauses_after_trigger(launch)) return;
+  block.pauses = true;
+  block.make_ready(*current_thread);
+  Fiber::suspend();
+}
 
 int lane() { return current_thread->lane(); }
 
-void run_block(void (*body)(const void*), const void* closure, Random& random, bool in_order) {
-  thread_body = body;
-  thread_closure = closure;
+void Block::begin(Launch& of, int number, Random& random, bool in_order) {
+  launch = &of;
+  blockDim = of.block;
+  const unsigned n = unsigned(number);
+  index = {n % of.grid.x, n / of.grid.x % of.grid.y, n / of.grid.x / of.grid.y};
   dice = in_order ? nullptr : &random;
   waiting = 0;
   votes = 0;
-  ready_warps = 0;
+  hop_once = false;
+  triggered = false;
+  pauses = false;
+  held = 0;
+  ready_warps_ = 0;
   place_threads(int(blockDim.x * blockDim.y * blockDim.z));
-  while (fibers.size() < threads.size()) fibers.push_back(std::make_unique<Fiber>(fiber_body));
+  left_ = threads.size();
+  while (fibers_.size() < threads.size()) fibers_.push_back(std::make_unique<Fiber>(fiber_body));
   for (Thread& thread : threads) {
-    thread.sanitizer_thread = happens_before::new_thread(thread);
-    fibers[size_t(thread.number)]->renew(thread.sanitizer_thread);
+    thread.sanitizer_thread = happens_before::new_thread(*this, thread);
+    fibers_[size_t(thread.number)]->renew(thread.sanitizer_thread);
   }
+  begin_shared_memory(*this, random);
   happens_before::block_started();
-  size_t left = threads.size();
-  while (left > 0) {
-    if (ready_warps == 0) report_stuck();
+}
+
+// The launch before has ended.
+void Block::let_go() {
+  for (Thread& thread : threads)
+    if (thread.state == Thread::at_launch_before) make_ready(thread);
+  held = 0;
+}
+
+// What a thread does that has not waited for the launch before is not ordered after it.
+void Block::check_waits() {
+  const Thread *waited = nullptr, *other = nullptr;
+  for (const Thread& thread : threads) (thread.waited ? waited : other) = &thread;
+  if (waited == nullptr || other == nullptr) return;
+  threadIdx = other->index;
+  fail(
+      "thread (%u, %u, %u) of a kernel that may start early never called "
+      "cudaGridDependencySynchronize, but others of its block did",
+      other->index.x, other->index.y, other->index.z);
+}
+
+Block::Stop Block::run() {
+  current_block = this;
+  gridDim = launch->grid;
+  blockDim = launch->block;
+  blockIdx = index;
+  resume_shared_memory(*this);
+  if (held > 0 && reached(launch->before)) let_go();
+  start_watchdog();
+  Stop stop = ended;
+  while (left_ > 0 && stop == ended) {
+    if (ready_warps_ == 0) {
+      if (held == 0) report_stuck();
+      stop = waits;
+      break;
+    }
     Thread& thread = take_ready();
     current_thread = &thread;
     threadIdx = thread.index;
-    fibers[size_t(thread.number)]->resume();
+    fibers_[size_t(thread.number)]->resume();
     if (thread.state == Thread::exited) {
       happens_before::thread_retired(thread);
-      --left;
+      --left_;
     }
+    if (pauses) stop = paused;
+    pauses = false;
   }
   current_thread = nullptr;
+  if (stop == ended) {
+    if (launch->must_wait) check_waits();
+    if (!triggered) ++launch->triggered;
+    end_shared_memory();
+  }
+  current_block = nullptr;
+  return stop;
 }
 
 int block_barrier(int predicate, Site site) {
   Thread& self = *current_thread;
+  Block& block = *current_block;
   self.site = site;
   void* tag = happens_before::arrive_at_block_barrier();
-  votes += predicate != 0;
-  if (++waiting < threads.size()) {
+  block.votes += predicate != 0;
+  if (++block.waiting < block.threads.size()) {
     suspend(Thread::at_block_barrier);
   } else {
     self.state = Thread::at_block_barrier;
     char mine[256], other[256];
-    for (Thread& thread : threads) {
+    for (Thread& thread : block.threads) {
       if (!(thread.site == site)) {
         self.describe(mine, sizeof mine);
         thread.describe(other, sizeof other);
@@ -196,14 +253,14 @@ int block_barrier(int predicate, Site site) {
       }
     }
     happens_before::block_barrier_completed();
-    last_votes = votes;
-    votes = 0;
-    waiting = 0;
-    for (Thread& thread : threads) make_ready(thread);
+    block.last_votes = block.votes;
+    block.votes = 0;
+    block.waiting = 0;
+    for (Thread& thread : block.threads) block.make_ready(thread);
     Fiber::suspend();
   }
   happens_before::leave(tag);
-  return last_votes;
+  return block.last_votes;
 }
 
 }  // namespace emulator

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <map>
 
+#include "happens_before.h"
 #include "report.h"
 #include "settings.h"
 #include "shared_memory.h"
@@ -27,6 +28,7 @@ std::map<std::string, void (*)(Case&)>& registry() {
 FILE* replies;
 
 void receive(void* to, size_t bytes) {
+  const happens_before::Unseen here;
   if (bytes != 0 && fread(to, 1, bytes, stdin) != bytes) _exit(0);  // Python closed the pipe
 }
 
@@ -64,6 +66,7 @@ void serve_one() {
   const auto found = registry().find(name);
   if (found == registry().end()) fail("no CUDA_CASE(%s) in this program", name.c_str());
   found->second(in);
+  require(cudaDeviceSynchronize());
   const uint32_t count = uint32_t(in.arrays().size());
   reply(&count, sizeof count);
   for (const Array& array : in.arrays()) {
@@ -94,6 +97,7 @@ Case::~Case() {
 }
 
 Array& Case::add(const std::string& name, char kind, uint8_t item, uint8_t offset, uint64_t bytes) {
+  const happens_before::Unseen here;
   Array array{name, kind, item, offset, bytes, nullptr};
   void* base = nullptr;
   if (posix_memalign(&base, 256, offset + bytes) != 0) fail("no memory for array %s", name.c_str());

@@ -42,7 +42,8 @@ int block_barrier(int predicate, Site site);
 uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t word, int operand, int width,
                          Site site);
 
-void wait_for_launch_before();  // which is over here in any case
+void wait_for_launch_before();
+void let_next_launch_start();
 int lane();
 void yield();  // lets another thread of the block run
 void fence();

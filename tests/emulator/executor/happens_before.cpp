@@ -14,6 +14,11 @@ namespace emulator {
 #if defined(EXECUTOR_THREAD)
 #include <sanitizer/tsan_interface.h>
 
+extern "C" {
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
+
 namespace happens_before {
 namespace {
 
@@ -30,8 +35,7 @@ struct Barrier {
 };
 
 std::unique_ptr<Barrier> block_barrier;
-// By block, warp and mask. They live as long as the launch: a warp that met nothing but one of them
-// made it, and the host has not caught up with that warp before.
+// By block, warp and mask.
 std::map<std::tuple<uint64_t, int, unsigned>, Barrier> warp_barriers;
 uint64_t blocks_started = 0;
 
@@ -39,14 +43,27 @@ Barrier& warp_barrier(const Thread& thread) {
   return warp_barriers[{blocks_started, thread.warp(), thread.mask}];
 }
 
-uint64_t launch_begin, launch_end;
-
 // Each takes 0.8 MB, and the sanitizer knows 8128 threads at most.
 constexpr size_t most_fibers = 1024;
 std::vector<void*> unused_fibers;  // that the host has caught up with
-std::vector<void*> past_fibers;    // of this launch
+std::vector<void*> past_fibers;    // that it has not
 size_t fiber_count = 0;
 Random dice(1);
+
+// A new fiber knows all that the one knows which creates it. This one has never waited for
+// anything.
+void* ignorant_fiber() {
+  static void* const fiber = __tsan_create_fiber(0);
+  return fiber;
+}
+
+void* create_fiber() {
+  void* const host = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(ignorant_fiber(), __tsan_switch_to_fiber_no_sync);
+  void* const fiber = __tsan_create_fiber(0);
+  __tsan_switch_to_fiber(host, __tsan_switch_to_fiber_no_sync);
+  return fiber;
+}
 
 void* take(std::vector<void*>& fibers) {
   std::swap(fibers[dice.below(unsigned(fibers.size()))], fibers.back());
@@ -57,20 +74,23 @@ void* take(std::vector<void*>& fibers) {
 
 }  // namespace
 
-void* new_thread(const Thread& thread) {
+Unseen::Unseen() { AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
+Unseen::~Unseen() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__); }
+
+void* new_thread(const Block& block, const Thread& thread) {
   if (unused_fibers.empty() && fiber_count >= most_fibers) {
     // In random order, because the sanitizer sees no race between a thread and a later one that
     // inherits its number.
     for (; !past_fibers.empty(); --fiber_count) __tsan_destroy_fiber(take(past_fibers));
   }
   if (unused_fibers.empty()) {
-    unused_fibers.push_back(__tsan_create_fiber(0));
+    unused_fibers.push_back(create_fiber());
     ++fiber_count;
   }
   void* fiber = take(unused_fibers);
   char name[128];
-  snprintf(name, sizeof name, "block (%u, %u, %u) thread (%u, %u, %u)", blockIdx.x, blockIdx.y,
-           blockIdx.z, thread.index.x, thread.index.y, thread.index.z);
+  snprintf(name, sizeof name, "block (%u, %u, %u) thread (%u, %u, %u)", block.index.x,
+           block.index.y, block.index.z, thread.index.x, thread.index.y, thread.index.z);
   __tsan_set_fiber_name(fiber, name);
   return fiber;
 }
@@ -78,7 +98,6 @@ void* new_thread(const Thread& thread) {
 void thread_retired(const Thread& thread) { past_fibers.push_back(thread.sanitizer_thread); }
 
 void block_started() {
-  __tsan_release(&launch_begin);
   // Other tags for each block: what one block's threads did is unordered with the next block's.
   block_barrier = std::make_unique<Barrier>();
   ++blocks_started;
@@ -92,10 +111,35 @@ void leave(void* tag) { __tsan_acquire(tag); }
 void before_atomic(void* address) {
   if (current_thread->fenced) __tsan_release(address);
 }
-void thread_ended() { __tsan_release(&launch_end); }
-void thread_started() { __tsan_acquire(&launch_begin); }
-void launch_ended() {
-  __tsan_acquire(&launch_end);
+void acquire(const Ends& ends) {
+  for (const auto& end : ends) __tsan_acquire(&end->clock);
+}
+
+void launch_issued(Launch& launch) {
+  (void)ignorant_fiber();  // before the first launch has run
+  __tsan_release(&launch.issued);
+}
+
+// A launch that starts early finds what was past when the one before started or, if all of that
+// one's threads waited before they let it start, what they had waited for.
+void launch_begins(Launch& launch) {
+  const Launch* previous = launch.previous.get();
+  launch.known = previous == nullptr            ? launch.before
+                 : previous->triggered_unwaited ? previous->known
+                                                : previous->before;
+}
+
+void thread_started() {
+  Launch& launch = *current_block->launch;
+  __tsan_acquire(&launch.issued);
+  acquire(launch.known);
+}
+
+void launch_before_ended() { acquire(current_block->launch->before); }
+void thread_ended() { __tsan_release(&current_block->launch->end->clock); }
+void host_waited(End& end) { __tsan_acquire(&end.clock); }
+
+void all_past() {
   warp_barriers.clear();
   unused_fibers.insert(unused_fibers.end(), past_fibers.begin(), past_fibers.end());
   past_fibers.clear();
@@ -121,7 +165,13 @@ void after_atomic(void* address) {
 #else
 
 namespace happens_before {
-void* new_thread(const Thread&) { return nullptr; }
+Unseen::Unseen() {}
+Unseen::~Unseen() {}
+void launch_issued(Launch&) {}
+void launch_begins(Launch&) {}
+void host_waited(End&) {}
+void all_past() {}
+void* new_thread(const Block&, const Thread&) { return nullptr; }
 void thread_retired(const Thread&) {}
 void block_started() {}
 void thread_started() {}
@@ -132,7 +182,7 @@ void warp_barrier_completed(const Thread&) {}
 void leave(void*) {}
 void before_atomic(void*) {}
 void thread_ended() {}
-void launch_ended() {}
+void launch_before_ended() {}
 }  // namespace happens_before
 
 void fence() {}

@@ -5,12 +5,15 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "happens_before.h"
 #include "settings.h"
 #include "shared_memory.h"
+#include "streams.h"
 
 namespace emulator {
 
 cudaError_t allocate(void** memory, size_t bytes) {
+  const happens_before::Unseen here;
   *memory = nullptr;
   if (bytes == 0) return cudaSuccess;
   if (posix_memalign(memory, 256, bytes) != 0) return cudaErrorMemoryAllocation;
@@ -23,6 +26,26 @@ cudaError_t occupancy(int* blocks, int block_size, size_t dynamic_bytes) {
   const size_t by_shared = dynamic_bytes == 0 ? 2 : shared_capacity / dynamic_bytes;
   *blocks = int(by_shared < 2 ? by_shared : 2);
   return cudaSuccess;
+}
+
+struct Copy {
+  void* to;
+  const void* from;  // null: every byte becomes `byte`
+  int byte;
+  size_t bytes;
+};
+
+void copy(const void* closure) {
+  const Copy& wanted = *static_cast<const Copy*>(closure);
+  if (wanted.from == nullptr)
+    memset(wanted.to, wanted.byte, wanted.bytes);
+  else
+    memmove(wanted.to, wanted.from, wanted.bytes);
+}
+
+void append_copy(cudaStream_t stream, const Copy& wanted) {
+  append_work(stream, reinterpret_cast<const void*>(&copy), copy,
+              std::make_shared<const Copy>(wanted));
 }
 
 struct Description {
@@ -101,31 +124,34 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  memmove(to, from, bytes);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                            cudaStream_t stream) {
+  emulator::append_copy(stream, {to, from, 0, bytes});
   return cudaSuccess;
 }
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
-                            cudaStream_t) {
-  return cudaMemcpy(to, from, bytes, kind);
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  const cudaError_t error = cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+  return error == cudaSuccess ? cudaStreamSynchronize(nullptr) : error;
+}
+
+cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t stream) {
+  emulator::append_copy(stream, {to, nullptr, byte, bytes});
+  return cudaSuccess;
 }
 
 cudaError_t cudaMemset(void* to, int byte, size_t bytes) {
-  memset(to, byte, bytes);
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t) {
-  return cudaMemset(to, byte, bytes);
+  return cudaMemsetAsync(to, byte, bytes, nullptr);
 }
 
 cudaError_t cudaFree(void* memory) {
+  const cudaError_t error = cudaDeviceSynchronize();
   free(memory);
-  return cudaSuccess;
+  return error;
 }
 
-cudaError_t cudaFreeAsync(void* memory, cudaStream_t) { return cudaFree(memory); }
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
+  const cudaError_t error = cudaStreamSynchronize(stream);
+  free(memory);
+  return error;
+}

@@ -34,8 +34,8 @@ struct Text {
   }
   // The kernel is named by its offset into the program, which program.py replaces by its name.
   void add_place() {
-    if (current_kernel == nullptr) return;
-    const char* kernel = static_cast<const char*>(current_kernel);
+    if (current_block == nullptr) return;
+    const char* kernel = static_cast<const char*>(current_block->launch->kernel);
     add("\n  kernel <0x%zx>, block (%u, %u, %u)", size_t(kernel - &__ehdr_start), blockIdx.x,
         blockIdx.y, blockIdx.z);
     if (current_thread != nullptr)

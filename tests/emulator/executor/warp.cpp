@@ -1,6 +1,5 @@
 // Warp collectives: the last lane to arrive computes everyone's result.
 #include "block.h"
-#include "fiber.h"
 #include "happens_before.h"
 #include "report.h"
 
@@ -95,8 +94,9 @@ uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t word, int operand, i
   // CUDA promises an order of memory accesses for __syncwarp alone.
   void* tag = op == WarpOp::sync ? happens_before::arrive_at_warp_barrier(self) : nullptr;
 
-  Thread* warp = &threads[size_t(32 * self.warp())];
-  const size_t lanes = threads.size() - size_t(32 * self.warp());
+  Block& block = *current_block;
+  Thread* warp = &block.threads[size_t(32 * self.warp())];
+  const size_t lanes = block.threads.size() - size_t(32 * self.warp());
   bool complete = true;
   for (size_t lane = 0; lane < 32 && complete; ++lane)
     if (mask >> lane & 1) complete = lane < lanes && meets(self, warp[lane]);
@@ -105,7 +105,7 @@ uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t word, int operand, i
     for (int lane = 0; lane < 32; ++lane)
       if (mask >> lane & 1) warp[lane].result = result_for(warp, warp[lane]);
     for (int lane = 0; lane < 32; ++lane)
-      if (mask >> lane & 1) make_ready(warp[lane]);
+      if (mask >> lane & 1) block.make_ready(warp[lane]);
   }
   Fiber::suspend();
   if (tag != nullptr) happens_before::leave(tag);

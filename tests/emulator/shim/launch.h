@@ -1,6 +1,7 @@
 // cudaLaunchKernelEx, the only way to launch here: <<<>>> is not C++.
 #pragma once
 
+#include <memory>
 #include <tuple>
 #include <utility>
 
@@ -37,9 +38,9 @@ struct cudaLaunchConfig_t {
 };
 
 namespace emulator {
-// Runs body(closure) as every thread of the grid.
+// Queues a launch that runs body(closure) as every thread of the grid.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(const void*),
-                   const void* closure);
+                   std::shared_ptr<const void> closure);
 
 template <class... Parameters, size_t... Index>
 void call(void (*kernel)(Parameters...), const std::tuple<Parameters...>& arguments,
@@ -56,10 +57,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
   };
-  const Closure closure{kernel, {std::forward<Arguments>(arguments)...}};
+  const auto closure =
+      std::make_shared<const Closure>(Closure{kernel, {std::forward<Arguments>(arguments)...}});
   const auto body = [](const void* opaque) {
     const Closure& call = *static_cast<const Closure*>(opaque);
     emulator::call(call.kernel, call.arguments, std::index_sequence_for<Parameters...>{});
   };
-  return emulator::launch(*config, reinterpret_cast<const void*>(kernel), body, &closure);
+  return emulator::launch(*config, reinterpret_cast<const void*>(kernel), body, closure);
 }

@@ -27,6 +27,5 @@ inline void __threadfence_system() { emulator::fence(); }
 inline void __nanosleep(unsigned) { emulator::yield(); }
 inline void __trap(EMULATOR_SITE) { emulator::trap({"__trap", file, line}); }
 
-// Launches run one after the other here, so a kernel never starts before its predecessor ended.
 inline void cudaGridDependencySynchronize() { emulator::wait_for_launch_before(); }
-inline void cudaTriggerProgrammaticLaunchCompletion() {}
+inline void cudaTriggerProgrammaticLaunchCompletion() { emulator::let_next_launch_start(); }
