@@ -47,7 +47,24 @@ def check_last_block(samples, seed):
     assert (out["out"][0], out["ticket"][0]) == (x.max(), 0)
 
 
-@pytest.mark.parametrize("check", [check_sum, check_scan, check_compact, check_last_block])
+def check_early(samples, seed):
+    x, y = np.random.default_rng(seed).integers(1, 1000, (2, 200)).astype(np.int32)
+    out = samples.call("early", seed=seed, x=x, y=y)
+    np.testing.assert_array_equal(out["out"], 6 * x + y[::-1])
+    assert not out["x"].any()
+
+
+def check_streams(samples, seed):
+    x = np.random.default_rng(seed).integers(1, 1000, 200).astype(np.int32)
+    out = samples.call("streams", seed=seed, x=x)
+    np.testing.assert_array_equal(out["out"], 3 * x[::-1])
+    assert out["sum"][0] == 3 * x.sum()
+
+
+CHECKS = [check_sum, check_scan, check_compact, check_last_block, check_early, check_streams]
+
+
+@pytest.mark.parametrize("check", CHECKS)
 def test_correct_kernels_pass_under_every_schedule(samples, check):
     for seed in range(20):
         check(samples, seed)
@@ -174,6 +191,59 @@ def test_planted_bug_is_seen(bug):
         for seed in range(1, 2 if flavour == "thread" else 4):
             with pytest.raises(KernelFault if report else AssertionError, match=report):
                 check(samples, seed)
+
+
+# Each bug: the check that fails under some orders, in which a launch starts early or another stream
+# comes first. The thread sanitizer sees it in any order.
+BUGS_BETWEEN_LAUNCHES = {
+    "READ_TOO_EARLY": check_early,
+    "WRITE_TOO_EARLY": check_early,
+    "MISSING_WAIT_ON_ONE_PATH": check_early,
+    "TRIGGER_TOO_EARLY": check_early,
+    "MISSING_EVENT": check_streams,
+    "MEMSET_ON_THE_OTHER_STREAM": check_streams,
+}
+
+
+@pytest.mark.parametrize("flavour", ["plain", "address"])
+@pytest.mark.parametrize("bug", BUGS_BETWEEN_LAUNCHES)
+def test_some_orders_show_a_bug_between_launches(bug, flavour):
+    check = BUGS_BETWEEN_LAUNCHES[bug]
+    wrong = []
+    with program(flavour, check.__name__.removeprefix("check_"), bug) as samples:
+        for seed in range(41):
+            try:
+                check(samples, seed)
+            except AssertionError:
+                wrong.append(seed)
+    assert 0 not in wrong  # the order of the calls
+    assert 6 <= len(wrong) <= 34, wrong
+
+
+@pytest.mark.parametrize("bug", [*BUGS_BETWEEN_LAUNCHES, "HOST_WAITS_FOR_THE_OTHER_STREAM"])
+def test_the_thread_sanitizer_sees_a_bug_between_launches(bug):
+    check = BUGS_BETWEEN_LAUNCHES.get(bug, check_streams)
+    with program("thread", check.__name__.removeprefix("check_"), bug) as samples:
+        for seed in range(4):
+            with pytest.raises(KernelFault, match="data race"):
+                check(samples, seed)
+
+
+def test_the_host_must_wait_for_the_stream_that_it_reads_from():
+    with program("plain", "streams", "HOST_WAITS_FOR_THE_OTHER_STREAM") as samples:
+        for seed in range(10):
+            with pytest.raises(AssertionError):
+                check_streams(samples, seed)
+
+
+def test_a_launch_without_a_trigger_ends_before_the_next_one_starts():
+    bug = "READ_TOO_EARLY_WITHOUT_A_TRIGGER"
+    with program("plain", "early", bug) as samples:
+        for seed in range(20):
+            check_early(samples, seed)
+    # Its end alone makes nothing visible.
+    with program("thread", "early", bug) as samples, pytest.raises(KernelFault, match="data race"):
+        check_early(samples, 1)
 
 
 def test_watchdog_of_the_thread_sanitizer():

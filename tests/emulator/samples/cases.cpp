@@ -42,3 +42,32 @@ CUDA_CASE(atomics) {
 CUDA_CASE(turns) {
   require(turns_launch(in.array<unsigned>("turn"), in.output<unsigned>("out", 64), nullptr));
 }
+
+CUDA_CASE(early) {
+  const int64_t n = in.count("x");
+  int *a, *b;
+  require(cudaMalloc(&a, n * sizeof(int)));
+  require(cudaMalloc(&b, n * sizeof(int)));
+  int* out = in.output<int>("out", n);
+  require(early_launch(in.array<int>("x"), in.array<int>("y"), int(n), a, b, out, nullptr));
+  require(cudaFree(a));
+  require(cudaFree(b));
+}
+
+CUDA_CASE(streams) {
+  const int64_t n = in.count("x");
+  int* out = in.output<int>("out", n);
+  cudaStream_t making, using_it;
+  cudaEvent_t event;
+  require(cudaStreamCreate(&making));
+  require(cudaStreamCreate(&using_it));
+  require(cudaEventCreate(&event));
+  require(streams_launch(in.array<int>("x"), int(n), in.output<int>("made", n), out, making,
+                         using_it, event));
+  unsigned sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += unsigned(out[i]);
+  *in.output<unsigned>("sum", 1) = sum;
+  require(cudaEventDestroy(event));
+  require(cudaStreamDestroy(making));
+  require(cudaStreamDestroy(using_it));
+}

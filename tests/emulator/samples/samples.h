@@ -30,3 +30,11 @@ cudaError_t atomics_launch(const unsigned* x, unsigned* out, cudaStream_t stream
 
 // out[t] = 63 - t, by threads that wait for each other; turn is zero before.
 cudaError_t turns_launch(unsigned* turn, unsigned* out, cudaStream_t stream);
+
+// out[i] = 6 x[i] + y[n - 1 - i], then x is zero; a and b hold n elements meanwhile.
+cudaError_t early_launch(int* x, const int* y, int n, int* a, int* b, int* out,
+                         cudaStream_t stream);
+
+// out[i] = 3 x[n - 1 - i], which the host may read afterwards; made holds n elements meanwhile.
+cudaError_t streams_launch(const int* x, int n, int* made, int* out, cudaStream_t making,
+                           cudaStream_t using_it, cudaEvent_t event);
