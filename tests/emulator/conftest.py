@@ -17,5 +17,6 @@ def pytest_collection_modifyitems(items):
         if compiler() is None:
             item.add_marker(skip)
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if parameters.get("running", "plain") != "plain" or item.path.stem == "test_executor":
+        of_executor = item.path.stem in ("test_executor", "test_early_starts")
+        if parameters.get("running", "plain") != "plain" or of_executor:
             item.add_marker(pytest.mark.slow)

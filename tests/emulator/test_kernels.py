@@ -378,7 +378,8 @@ def test_merge_ranges(running, ranges, numel, width, k, last_k):
 
 
 CUTS = [(900, 304, 30, 28), (5 * WORK_TILE + 3, 8, 1, 1), (4000, 2000, 2000, 2000),
-        (70_000, 35_000, 300, 300), (3 * WORK_TILE + 40, WORK_TILE, 20, 7)]  # fmt: skip
+        (70_000, 35_000, 300, 300), (3 * WORK_TILE + 40, WORK_TILE, 20, 7),
+        (4 * WORK_TILE + 5, 3 * WORK_TILE, 30, 12)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("numel", "width", "k", "last_k"), CUTS)
