@@ -27,6 +27,7 @@ class Temporaries {
     return memory;
   }
   ~Temporaries() {
+    (void)cudaDeviceSynchronize();  // an error came before the end: nothing may run later
     for (void* memory : allocated_) (void)cudaFree(memory);
   }
 
