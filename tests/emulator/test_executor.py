@@ -339,7 +339,7 @@ def test_more_threads_than_the_thread_sanitizer_keeps():
     x = np.arange(5000, dtype=np.int32)
     with program("thread") as samples:
         for seed in (1, 2):
-            total = samples.call("sum", seed=seed, x=x, blocks=20)["total"]
+            total = samples.call("sum", seed=seed, x=x, blocks=40)["total"]
             assert total.tolist() == [x.sum(), 0]
     with program("thread", "sum", "PLAIN_TOTAL") as samples, pytest.raises(KernelFault):
-        samples.call("sum", x=x, blocks=20)
+        samples.call("sum", x=x, blocks=40)

@@ -44,7 +44,7 @@ Barrier& warp_barrier(const Thread& thread) {
 }
 
 // Each takes 0.8 MB, and the sanitizer knows 8128 threads at most.
-constexpr size_t most_fibers = 1024;
+constexpr size_t most_fibers = 2048;
 std::vector<void*> unused_fibers;  // that the host has caught up with
 std::vector<void*> past_fibers;    // that it has not
 size_t fiber_count = 0;
