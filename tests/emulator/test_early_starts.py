@@ -13,8 +13,9 @@ from support.cases import assert_same_bytes
 WAIT = "  wait_for_previous();\n"
 OUTCOME = "  const Outcome outcome = control->outcome;\n"
 CLEAR = """\
-  for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < kClearedWords;
-       i += static_cast<int64_t>(gridDim.x) * kThreads)
+#pragma unroll 1
+  for (uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < kClearedWords;
+       i += gridDim.x * kThreads)
     workspace.pass_bins[i] = 0;
 """
 COUNT = "  clear_bins<kFields>(shared.fields);\n"
@@ -23,7 +24,7 @@ PLANTED = {
     "refine reads too early": [(WAIT + OUTCOME, OUTCOME + WAIT)],
     "emit writes too early": [
         (CLEAR, ""),
-        (WAIT + "  const uint32_t ties", CLEAR + WAIT + "  const uint32_t ties"),
+        (WAIT + "  int scale", CLEAR + WAIT + "  int scale"),
     ],
     "count does not wait": [(COUNT + WAIT, COUNT)],
 }
