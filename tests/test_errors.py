@@ -217,6 +217,11 @@ CASES = {
         TypeError,
         "skip: got torch.float32, must be torch.int32",
     ),
+    "aggregate of a size that none has": (
+        lambda: ops.densify(torch.cat([aggregate(), torch.zeros(1, dtype=torch.uint8)]), N),
+        ValueError,
+        "aggregate: got damaged bytes",
+    ),
     "params of another size": (
         lambda: ops.apply_([torch.zeros(N - 1)], aggregate(), 0.1),
         ValueError,

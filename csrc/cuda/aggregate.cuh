@@ -8,6 +8,22 @@
 
 namespace gmc::cuda {
 
+// The most entries that an aggregate of so many bytes can have room for; up to three fewer make as
+// many bytes. 0 if none has this size.
+inline int64_t largest_capacity(int64_t numel, int64_t nbytes) {
+  // Eight entries take 16 bytes of indices and 32 of values.
+  const int64_t sixteens = (nbytes - AggregateLayout(numel, 0).indices) / 16;
+  const int64_t capacity = 4 * (2 * sixteens / 3);
+  return AggregateLayout(numel, capacity).nbytes == nbytes ? capacity : 0;
+}
+
+// Whether the header is one of an aggregate for numel elements with this largest capacity.
+__device__ __forceinline__ bool sound_aggregate(const AggregateHeader& header, int64_t numel,
+                                                int64_t largest) {
+  return header.tag == kAggregateMagic && header.numel == numel && header.capacity <= largest &&
+         largest < header.capacity + int64_t{4};
+}
+
 // The layout is computed on the host: as part of a kernel's parameters it takes neither
 // instructions nor registers.
 struct AggregateSource {

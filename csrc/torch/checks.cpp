@@ -221,8 +221,9 @@ Aggregate check_aggregate(const Tensor& aggregate, Device device, int64_t numel)
                   "aggregate: got bytes that are no aggregate, must come from merge or sparsify");
   GMC_CHECK_VALUE(header.numel == numel, "aggregate: got one for ", header.numel,
                   " elements, must be for ", numel);
-  bool sound = sound_aggregate(header, numel, largest_capacity(numel, aggregate.numel()));
-  const AggregateView view(bytes, AggregateLayout(numel, header.capacity));
+  const AggregateLayout layout(numel, header.capacity);
+  const AggregateView view(bytes, layout);
+  bool sound = layout.nbytes == aggregate.numel();
   for (int64_t tile = 0; sound && tile < tile_count(numel); ++tile) {
     const int64_t start = view.starts[tile], count = view.counts[tile];
     sound = start + count <= header.capacity;

@@ -786,6 +786,24 @@ def test_damaged_aggregates(running):
     assert not bool(kernels.densify(flagged, numel).any())
 
 
+def test_an_index_that_stands_twice_across_pieces(running):
+    """Kernels read a bitmap in pieces of 1024 bits, and must know the entry before a piece."""
+    numel, k, wire = 4096, 3000, torch.bfloat16
+    payloads = payloads_of(1, numel, k, wire, seed=3)
+    indices, _, _ = ops.unpack(payloads[0], numel, k, wire)
+    bits = torch.arange(k) + indices // reference.BLOCK
+    low = section_begin("low bytes", numel, k, wire)
+    kernels = Kernels(running, seed=5)
+    for border in (1024, 2048):
+        first = int((bits < border).sum())
+        for i in range(first - 1, first + 2):
+            broken = payloads.clone()
+            broken[0, low + i] = broken[0, low + i - 1]
+            damaged = is_damaged(kernels.merge(broken, numel, k, wire))
+            assert damaged == damaged_on_cpu(lambda b=broken: ops.merge(b, numel, k, wire))
+            assert damaged or indices[i] // reference.BLOCK > indices[i - 1] // reference.BLOCK
+
+
 @pytest.mark.parametrize("wire", [torch.bfloat16, FLOAT8, FLOAT4])
 def test_damaged_payloads(running, wire):
     """Each byte of a payload changed in turn: the kernels call damaged what the CPU op calls
