@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ from benchmarks.ops import (
 from benchmarks.ops.cases import Case
 from benchmarks.ops.problem import Problem
 from benchmarks.ops.two_sided import TwoSided, make_problem
-from benchmarks.training import ladder, overlap_trace
+from benchmarks.training import ladder, logical_methods, overlap_trace
 from gmc_cuda import ops
 
 ROOT = Path(__file__).parent.parent
@@ -206,6 +207,50 @@ def test_convergence_at_equal_bytes(tmp_path):
     # Two ranges towards their owners, and what this worker's own one sends to all.
     one = ops.payload_nbytes(float4["parameters"] // 2, float4["k"] // 2, torch.float4_e2m1fn_x2)
     assert float4["bytes"] == pytest.approx(3 * one, rel=0.01)
+
+
+@pytest.mark.parametrize(("numel", "ratio", "times"), [(40_000, 100, 1), (470_000, 100, 8)])
+def test_a_warm_up_of_density_sends_as_many_bytes(numel, ratio, times):
+    options = Namespace(steps=600, bytes_ratio=ratio, density=None)
+    ks = [
+        logical_methods.entries_by_step(options, numel, torch.float4_e2m1fn_x2, warmup, times)
+        for warmup in (False, True)
+    ]
+    assert ks[1][0] == numel // 4
+    assert ks[1] == sorted(ks[1], reverse=True)
+    assert len(set(ks[1][60:])) == 1
+    sent = [sum(ops.payload_nbytes(numel, k, torch.float4_e2m1fn_x2) for k in each) for each in ks]
+    assert 0.98 * sent[0] < sent[1] <= sent[0]
+
+
+def test_a_warm_up_of_density_that_takes_more_than_all_bytes_is_refused():
+    options = Namespace(steps=100, bytes_ratio=100.0, density=None)
+    with pytest.raises(ValueError, match="too few for a warm-up"):
+        logical_methods.entries_by_step(options, 100_000, torch.float4_e2m1fn_x2, True, 8)
+
+
+def test_power_sgd_against_closed_forms():
+    """Exact where the mean gradient has no higher rank; what is not applied is in the errors."""
+    workers, lr, steps = 2, 0.1, 6
+    generator = torch.Generator().manual_seed(0)
+    options = Namespace(workers=workers, steps=steps)
+    for rank, exact in ((2, True), (30, False)):
+        params = [torch.nn.Parameter(torch.zeros(30, 40)), torch.nn.Parameter(torch.zeros(7))]
+        method = logical_methods.make("powersgd", params, 0.0, options)
+        assert method.low == [0]
+        assert method.k == 1207 - (1200 - 4 * 70) * 4 / 6
+        total = torch.zeros(30, 40)
+        for _ in range(steps):
+            for worker in range(workers):
+                left, right = (torch.randn(n, rank, generator=generator) for n in (30, 40))
+                params[0].grad, params[1].grad = left @ right.T, torch.ones(7)
+                total += params[0].grad / workers
+                method.take(worker)
+            method.finish(lr)
+        errors = sum(error[0] for error in method.errors) / workers
+        torch.testing.assert_close(params[1].data, torch.full((7,), -lr * steps))
+        torch.testing.assert_close(params[0].data, -lr * (total - errors), rtol=1e-4, atol=1e-4)
+        assert (errors.norm() < 1e-3 * total.norm()) == exact
 
 
 @pytest.mark.parametrize("valley", [(0.0, 0.01), (0.5, 0.64), (0.9, 5.0), (0.98, 0.1)])

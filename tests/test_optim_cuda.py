@@ -131,7 +131,10 @@ def test_two_streams_do_not_disturb_each_other():
 
 
 def test_overlap_waits_for_layers_on_other_streams():
-    """The backward pass of a layer runs on its forward pass's stream, which may be far behind."""
+    """The backward pass of a layer runs on its forward pass's stream, which may be far behind.
+
+    The last gradient, which makes the bucket go, is on a stream that is far ahead.
+    """
     results = []
     for overlap in (False, True):
         torch.manual_seed(0)
@@ -142,9 +145,9 @@ def test_overlap_waits_for_layers_on_other_streams():
         for _ in range(5):
             x = torch.randn(64, 256, device="cuda")
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                slow = Late.apply(layers[0](x))
-            fast = layers[1](x)
+            fast = layers[0](x)
+            with torch.cuda.stream(stream):  # later, so its backward pass is issued first
+                slow = Late.apply(layers[1](x))
             torch.cuda.current_stream().wait_stream(stream)
             (slow.square().sum() + fast.square().sum()).backward()
             optimizer.step()

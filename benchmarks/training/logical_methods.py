@@ -117,7 +117,10 @@ def entries_by_step(
         return sum(budget.payload_nbytes(numel, k, dtype) for k in by_step(k))
 
     allowed = steps * budget.payload_nbytes(numel, steady, dtype)
-    return by_step(max(1, bisect_right(range(1, steady), allowed, key=nbytes)))
+    k = bisect_right(range(1, steady), allowed, key=nbytes)
+    if k == 0:
+        raise ValueError(f"{allowed} bytes are too few for a warm-up of density in {steps} steps")
+    return by_step(k)
 
 
 def gradients(params: list[nn.Parameter]) -> list[Tensor]:
@@ -125,8 +128,8 @@ def gradients(params: list[nn.Parameter]) -> list[Tensor]:
 
 
 class Dense:
-    def __init__(self, params: list[nn.Parameter], momentum: float, workers: int) -> None:
-        self.params, self.workers = params, workers
+    def __init__(self, params: list[nn.Parameter], momentum: float, options: Namespace) -> None:
+        self.params, self.workers = params, options.workers
         self.optimizer = torch.optim.SGD(params, lr=0.0, momentum=momentum)
         self.sums = [torch.zeros_like(param) for param in params]
         self.k: float = sum(param.numel() for param in params)
@@ -159,9 +162,9 @@ class PowerSGD(Dense):
 
     RANK, WHOLE_STEPS = 4, 2
 
-    def __init__(self, params: list[nn.Parameter], momentum: float, workers: int) -> None:
-        super().__init__(params, momentum, workers)
-        self.numel, self.step = self.k, 0
+    def __init__(self, params: list[nn.Parameter], momentum: float, options: Namespace) -> None:
+        super().__init__(params, momentum, options)
+        self.step = 0
         sizes = [(param.size(0), param.numel() // param.size(0)) for param in params]
         self.low = [
             i for i, (n, m) in enumerate(sizes)
@@ -169,8 +172,9 @@ class PowerSGD(Dense):
         ]  # fmt: skip
         generator = torch.Generator().manual_seed(0)
         self.right = {i: torch.randn(sizes[i][1], self.RANK, generator=generator) for i in self.low}
-        self.errors = [{i: torch.zeros(sizes[i]) for i in self.low} for _ in range(workers)]
-        self.k -= sum(params[i].numel() - self.RANK * sum(sizes[i]) for i in self.low)
+        self.errors = [{i: torch.zeros(sizes[i]) for i in self.low} for _ in range(self.workers)]
+        saved = sum(params[i].numel() - self.RANK * sum(sizes[i]) for i in self.low)
+        self.k -= saved * max(0, options.steps - self.WHOLE_STEPS) / options.steps
         self.nbytes = 4 * self.k
         self.matrices: list[dict[int, Tensor]] = []
 
@@ -345,7 +349,7 @@ def rule_of(name: str) -> Rule:
 
 def make(name: str, params: list[nn.Parameter], momentum: float, options: Namespace) -> Method:
     if name in WHOLE:
-        return WHOLE[name](params, momentum, options.workers)
+        return WHOLE[name](params, momentum, options)
     plain = name.removesuffix(":warmup")
     _, dtype, exchange = f"{plain}:all_gather".split(":")[:3]
     return EXCHANGES[exchange](

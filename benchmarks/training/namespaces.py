@@ -85,7 +85,7 @@ class Star:
         for rank, name in enumerate(self.workers):
             self._inside(name, *QDISC, "eth0", "root", "handle", "1:", *bucket)
             self._inside(self.switch, *QDISC, f"port{rank}", "root", *bucket)
-            if latency:  # behind the bucket, with room for what the link carries meanwhile
+            if latency:  # in the place of the bucket's queue, so with room for what is on its way
                 delay = ["netem", "delay", f"{latency}ms", "limit", "100000"]
                 self._inside(name, *QDISC, "eth0", "parent", "1:1", *delay)
 

@@ -111,7 +111,7 @@ class Overlap:
 def _keep_for(stream: torch.cuda.Stream, bucket: Bucket) -> None:
     """Keeps the allocator from reusing a bucket's gradients before this stream has read them."""
     for param in bucket.params:
-        if param.grad is not None:
+        if param.grad is not None and param.grad.layout == torch.strided:
             param.grad.record_stream(stream)
 
 

@@ -242,6 +242,8 @@ class Round:
                 steps.insist(answer.work.wait, late)
             verdict = verdict | self._judge(answers, late)
             for answer in answers:
+                if answer.unusable is not None:
+                    verdict = verdict | answer.unusable
                 if answer.error is not None:
                     self.verdict = verdict
                     raise answer.error
@@ -296,11 +298,13 @@ class Round:
         verdict, rank = int(skip) & ~unless, self.exchange.rank
         if verdict & ops.MISMATCH:
             self._raise_mismatch()
-        if verdict & ops.OFF and not verdict & ops.DAMAGED:
+        if verdict & ops.OFF:
+            why = "another worker left it by an exception before it had sent all of its part"
+            if verdict & ops.DAMAGED:  # two-sided compression: this owner has called it off
+                why = f"rank {rank} received a damaged payload"
             raise RuntimeError(
-                f"step {self.steps + 1}: another worker left it by an exception before it had sent "
-                "all of its part. No worker has made the step, what was sent is back in memory, "
-                "and the next step works"
+                f"step {self.steps + 1}: {why}. No worker has made the step, what was sent is back "
+                "in memory, and the next step works"
             )
         if verdict & ops.DAMAGED:
             raise RuntimeError(

@@ -52,6 +52,8 @@ class Sent(NamedTuple):
             if payloads are sent.
         two_sided: whether the next yield of the step sends again.
         error: why this worker has sent a notice only; to be raised once the others have it.
+        unusable: of an owner's answer, where the host reads no errors: the bits of a verdict for
+            which it has called the step off, int32 [1].
     """
 
     work: Work
@@ -59,6 +61,7 @@ class Sent(NamedTuple):
     counts: Tensor | None
     two_sided: bool = False
     error: BaseException | None = None
+    unusable: Tensor | None = None
 
     def nonfinite(self) -> Tensor:
         """Every rank's count of non-finite values, int64 [p]."""

@@ -54,7 +54,7 @@ def two_sided_step(
             lambda: steps.send_answer(exchange, plan, answer, error), errors
         )
         back = sent.work
-        skip = yield sent
+        skip = yield sent._replace(unusable=owning.unusable)
         steps.use_on_this_stream(gathered)
         aggregate = insist(lambda: _merge(bucket.numel, gathered, plan, skip), errors)
         own = insist(lambda: owning.merge(skip), errors)
@@ -79,7 +79,6 @@ def two_sided_step(
         insist_once(lambda: owning.take_back(skip), errors)
         if owning.unusable is not None:  # otherwise a step that was called off has raised
             insist_once(lambda: owning.give_back(payloads, gathered), errors)
-            insist_once(lambda: owning.report(target.flags), errors)
         insist_once(lambda: _mask(bucket, payloads, plan, skip), errors)
         insist_once(lambda: owning.keep(aggregate, own), errors)
     finally:
@@ -127,6 +126,11 @@ def _mask(bucket: Bucket, payloads: Tensor, plan: Plan, skip: Tensor) -> None:
     if bucket.momentum_buffer is not None and plan.masking:
         k = plan.parts[0].k
         ops.mask_(bucket.momentum_buffer, payloads, k, plan.wire_dtype, skip=skip, **plan.ranges())
+
+
+def _unusable(stop: Tensor, merged: Tensor) -> Tensor:
+    """The bits of a verdict for which an owner cannot use what it has merged, int32 [1]."""
+    return stop | steps.header_word(merged, steps.FLAGS) & ops.DAMAGED
 
 
 def _call_off(answer: Tensor, condition: Tensor) -> None:
@@ -178,20 +182,22 @@ class _Owning:
             merged = insist(
                 lambda: ops.merge(received, part.numel, part.k, plan.wire_dtype, skip=stop), errors
             )
+            if stop is not None:
+                self.unusable = insist(lambda: _unusable(stop, merged), errors)
             self._add_momentum(errors)
             self._answer = self._select(merged, verdict, errors)
-            if stop is not None:
-                self.unusable = stop | steps.header_word(merged, steps.FLAGS) & ops.DAMAGED
-                insist(partial(_call_off, self._answer, self.unusable), errors)
-        except Exception as error:
-            errors.clear()
-            self._answer = self._nothing(ops.CALLED_OFF)
-            return self._answer, error
-        except BaseException as error:  # an interrupt, which has let the operator do its work
-            self._answer = self._nothing(plan.tag, nonfinite=1)
             self._took_in = True
+            if self.unusable is not None:
+                insist(partial(_call_off, self._answer, self.unusable), errors)
+        except BaseException as error:
+            if isinstance(error, Exception) and not self._took_in:
+                errors.clear()
+                self._answer = self._nothing(ops.CALLED_OFF)
+            else:  # also after an interrupt, which has let the operator do its work
+                self.take_back(None)
+                self._took_in = True
+                self._answer = self._nothing(plan.tag, nonfinite=1)
             return self._answer, error
-        self._took_in = True
         return self._answer, None
 
     def refuse(self, verdict: int) -> Tensor:
@@ -285,11 +291,6 @@ class _Owning:
         """
         refused = steps.header_words(answers, steps.TAG) == ops.CALLED_OFF
         self._return(payloads, refused.int())
-
-    def report(self, flags: Tensor | None) -> None:
-        """Adds to the flags of a Target that what has arrived here could not be used."""
-        if flags is not None and self.unusable is not None:
-            flags |= self.unusable
 
     def _return(self, payloads: Tensor, of: Tensor) -> None:
         """Returns to memory what was sent to the owners for whom `of`, int32 [p], is not zero."""
