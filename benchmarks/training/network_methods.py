@@ -1,5 +1,7 @@
 """What benchmarks/training/network.py and time_to_loss.py compare.
 
+All workers make the same model, so none sends its parameters to begin with.
+
 A method is made from a model, a learning rate and a momentum. It has `model`, what the forward pass
 goes through, `step()` and `set_lr(lr)`, `every`, the steps from one exchange to the next, and
 `payload_bytes`: what a worker hands to a collective in a step, on average, None where that is for
@@ -77,7 +79,7 @@ class Dense(Optimized):
     def __init__(
         self, hook: Callable | None, model: nn.Module, lr: float, momentum: float, **options: Any
     ) -> None:
-        self.model = DistributedDataParallel(model, **options)
+        self.model = DistributedDataParallel(model, init_sync=False, **options)
         if hook is not None:
             hook(self.model)
         self.optimizer = torch.optim.SGD(model.parameters(), lr, momentum=momentum, fused=True)
@@ -144,7 +146,7 @@ class Eager:
 
 
 def ours(rule: Callable = gmc_cuda.GMC, **options: Any) -> Callable:
-    return functools.partial(Sparse, functools.partial(rule, **options))
+    return functools.partial(Sparse, functools.partial(rule, broadcast_parameters=False, **options))
 
 
 # With 4 workers the payloads of an all-gather are then 1/100 of a gradient.
