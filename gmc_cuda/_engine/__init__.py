@@ -24,6 +24,7 @@ State
 
 What can go wrong
   checks         what users pass: options, param groups, parameters, gradients
+  device         what depends on the kind of device
   comparison     whether all workers have the same model and options
   watch          damaged payloads, workers that send the same, skipped steps, differing replicas
   fingerprint    numbers that differ where parameters differ
