@@ -332,24 +332,27 @@ def test_the_losses_at_equal_bytes_on_a_link_are_those_of_the_files():
     ]
 
 
-def test_the_steps_over_a_network_are_those_of_the_file():
+def steps_over_a_network(content):
+    """For each method: ms and times compute alone, from the highest rate to the lowest."""
     shown: dict[str, list[str]] = {}
-    for run in newest("network-amd-epyc")["results"]:  # from the highest rate to the lowest
+    for run in content["results"]:
         estimated = "*" if run["estimated"] else ""
         ms, ratio = 1e3 * run["step"]["median"], run["times_compute_alone"]["median"]
         shown.setdefault(run["method"], []).append(f"{ms:.0f}{estimated} ({ratio:.3g})")
+    return shown
+
+
+def test_the_steps_over_a_network_are_those_of_the_file():
+    shown = steps_over_a_network(newest("network-amd-epyc"))
     assert rows_of("docs/results.md", "| | 10 Gbit/s |") == shown
 
 
 def test_the_steps_of_eight_workers_are_those_of_the_file():
-    shown = {
-        run["method"]: [
-            f"{1e3 * run['step']['median']:.0f} ({run['times_compute_alone']['median']:.3g})",
-            f"{run['link_bytes'] / 1e6:.3g} MB",
-        ]
-        for run in newest("network-8-workers-*")["results"]
-    }
-    assert rows_of("docs/results.md", "| | ms a step |") == shown
+    shown = steps_over_a_network(newest("network-8-workers-*"))
+    sent = {run["method"]: f"{run['link_bytes'] / 1e6:.3g} MB"
+            for run in newest("network-8-workers-*")["results"]}  # fmt: skip
+    table = rows_of("docs/results.md", "| | 100 Mbit/s |")
+    assert table == {method: [*cells, sent[method]] for method, cells in shown.items()}
 
 
 def test_the_times_to_a_loss_are_those_of_the_file():
