@@ -355,6 +355,15 @@ def test_the_steps_of_eight_workers_are_those_of_the_file():
     assert table == {method: [*cells, sent[method]] for method, cells in shown.items()}
 
 
+def test_the_advice_is_that_of_the_file():
+    shown: dict[str, list[str]] = {}
+    for run in newest("advice-*")["results"]:
+        estimated = "*" if run["estimated"] else ""
+        said = f"{1e3 * run['said']:.0f}{estimated}, {1e3 * run['took']:.0f}"
+        shown.setdefault(run["method"], []).append(said)
+    assert rows_of("docs/results.md", "| | 4 workers, 1 Gbit/s |") == shown
+
+
 def test_the_times_to_a_loss_are_those_of_the_file():
     content = newest("time-to-loss-*")
     shown = {run["method"]: [f"{run['losses'][-1]:.3f}"] for run in content["training"]}
