@@ -155,7 +155,7 @@ def parse() -> argparse.Namespace:
     add("--task", choices=list(TASKS), help="(default: text, digits, and digits --non-iid)")
     add("--non-iid", action="store_true", help="few classes, or its own files, on each worker")
     add("--methods", nargs="+", choices=NAMES, default=METHODS, metavar="METHOD",
-        help=f"{', '.join(WHOLE)}, or {', '.join(RULES.keys() - WHOLE.keys())} with "
+        help=f"{', '.join(WHOLE)}, or {', '.join(r for r in RULES if r not in WHOLE)} with "
         f":{', :'.join(DTYPES)}, then :reduce_scatter for two-sided compression, and last "
         ":warmup for a density that falls to its value in the first tenth of the steps "
         f"(default: {' '.join(METHODS)})")  # fmt: skip

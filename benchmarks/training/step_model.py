@@ -2,8 +2,8 @@
 
 A step is computed, then exchanged; with overlap all but the last bucket's exchange, or half of it
 where it is two-sided, lies under the backward pass, two thirds of the computing. Collectives are
-rings: a worker of p sends 2 (p - 1) / p times the bytes in an all-reduce, p - 1 times in an all-
-gather. Ours cost what must be moved through the GPU's memory (README of csrc), times the factor
+rings: a worker of p sends 2 (p - 1) / p times the bytes in an all-reduce, p - 1 times in an
+all-gather. Ours cost what must be moved through the GPU's memory (README of csrc), times the factor
 that its kernels are predicted to be off that.
 """
 
