@@ -82,7 +82,7 @@ struct OwnSelection {
   float* memory;
   PayloadShape shape;
   const PayloadLayout& layout;
-  const Groups& groups;
+  Groups groups;  // not a reference: emit shares it between threads
   uint8_t* payload;
   PayloadView<uint8_t> out;
   Workspace workspace;
