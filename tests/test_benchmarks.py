@@ -209,6 +209,20 @@ def test_convergence_at_equal_bytes(tmp_path):
     assert float4["bytes"] == pytest.approx(3 * one, rel=0.01)
 
 
+def test_convergence_of_another_width(tmp_path):
+    small = ["--workers", "2", "--fixed", "--seeds", "1", "--methods", "dense", "--steps", "2"]
+    done = run("training.convergence", "--task", "text", "--width", "16", *small,
+               "--output", str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    content = read_result(tmp_path, "convergence-text-2-workers-16-wide-2-steps")
+    assert {run["parameters"] for run in content["results"]} == {15_808}
+    for arguments, said in (
+        (["--task", "digits", "--width", "16"], "--width needs --task text"),
+        (["--task", "text", "--width", "15"], "--width 15 is not a multiple of 4"),
+    ):
+        assert said in run("training.convergence", *arguments).stderr
+
+
 @pytest.mark.parametrize(("numel", "ratio", "times"), [(40_000, 100, 1), (470_000, 100, 8)])
 def test_a_warm_up_of_density_sends_as_many_bytes(numel, ratio, times):
     options = Namespace(steps=600, bytes_ratio=ratio, density=None)
@@ -583,7 +597,7 @@ def test_local_updates(tmp_path):
     done = run("training.local_updates", *small, "--settings", json.dumps(settings),
                "--output", str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    content = read_result(tmp_path, "local-updates-2-rounds")
+    content = read_result(tmp_path, "local-updates-2-rounds-of-2")
     assert content["not_tried"] == []
     assert content["options"]["every"] == 2
     dense, sparse = content["results"]
@@ -593,10 +607,13 @@ def test_local_updates(tmp_path):
     assert dense["bytes_per_round"] >= dense["dense_bytes_per_round"]
     assert 60 < dense["bytes_sent"] / sparse["bytes_sent"] < 66  # 3.1 bytes for an entry
     assert 4 < sparse["loss"] < 7
-    again = [settings[0], {"name": "more", "lr": 1.0, "density": 1.0}]
+    assert dense["link_ratio"] == pytest.approx(1, rel=0.01)
+    again = [settings[0], {"name": "more", "outer": "DGC", "lr": 1.0, "density": 0.05,
+                           "wire_dtype": "float4", "exchange": "reduce_scatter"}]  # fmt: skip
     done = run("training.local_updates", *small, "--settings", json.dumps(again),
                "--output", str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    results = read_result(tmp_path, "local-updates-2-rounds")["results"]
+    results = read_result(tmp_path, "local-updates-2-rounds-of-2")["results"]
     assert results[:2] == [dense, sparse]
     assert [r["name"] for r in results[2:]] == ["more"]
+    assert 45 < results[2]["link_ratio"] < 50

@@ -25,7 +25,7 @@ import torch
 from benchmarks.report import add_output, file_stem, load, write_json
 from benchmarks.training import convergence_report, ladder, logical_workers
 from benchmarks.training.logical_methods import DTYPES, NAMES, RULES, WHOLE, rule_of
-from examples.demo import arguments
+from examples.demo import arguments, text
 from examples.demo.provenance import provenance
 
 TASKS = logical_workers.TASKS
@@ -75,6 +75,10 @@ def compare(options: argparse.Namespace) -> None:
     }
     name = options.task + ("-non-iid" if options.non_iid else "")
     name += f"-{options.workers}-workers"
+    if options.width is not None:
+        name += f"-{options.width}-wide"
+    if options.steps != SIZES[options.task]["steps"]:
+        name += f"-{options.steps}-steps"
     if options.density is None and options.bytes_ratio != BYTES_RATIO:
         name += f"-{options.bytes_ratio:g}-times"
     path = options.output / f"{file_stem(f'convergence-{name}', content)}.json"
@@ -167,6 +171,8 @@ def parse() -> argparse.Namespace:
         help=f"that may be tried (default: {' '.join(map(str, ladder.MOMENTA))})")  # fmt: skip
     add("--lr", type=arguments.positive_float, help="where to start, for every method")
     add("--fixed", action="store_true", help="no search: train at the start")
+    add("--width", type=arguments.positive_int,
+        help=f"of text's model, a multiple of {text.HEADS} (default {text.WIDTH})")  # fmt: skip
     add("--steps", type=arguments.positive_int, help="(default: text 600, digits 100)")
     add("--global-batch", type=arguments.positive_int,
         help="of all workers together (default: text 16, digits 64)")  # fmt: skip
@@ -185,6 +191,10 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if (options.non_iid or options.reuse) and not options.task:
         parser.error("--non-iid and --reuse need --task")
+    if options.width and options.task != "text":
+        parser.error("--width needs --task text")
+    if options.width and options.width % text.HEADS:
+        parser.error(f"--width {options.width} is not a multiple of {text.HEADS}")
     if options.global_batch and options.global_batch % options.workers:
         parser.error(f"--global-batch {options.global_batch} is not a multiple of --workers "
                      f"{options.workers}")  # fmt: skip

@@ -24,6 +24,7 @@ from torch.multiprocessing.spawn import start_processes
 
 import gmc_cuda
 from benchmarks import report
+from benchmarks.training.logical_methods import DTYPES
 from examples.demo import text
 from examples.demo.arguments import positive_float, positive_int
 from examples.demo.provenance import provenance
@@ -33,24 +34,28 @@ from examples.demo.training import evaluate, loss_of
 DENSE = [
     {"name": "dense Nesterov", "lr": lr, "momentum": momentum, "density": 1.0, "nesterov": True}
     for lr, momentum in ((0.7, 0.9), (0.7, 0.5))
-] + [{"name": "dense average", "lr": 1.0, "momentum": 0.0, "density": 1.0}]
-# What decides comes first; momentum 0 with decay 0.95 is SparseLoCo's recursion.
+] + [{"name": "dense average", "lr": lr, "momentum": 0.0, "density": 1.0} for lr in (1.0, 1.4)]
+# With four workers both have about 50 times fewer bytes on a link. What decides comes first.
+FLOAT4 = {"wire_dtype": "float4"}
+TWO_SIDED = {"name": "5 %, two-sided", "density": 0.05, "exchange": "reduce_scatter"} | FLOAT4
+ALL_GATHER = {"name": "2 %, all-gather", "density": 0.02} | FLOAT4
+RULES = [
+    {"name": "SparseLoCo", "lr": 2.0, "momentum": 0.0, "memory_decay": 0.95},
+    {"name": "GMC", "lr": 2.0, "momentum": 0.3},
+    {"name": "DGC", "outer": "DGC", "lr": 1.0, "momentum": 0.5},
+    {"name": "SparseLoCo", "lr": 1.0, "momentum": 0.0, "memory_decay": 0.95},
+    {"name": "GMC", "lr": 1.0, "momentum": 0.5},
+]
 SPARSE = [
-    {
-        "name": "SparseLoCo 2 %" if momentum == 0 and decay < 1 else "GMC 2 %",
-        "lr": lr,
-        "momentum": momentum,
-        "density": 0.02,
-        "memory_decay": decay,
-    }
-    for decay in (1.0, 0.95)
-    for momentum in (0.0, 0.3, 0.5)
-    for lr in (1.0, 0.7)
+    rule | way | {"name": f"{rule['name']} {way['name']}"}
+    for rule in RULES
+    for way in (TWO_SIDED, ALL_GATHER)
 ]
 
+OUTER = {"GMC": gmc_cuda.GMC, "DGC": gmc_cuda.DGC}
 MEASURED = (
     "loss", "accuracy", "rounds", "bytes_per_round", "bytes_sent", "dense_bytes_per_round",
-    "seconds",
+    "link_ratio", "seconds",
 )  # fmt: skip
 
 
@@ -64,7 +69,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--settings", type=json.loads, default=DENSE + SPARSE,
-        help="what to try instead: a JSON list of GMC's options, name, and overlap",
+        help="what to try instead: a JSON list of GMC's options (DGC's with \"outer\": \"DGC\"), "
+        "name, and overlap",
     )  # fmt: skip
     report.add_output(parser)
     options = parser.parse_args()
@@ -85,7 +91,7 @@ def work(rank: int, options: argparse.Namespace, store: str) -> None:
     facts = provenance(torch.device("cpu"))
     asked = {n: v for n, v in vars(options).items() if n not in ("output", "settings")}
     content = {"benchmark": "local_updates", **facts, "options": asked, "data": task.data}
-    stem = report.file_stem(f"local-updates-{options.rounds}-rounds", facts)
+    stem = report.file_stem(f"local-updates-{options.rounds}-rounds-of-{options.every}", facts)
     path = options.output / f"{stem}.json"
     results = tried(path, content)
     dist.barrier()  # all have read what rank 0 is about to replace
@@ -109,13 +115,15 @@ def tried(path: Path, content: dict) -> list[dict]:
 
 
 def run(task: Task, rank: int, options: argparse.Namespace, setting: dict) -> dict:
-    outer = {name: value for name, value in setting.items() if name not in ("name", "overlap")}
+    outer = {n: v for n, v in setting.items() if n not in ("name", "overlap", "outer")}
+    if "wire_dtype" in outer:
+        outer["wire_dtype"] = DTYPES[outer["wire_dtype"]]
     torch.manual_seed(options.seed)
     model = task.make_model()
     generator = torch.Generator().manual_seed(options.seed * options.workers + rank)
     optimizer = gmc_cuda.LocalUpdates(
         torch.optim.AdamW(model.parameters(), lr=options.inner_lr),
-        functools.partial(gmc_cuda.GMC, **outer),
+        functools.partial(OUTER[setting.get("outer", "GMC")], **outer),
         options.every,
         overlap=setting.get("overlap", False),
     )
@@ -137,7 +145,8 @@ def run(task: Task, rank: int, options: argparse.Namespace, setting: dict) -> di
     stats = optimizer.stats()
     sent, rounds = stats["bytes_per_step"], stats["steps"]
     figures = (round(loss, 4), round(accuracy, 4), rounds, sent, sent * rounds,
-               stats["dense_bytes_per_step"], round(seconds, 1))  # fmt: skip
+               stats["dense_bytes_per_step"], round(stats["bytes_ratio"], 1),
+               round(seconds, 1))  # fmt: skip
     return setting | dict(zip(MEASURED, figures, strict=True))
 
 

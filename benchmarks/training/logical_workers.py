@@ -37,7 +37,8 @@ def train(method: str, momentum: float, lr: float, seed: int, options: Namespace
     """One run with options.workers workers; a loss of None says that it diverged."""
     tasks, started = _tasks, time.perf_counter()
     torch.manual_seed(seed)  # the same start for every method
-    model = tasks[0].make_model()
+    size = {} if options.width is None else {"width": options.width}
+    model = tasks[0].make_model(**size)
     params = list(model.parameters())
     way = logical_methods.make(method, params, momentum, options)
     generators = [torch.Generator().manual_seed(seed * len(tasks) + r) for r in range(len(tasks))]

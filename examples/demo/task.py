@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Task:
     title: str  # "Text: byte-level transformer"
     data: str  # one line: what was read, how it was split
-    make_model: Callable[[], nn.Module]
+    make_model: Callable[..., nn.Module]  # text's takes a width
     batch: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]  # this worker's training data
     test: tuple[Tensor, Tensor]  # this worker's part of the held-out examples
     unit: str  # what accuracy counts: "next byte", "image"
