@@ -57,7 +57,7 @@ def test_ranges_equal_the_reference(seed, values, numel, part, share):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_large_ranges_equal_the_reference(threads):
     torch.set_num_threads(threads)
-    for seed, (numel, width) in enumerate([(200_003, 66_672), (131_072, 65_536), (140_001, 8)]):
+    for seed, (numel, width) in enumerate([(200_003, 66_672), (131_072, 65_536), (9_001, 8)]):
         call, _ = cut_call(seed, "gaussian", numel, width, 0.01)
         state = states(call, width)
         for _ in range(3):
