@@ -66,6 +66,18 @@ def read_result(folder, what):
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
 
 
+PROGRAMS = [".".join(path.relative_to(ROOT / "benchmarks").with_suffix("").parts)
+            for path in sorted((ROOT / "benchmarks").rglob("*.py"))
+            if "def main() ->" in path.read_text() and "_worker" not in path.stem]  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help(program):
+    done = run(program, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--output" in done.stdout or "--results" in done.stdout
+
+
 def benchmark(module, folder, *arguments):
     quick = ["--quick", "--device", "cpu", "--seconds", "0.05", "--output", str(folder)]
     done = run(module, *quick, *arguments)

@@ -93,7 +93,7 @@ def add(content: dict, row: dict, path: Path) -> None:
     report.write_json(path, content)
     step, ratio = row["step"]["median"], row["times_compute_alone"]
     spread = " to ".join(f"{value:.2f}" for value in ratio.get("quartiles", []))
-    print(f"{RATES[row['rate_mbit']]:<10}  {row['method']:<18}  {1e3 * step:8.0f} ms  "
+    print(f"{RATES[row['rate_mbit']]:<10}  {row['method']:<28}  {1e3 * step:8.0f} ms  "
           f"{ratio['median']:6.2f} x compute alone {f'({spread})' if spread else '':<14}  "
           f"{row['link_bytes'] / 1e6:8.3f} MB{'  estimated' * row['estimated']}",
           flush=True)  # fmt: skip
@@ -125,7 +125,7 @@ def parse() -> argparse.Namespace:
     add("--rates", nargs="+", type=int, choices=list(RATES), default=list(RATES), metavar="MBIT",
         help=f"of {', '.join(map(str, RATES))} Mbit/s (default: all)")  # fmt: skip
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
-        help=f"of {', '.join(map(repr, METHODS))} (default: all)")  # fmt: skip
+        help=f"of {', '.join(map(repr, METHODS)).replace('%', '%%')} (default: all)")  # fmt: skip
     add("--model", choices=list(MODELS), default="large",
         help="large: 10.9 M parameters (default); text: the demo's")  # fmt: skip
     add("--workers", type=positive_int, default=4, help="(default 4)")

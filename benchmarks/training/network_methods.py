@@ -162,6 +162,7 @@ METHODS: dict[str, Callable] = {
     "GMC float4 overlap": ours(**FLOAT4, overlap=True),
     "GMC 0.1 %": ours(density=0.001),
     "GMC two-sided float4": ours(**TWO_SIDED),
+    "GMC two-sided float4 overlap": ours(**TWO_SIDED, overlap=True),
     "DGC": ours(gmc_cuda.DGC, density=DENSITY),
     "DGC float4": ours(gmc_cuda.DGC, **FLOAT4),
     "DGC two-sided float4": ours(gmc_cuda.DGC, **TWO_SIDED),

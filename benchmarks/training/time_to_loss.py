@@ -24,8 +24,8 @@ from examples.demo.arguments import positive_float, positive_int
 from examples.demo.provenance import provenance
 
 # Clipping a worker's gradient needs it whole before anything is sent, so overlap is not among them.
-DEFAULT = ["DDP", "DDP bf16", "PowerSGD rank 4", "eager GMC", "eager DGC", "GMC", "GMC float4",
-           "DGC", "DGC float4"]  # fmt: skip
+DEFAULT = ["DDP", "DDP bf16", "PowerSGD rank 4", "eager GMC", "eager DGC", "GMC float4",
+           "DGC float4", "GMC two-sided float4", "DGC two-sided float4"]  # fmt: skip
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
         for run in star.run(training_worker.__name__, str(options.steps), *options.methods):
             content["training"].append(run)
             report.write_json(path, content)
-            print(f"{run['method']:<18} momentum {run['momentum']:g}  lr {run['lr']:g}  loss "
+            print(f"{run['method']:<20} momentum {run['momentum']:g}  lr {run['lr']:g}  loss "
                   f"{run['losses'][-1]:.3f} after {options.steps} steps", flush=True)  # fmt: skip
         for rate in sorted(options.rates, reverse=True):
             star.limit(rate)
