@@ -73,3 +73,15 @@ def write_json(path: Path, content: dict) -> None:
 def load() -> list[float]:
     """Processes that wanted to run: means over the last 1, 5 and 15 minutes."""
     return [round(value, 2) for value in os.getloadavg()]
+
+
+def earlier(path: Path, content: dict, *parts: str) -> dict:
+    """What is in the file if it is of the same options, machine and versions; else nothing.
+
+    parts: what must be the same besides.
+    """
+    if not path.exists():
+        return {}
+    found: dict = json.loads(path.read_text())
+    same = ("options", "hardware", "versions", *parts)
+    return found if all(found.get(part) == content[part] for part in same) else {}

@@ -43,11 +43,10 @@ def test_two_workers(tmp_path):
     if reason:
         pytest.skip(reason)
     before, methods = left_behind(), ("GMC", "LocalUpdates", "DDP bf16")
-    done = scripts.run(
-        "-m", "benchmarks.training.network", "--workers", "2", "--model", "text",
-        "--rates", "100", "10", "--methods", *methods, "--seconds", "1",
-        "--output", str(tmp_path), cwd=ROOT,
-    )  # fmt: skip
+    program = ["-m", "benchmarks.training.network", "--workers", "2", "--model", "text",
+               "--rates", "100", "10", "--methods", *methods, "--seconds", "1",
+               "--output", str(tmp_path)]  # fmt: skip
+    done = scripts.run(*program, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("network-*.json")
     rows = json.loads(path.read_text())["results"]
@@ -64,6 +63,17 @@ def test_two_workers(tmp_path):
     assert local["payload_bytes"] == pytest.approx(sparse["payload_bytes"] / 10, rel=0.1)
     assert 1 < local["link_bytes"] / local["payload_bytes"] < 2
     assert [row["estimated"] for row in rows] == [False] * 5 + [True]
+    # Cut short after the first rate, it goes on with the second.
+    content = json.loads(path.read_text())
+    assert content["complete"]
+    path.write_text(json.dumps(content | {"complete": False, "results": rows[:3]}))
+    again = scripts.run(*program, cwd=ROOT)
+    assert again.returncode == 0, again.stderr
+    assert "100 Mbit/s" not in again.stdout.partition("ms a step")[0]
+    content = json.loads(path.read_text())
+    assert content["complete"]
+    assert content["results"][:3] == rows[:3]
+    assert [row["rate_mbit"] for row in content["results"][3:]] == [10, 10, 10]
     assert left_behind() <= before
 
 

@@ -16,7 +16,6 @@ import json
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -93,7 +92,7 @@ def work(rank: int, options: argparse.Namespace, store: str) -> None:
     content = {"benchmark": "local_updates", **facts, "options": asked, "data": task.data}
     stem = report.file_stem(f"local-updates-{options.rounds}-rounds-of-{options.every}", facts)
     path = options.output / f"{stem}.json"
-    results = tried(path, content)
+    results = report.earlier(path, content, "data").get("results", [])
     dist.barrier()  # all have read what rank 0 is about to replace
     done = [{key: r[key] for key in r if key not in MEASURED} for r in results]
     missing = [setting for setting in options.settings if setting not in done]
@@ -103,15 +102,6 @@ def work(rank: int, options: argparse.Namespace, store: str) -> None:
             print(json.dumps(results[-1]), flush=True)
             report.write_json(path, content | {"not_tried": missing, "results": results})
     dist.destroy_process_group()
-
-
-def tried(path: Path, content: dict) -> list[dict]:
-    """The results of a run with the same options on the same machine and versions."""
-    if not path.exists():
-        return []
-    before = json.loads(path.read_text())
-    same = all(before[key] == content[key] for key in ("options", "hardware", "versions", "data"))
-    return before["results"] if same else []
 
 
 def run(task: Task, rank: int, options: argparse.Namespace, setting: dict) -> dict:

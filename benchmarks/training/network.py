@@ -6,7 +6,8 @@
 
 Next to GMC: LocalUpdates, DistributedDataParallel, its bfloat16 and PowerSGD hooks, GMC and DGC in
 eager PyTorch. In each round also compute alone: the same workers, each with fused SGD alone. Needs
-root, for the namespaces, which are deleted at the end, also after Ctrl-C.
+root, for the namespaces, which are deleted at the end, also after Ctrl-C. A run that was cut short
+goes on if it is started again on the same day.
 """
 
 import argparse
@@ -43,6 +44,7 @@ def main() -> None:
             "link_bytes": "sent by a worker's interface in a step",
             "payload_bytes": "handed to a collective by a worker in a step",
         },
+        "complete": False,
         "results": [],
     }
     name = "network" if options.model == "large" else f"network-{options.model}"
@@ -51,11 +53,14 @@ def main() -> None:
     if options.latency:
         name += f"-{options.latency:g}-ms"
     path = options.output / f"{report.file_stem(name, content)}.json"
+    before = report.earlier(path, content, "model")
+    content["results"] = [] if before.get("complete") else before.get("results", [])
     with namespaces.Star(options.workers) as star:
         for rate in sorted(options.rates, reverse=True):
             star.limit(rate, options.latency)
             for row in rows(star, options.model, rate, options, content["results"]):
                 add(content, row, path)
+    report.write_json(path, content | {"complete": True})
     show(content)
     print(f"numbers: {path}")
 
@@ -63,12 +68,14 @@ def main() -> None:
 def rows(
     star: namespaces.Star, model: str, rate: int, options: argparse.Namespace, before: list[dict]
 ) -> Iterator[dict]:
-    """Each method at the rate that the links have; before: rows of higher rates."""
-    slow = rate < 100
-    asked = [name for name in options.methods if not (slow and name in DENSE)]
-    for found in star.run(network_worker.__name__, model, str(options.seconds), *asked):
-        yield {**found, "rate_mbit": rate, "estimated": False}
-    for name in options.methods:
+    """Each method at the rate that the links have; before: rows that are there already."""
+    done = {row["method"] for row in before if row["rate_mbit"] == rate}
+    missing = [name for name in options.methods if name not in done]
+    asked = [name for name in missing if rate >= 100 or name not in DENSE]
+    if asked:
+        for found in star.run(network_worker.__name__, model, str(options.seconds), *asked):
+            yield {**found, "rate_mbit": rate, "estimated": False}
+    for name in missing:
         if name not in asked:
             yield estimate(before, name, rate)
 
