@@ -18,8 +18,8 @@ from benchmarks import report
 from benchmarks.training import namespaces, training_worker
 from benchmarks.training.namespaces import RATES
 from benchmarks.training.network import rows
-from benchmarks.training.network_methods import METHODS
 from benchmarks.training.network_models import MODELS
+from benchmarks.training.training_worker import BEST
 from examples.demo.arguments import positive_float, positive_int
 from examples.demo.provenance import provenance
 
@@ -132,7 +132,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--rates", nargs="+", type=int, choices=list(RATES), default=[1000, 100, 10],
         metavar="MBIT", help=f"of {', '.join(map(str, RATES))} (default: 1000 100 10)")  # fmt: skip
-    add("--methods", nargs="+", choices=list(METHODS), default=DEFAULT, metavar="METHOD",
+    add("--methods", nargs="+", choices=list(BEST), default=DEFAULT, metavar="METHOD",
         help=f"(default: {', '.join(DEFAULT)})")  # fmt: skip
     add("--workers", type=positive_int, default=4, help="(default 4)")
     add("--steps", type=positive_int, default=600, help="of training (default 600)")
