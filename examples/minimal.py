@@ -10,7 +10,7 @@ import gmc_cuda
 
 dist.init_process_group()  # NCCL for CUDA tensors, gloo for CPU tensors
 rank, device = dist.get_rank(), torch.device("cpu")
-if torch.cuda.is_available():
+if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):  # a GPU for each worker
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
 

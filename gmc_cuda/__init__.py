@@ -15,6 +15,9 @@ ops             the functional layer, on CPU or CUDA tensors (also torch.ops.gmc
 reference       the same functions in plain PyTorch, to read beside the papers
 """
 
+import importlib
+from typing import Any
+
 from gmc_cuda import checkpoint, ops, reference
 from gmc_cuda.amp import GradScaler
 from gmc_cuda.buffers import broadcast_buffers
@@ -40,3 +43,10 @@ __all__ = [
     "ops",
     "reference",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Not imported above, or `python -m gmc_cuda.advise` would warn that it is there twice.
+    if name == "advise":
+        return importlib.import_module("gmc_cuda.advise")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
