@@ -88,8 +88,8 @@ def measure(
     """
     _check(model, seconds, group)
     clock = _Clock(model, backward, seconds / (len(CANDIDATES) + 3), group)
-    nbytes = 4 * _trained(model)
-    clock.check_backward()
+    nbytes = sum(p.numel() * p.element_size() for p in _trained(model))
+    unused = clock.check_backward()
     # With a learning rate of zero steps cost what they always do, and no loss can diverge.
     sgd = partial(torch.optim.SGD, lr=0.0, momentum=0.9, fused=True)
     alone, _ = clock.time(copy.deepcopy(model), sgd)
@@ -98,7 +98,9 @@ def measure(
     wire = clock.all_reduce(nbytes)
     link = round(ring_nbytes(nbytes, dist.get_world_size(group)))
     if (alone + wire) * (LEAST_STEPS + WARM_UP) < 2 * clock.share:
-        wrapped = DistributedDataParallel(copy.deepcopy(model), process_group=group)
+        wrapped = DistributedDataParallel(
+            copy.deepcopy(model), process_group=group, find_unused_parameters=unused
+        )
         found.append(Advice("DDP", clock.time(wrapped, sgd)[0], link, {}))
     else:  # about two thirds of the computing is the backward pass, which hides the exchange
         step = alone / 3 + max(alone * 2 / 3, wire)
@@ -141,15 +143,14 @@ def _check(model: nn.Module, seconds: float, group: dist.ProcessGroup | None) ->
         )
     if isinstance(model, DistributedDataParallel):
         raise TypeError("model: got a DistributedDataParallel, must be the module that it wraps")
-    if not _trained(model):
+    if not any(p.numel() for p in _trained(model)):
         raise ValueError("model: got one without parameters to train, must have some")
     if not seconds > 0:
         raise ValueError(f"seconds: got {seconds}, must be positive")
 
 
-def _trained(model: nn.Module) -> int:
-    """Elements of the parameters that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 class _Clock:
@@ -164,21 +165,23 @@ class _Clock:
     ) -> None:
         self.share = share
         self._model, self._backward, self._group = model, backward, group
-        self._device = next(p for p in model.parameters() if p.requires_grad).device
+        self._device = _trained(model)[0].device
 
-    def check_backward(self) -> None:
+    def check_backward(self) -> bool:
+        """Whether a backward pass leaves some parameter of some worker without a gradient."""
         model = copy.deepcopy(self._model)
         model.zero_grad()
         self._backward(model)
         if all(p.grad is None for p in model.parameters()):
             raise ValueError("backward: left no gradients in the model that it was given")
+        return bool(self._largest(any(p.grad is None for p in _trained(model))))
 
     def time(self, model: nn.Module, make: Callable[..., Any]) -> tuple[float, Any]:
         """Makes steps with an optimizer of its own; returns the seconds of one, and it.
 
         The time is the median's on the slowest worker, and all workers make equally many.
         """
-        optimizer = make([p for p in model.parameters() if p.requires_grad])
+        optimizer = make(_trained(model))
 
         def step() -> None:
             optimizer.zero_grad()
@@ -216,7 +219,7 @@ class _Clock:
             torch.cuda.synchronize(self._device)
 
     def _largest(self, value: float) -> float:
-        shared = torch.tensor([value], dtype=torch.float64, device=self._device)
+        shared = torch.tensor([float(value)], dtype=torch.float64, device=self._device)
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
         return float(shared)
 

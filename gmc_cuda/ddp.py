@@ -312,9 +312,8 @@ class GMCHookState:
                         f"state_dict: {key} of '{name}' has shape {tuple(value.shape)}, must be "
                         f"{tuple(self._names[name].shape)}"
                     )
-        loaded = states.Loaded([], held, stamp)
         exchange = self._round.exchange
-        states.warn_of_another_ranks(loaded, exchange.rank, exchange.size)
+        states.warn_of_another_ranks(held, stamp, exchange.rank, exchange.size)
         self._buckets.load(states.for_owner(held, stamp.world_size, self._owner()))
         self._round.damage = DamageWatch()
 

@@ -35,7 +35,6 @@ _reduce_scatter, _all_gather = (
 )
 
 _KEY = "node_average"  # key in each param group of a state_dict that says which parts these are
-_NAMES = ("memory", *states.MOMENTUM_NAMES)
 
 _kind = attrgetter("requires_grad", "dtype", "device", "shape")
 
@@ -325,7 +324,7 @@ class NodeAverage(Wrapper):
         groups = [*inner.param_groups, {**inner.defaults, "params": waiting}]
         held = states.held(groups, inner.state, inner.engine.rule)
         others = {
-            p: {k: v for k, v in inner.state.get(own, {}).items() if k not in _NAMES}
+            p: {k: v for k, v in inner.state.get(own, {}).items() if k not in states.SHOWN}
             for p, (own, _) in parts.items()
         }
         names = [sorted(held.get(parts[p].own, {})) if p in parts else [] for p in params]

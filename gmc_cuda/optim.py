@@ -43,7 +43,8 @@ class GMC(CompressedSGD):
             Pre-training with SparseLoCo" uses 0.95 with momentum 0).
         maximize: ascend instead of descend.
         nesterov: w = w - lr * ((1 + momentum) * a_t - momentum * a_{t-1}), at density 1 equal to
-            ``torch.optim.SGD(nesterov=True)``. A skipped step moves nothing.
+            ``torch.optim.SGD(nesterov=True)``. A skipped step moves nothing, and what the step
+            before it had looked ahead, lr * momentum * a_{t-1}, then stays in the parameters.
         momentum_form: "buffer" adds momentum * a_{t-1} (as torch.optim.SGD does); "iterate" adds
             momentum * (eta_{t-1} / eta_t) * a_{t-1}, which is the paper's w_t - w_{t-1} taken
             literally when the learning rate changes.

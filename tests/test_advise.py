@@ -137,3 +137,28 @@ def test_the_command(tmp_path):
         done = command(*arguments, cwd=tmp_path)
         assert done.returncode == 2
         assert text in done.stderr
+
+
+class Branches(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (torch.nn.Linear(8, 8, dtype=torch.bfloat16) for _ in range(2))
+
+    def forward(self, x, second):
+        return self.second(self.first(x)) if second else self.first(x)
+
+
+def with_an_unused_layer(group):
+    rank = dist.get_rank(group)
+
+    def backward(model):  # one worker alone uses the second layer
+        x = torch.randn(4, 8, dtype=torch.bfloat16)
+        model(x, second=rank == 1).square().mean().backward()
+
+    return advise.measure(Branches(), backward, 1.0, group)
+
+
+def test_layers_that_a_worker_does_not_use_and_parameters_of_two_bytes(pool):
+    _, ddp, *others = pool.run(2, with_an_unused_layer)[0]
+    assert ddp.link_bytes == 2 * 2 * (64 + 8)  # half of a gradient of two bytes, twice
+    assert [row.method for row in others] == list(advise.CANDIDATES)

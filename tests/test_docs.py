@@ -276,7 +276,7 @@ def test_the_figures_of_the_readme_are_those_of_the_files():
     to_loss = {(r["method"], r["rate_mbit"]): r["seconds"] for r in losses["seconds"]}
     last = {r["method"]: r["losses"][-1] for r in losses["training"]}
     assert losses["options"]["target"] == 1.9
-    names = ["DDP", "PowerSGD rank 4", "GMC float4", "DGC float4"]
+    names = ["DDP", "PowerSGD rank 4", "GMC two-sided float4", "DGC two-sided float4"]
     table = rows_of("README.md", "| method | ms a step")
     for method, row in zip(names, table.values(), strict=True):
         seconds = to_loss[method, 100]
@@ -284,7 +284,10 @@ def test_the_figures_of_the_readme_are_those_of_the_files():
         shown += ["not reached" if seconds is None else round(seconds), f"{last[method]:.3f}"]
         assert row == list(map(str, shown)), method
     text = " ".join(README.split())
-    assert f"{ms['GMC float4', 100]} ms with GMC, and in {ms['DDP', 100]} ms with DDP" in text
+    assert (
+        f"{ms['GMC two-sided float4', 100]} ms with GMC, and in {ms['DDP', 100]} ms with DDP"
+        in text
+    )
     alone = {r["rate_mbit"]: round(1e3 * r["compute_alone"]) for r in steps["results"]
              if r["method"] == "GMC"}  # fmt: skip
     assert f"{alone[1000]} ms at 1 Gbit/s and {alone[100]} ms" in text

@@ -26,6 +26,7 @@ from support.problems import (
     same_on_all_ranks,
     set_gradients,
 )
+from support.workers import Workers
 
 
 def resume(group, make, dtype, options):
@@ -654,3 +655,60 @@ def test_an_lr_tensor_stays_on_its_device():
     optimizer.param_groups[0]["lr"] = torch.empty((), device="meta")
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["lr"].device.type == "meta"
+
+
+def copies_of_a_part(group):
+    """A copy of a copy still lacks its group; and rank 0's copy on all workers is told."""
+    rank = dist.get_rank(group)
+    _, optimizer = trained(group=group)
+    twin = copy.deepcopy(pickle.loads(pickle.dumps(optimizer)))
+    with pytest.raises(RuntimeError, match=r"set optimizer\.process_group = group"):
+        twin.step()
+    twin.process_group = group
+    assert_same_run(twin, optimizer, rank)
+
+
+def test_a_copy_of_a_copy_lacks_its_group_too(pool):
+    pool.run(2, copies_of_a_part)
+
+
+def of_rank_0(say):
+    _, optimizer = trained(group=None)
+    sent = [pickle.dumps(optimizer)]
+    dist.broadcast_object_list(sent, 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pickle.loads(sent[0])
+    return [str(w.message) for w in caught if "was saved by rank 0" in str(w.message)]
+
+
+def test_another_ranks_copy_is_told(tmp_path):
+    with Workers(2, tmp_path, of_rank_0) as workers:
+        first, second = workers.results()
+    assert not first
+    assert len(second) == 1
+
+
+def test_a_state_that_cannot_be_taken_changes_nothing():
+    params, optimizer = trained()
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["lr"] = 77.0
+    params[0].data = params[0].data.double()
+    with pytest.raises(TypeError, match="float64"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] != 77.0
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "reduce_scatter"])
+def test_no_state_between_the_halves_of_a_step(pool, exchange):
+    pool.run(2, state_of_an_open_step, exchange)
+
+
+def state_of_an_open_step(group, exchange):
+    param = torch.nn.Parameter(torch.ones(300))
+    optimizer = gmc_cuda.GMC([param], lr=0.1, process_group=group, overlap=True, exchange=exchange)
+    param.square().sum().backward()
+    with pytest.raises(RuntimeError, match="state_dict between backward"):
+        optimizer.state_dict()
+    optimizer.step()
+    optimizer.state_dict()

@@ -7,6 +7,8 @@ import io
 import itertools
 import math
 import pickle
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import gmc_cuda
 from gmc_cuda import ops, reference
 from gmc_cuda._engine import budget, exchange, ranges
 from gmc_cuda._engine.device import is_synchronous
+from gmc_cuda._engine.rules import GlobalMomentum
 from support.cases import WIRES
 from support.problems import (
     aggregate_of,
@@ -614,3 +617,133 @@ def test_a_wrong_exchange_is_named():
     with pytest.raises(ValueError, match="exchange: got 'ring', must be 'all_gather' or 'reduce_"):
         gmc_cuda.GMC([torch.nn.Parameter(Tensor(3))], lr=0.1, exchange="ring")
     assert ops.CALLED_OFF == reference.CALLED_OFF
+
+
+# ------------------------------------------------------------------- buckets of whatever size
+
+
+@pytest.mark.parametrize("wire_dtype", [torch.bfloat16, FLOAT4])
+@pytest.mark.parametrize("size", [2, 3, 8, 16])
+def test_all_workers_plan_alike_whatever_the_size(size, wire_dtype):
+    rule = GlobalMomentum()
+    group = {**gmc_cuda.GMC([torch.nn.Parameter(torch.ones(1))], lr=1.0).param_groups[0],
+             "density": None, "bytes_ratio": 100.0}  # fmt: skip
+    for numel in range(1, 1000, 1 if size < 8 else 7):
+        plans = [
+            rule.plan(group, SimpleNamespace(numel=numel, owner=object(), params=[None]),
+                      wire_dtype, SimpleNamespace(size=size, rank=rank))
+            for rank in range(size)
+        ]  # fmt: skip
+        assert len({plan.size() for plan in plans}) == 1, numel
+        for part in plans[0].parts:
+            assert 1 <= part.k <= min(part.numel, plans[0].parts[0].k), numel
+
+
+def small_bucket(group, numel, wire_dtype):
+    rank = dist.get_rank(group)
+    params = [torch.nn.Parameter(torch.zeros(numel))]
+    optimizer = gmc_cuda.GMC(params, lr=LR, bytes_ratio=100, wire_dtype=wire_dtype,
+                             process_group=group, **TWO_SIDED)  # fmt: skip
+    for step in range(3):
+        set_gradients(params, rank, step)
+        came_in = whole_of(group, optimizer, params) + mean(group, params[0].grad)
+        came_in += 0.9 * aggregate_of(optimizer, params)
+        optimizer.step()
+        left = whole_of(group, optimizer, params) + aggregate_of(optimizer, params)
+        torch.testing.assert_close(left, came_in, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "numel", "wire"), [(2, 54, FLOAT4), (3, 88, torch.bfloat16)])
+def test_a_bucket_whose_last_range_is_short(pool, size, numel, wire):
+    pool.run(size, small_bucket, numel, wire)
+
+
+# ------------------------------------------------- what waits while layers are frozen, and copies
+
+
+def frozen_over_a_checkpoint(group, folder):
+    """Two frozen layers of one size, of which each worker owns another part."""
+    rank = dist.get_rank(group)
+
+    def make():
+        params = [torch.nn.Parameter(torch.ones(n)) for n in (64, 128, 64)]
+        model = torch.nn.ParameterList(params)
+        return (
+            model,
+            params,
+            gmc_cuda.GMC(params, lr=LR, density=0.1, process_group=group, **TWO_SIDED),
+        )
+
+    model, params, optimizer = make()
+    for step in range(5):
+        for p in params[::2] if step == 3 else []:
+            p.requires_grad_(False)
+            p.grad = None
+        set_gradients([p for p in params if p.requires_grad], rank, step)
+        optimizer.step()
+    gmc_cuda.checkpoint.save(folder, model, optimizer)
+    model, params, resumed = make()
+    for p in params[::2]:
+        p.requires_grad_(False)
+    gmc_cuda.checkpoint.load(folder, model, resumed)
+    before = [whole_of(group, resumed, [p]) for p in params]
+    resumed.average_memory_()
+    for p, unsent in zip(params, before, strict=True):
+        assert unsent.any()
+        torch.testing.assert_close(whole_of(group, resumed, [p]), unsent, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_of_frozen_layers_is_averaged_after_a_checkpoint(pool, tmp_path):
+    pool.run(2, frozen_over_a_checkpoint, str(tmp_path))
+
+
+def other_workers(group, options):
+    """Fewer workers go on, one layer frozen; then each of them alone."""
+    rank = dist.get_rank(group)
+    ranks = dist.get_process_group_ranks(group)
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (640, 1280)]
+    optimizer = gmc_cuda.GMC(params, lr=LR, process_group=group, **options)
+    for step in range(3):
+        set_gradients(params, rank, step)
+        optimizer.step()
+    params[0].requires_grad_(False)
+    params[0].grad = None
+    for members in (ranks[:2], [dist.get_rank()]):
+        if dist.get_rank() not in members:
+            return
+        before = memory_of(optimizer, params)
+        optimizer.process_group = fewer = dist.new_group(members, use_local_synchronization=True)
+        torch.testing.assert_close(memory_of(optimizer, params), before)
+        for step in range(2):
+            set_gradients(params[1:], rank, step)
+            optimizer.step()
+        assert same_on_all_ranks(fewer, params[1:])
+        before = memory_of(optimizer, params[:1])
+    params[0].requires_grad_(True)
+    optimizer.stats()
+    torch.testing.assert_close(memory_of(optimizer, params[:1]), before)
+    assert before.any()
+
+
+@pytest.mark.parametrize(
+    "options", [TWO_SIDED | {"density": 0.1}, {"bytes_ratio": 30}, {"density": 0.1}]
+)
+def test_fewer_workers_go_on(pool, options):
+    pool.run(3, other_workers, options)
+
+
+def rare_rows(group):
+    """Rows that nobody has used yet are sent as zeros by all, as in an embedding by frequency."""
+    rank = dist.get_rank(group)
+    param = torch.nn.Parameter(torch.zeros(4000))
+    optimizer = gmc_cuda.GMC([param], lr=LR, process_group=group, **TWO_SIDED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            param.grad = torch.zeros(4000)
+            param.grad[:400] = torch.randn(400) * (rank + 1)
+            optimizer.step()
+
+
+def test_what_nobody_has_used_yet_is_no_duplicate(pool):
+    pool.run(2, rare_rows)

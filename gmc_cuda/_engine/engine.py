@@ -6,6 +6,7 @@ import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -399,6 +400,7 @@ class Engine:
             "steps": self.round.steps,
             "skipped": None if skipped is None else skipped.clone(),
             "averaged": self.averaged,
+            "rank": self.exchange.rank,
             "size": self.exchange.size,
         }
 
@@ -406,11 +408,11 @@ class Engine:
         """Makes these the workers."""
         own = self.settings.owner(self.exchange)
         if own != self.settings.owner(exchange):
-            for bucket in self.buckets:
-                bucket.fold_owner()
+            self._fold_owners()
             self.round.exchange = exchange
             self.pack()
         self.round.exchange = exchange
+        self.round.forget_sizes()  # they were those of other workers
 
     def set_progress(self, progress: dict[str, Any]) -> None:
         self.round.steps, self.round.skipped = progress["steps"], progress["skipped"]
@@ -419,16 +421,11 @@ class Engine:
     def average_memory(self) -> None:
         """Replaces memory, and local momentum, by the mean over all workers."""
         meet(self.exchange, "average_memory_()")
-        own = sorted(self.rule.own_state())
-        for bucket in self.buckets:
-            bucket.fold_owner()
+        self._fold_owners()
         flats = [flat for bucket in self.buckets for flat in bucket.vectors().values()]
-        optimizer = self.optimizer
-        frozen = [optimizer.state[p] for p in params_of(optimizer)
-                  if p in optimizer.state and p not in self.bucket_of]  # fmt: skip
-        flats += [state[name] for state in frozen for name in own if name in state]
-        sums = [flat.clone() for flat in flats]
         try:
+            flats += self._frozen_vectors()
+            sums = [flat.clone() for flat in flats]
             works = [self.exchange.all_reduce(total) for total in sums]
             for work in works:
                 work.wait()
@@ -437,6 +434,39 @@ class Engine:
         for flat, total in zip(flats, sums, strict=True):
             torch.div(total, self.exchange.size, out=flat)
         self.averaged = True
+
+    def _frozen(self) -> dict[Tensor, dict[str, Any]]:
+        """The entries of optimizer.state that wait until their parameters are trained again."""
+        state = self.optimizer.state
+        return {p: state[p] for p in params_of(self.optimizer)
+                if p in state and p not in self.bucket_of}  # fmt: skip
+
+    def _fold_owners(self) -> None:
+        """Moves all owner memory to this worker's own memory."""
+        for bucket in self.buckets:
+            bucket.fold_owner()
+        for param, entry in self._frozen().items():
+            self.optimizer.state[param] = states.without_owner(entry, self.exchange.size)
+
+    def _frozen_vectors(self) -> list[Tensor]:
+        """What each worker has of its own for frozen parameters, in an order that all share.
+
+        Zeros take the place of what another worker has and this one has not.
+        """
+        own, params = sorted(self.rule.own_state()), params_of(self.optimizer)
+        frozen = self._frozen()
+        mine = [
+            (i, name) for i, p in enumerate(params) for name in own if name in frozen.get(p, ())
+        ]
+        everyones = self.exchange.gather_objects(mine, device_of(self.optimizer))
+        vectors = []
+        for i, name in sorted(set(chain.from_iterable(everyones))):
+            shard = shard_of(params[i])
+            entry = self.optimizer.state[params[i]]
+            if name not in entry:
+                entry[name] = torch.zeros_like(shard, dtype=torch.float32)
+            vectors.append(entry[name])
+        return vectors
 
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -205,6 +205,10 @@ class Exchange:
         return values
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
+        if self._missing:  # its group stayed in another process
+            copy = object.__new__(Exchange)
+            copy.__setstate__(self.__getstate__())
+            return copy
         copy = Exchange(self.given)
         copy.shard_group = self.shard_group
         return copy

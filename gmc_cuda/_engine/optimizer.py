@@ -220,7 +220,8 @@ class CompressedSGD(torch.optim.Optimizer):
         loaded = states.read(state_dict, self.param_groups, own.rule, type(self).__name__)
         for g, group in enumerate(loaded.groups):
             engine.check_group(group, g, own.rule)
-        states.warn_of_another_ranks(loaded, exchange.rank, exchange.size)
+        _ = own.buckets  # raises for parameters that cannot be trained
+        states.warn_of_another_ranks(loaded.held, loaded.stamp, exchange.rank, exchange.size)
         for group, new in zip(self.param_groups, loaded.groups, strict=True):
             group.update(new)
         own.install(loaded.held, None if loaded.stamp is None else loaded.stamp.world_size)
@@ -272,6 +273,11 @@ class CompressedSGD(torch.optim.Optimizer):
         super().__setstate__({**state, "state": defaultdict(dict, entries)})
         self._attach(Engine(self, rule, settings, exchange, number))
         self.engine.set_progress(progress)
+        stamp = states.Stamp(
+            type(self).__name__, progress.get("rank", exchange.rank), progress["size"],
+            progress["averaged"],
+        )  # fmt: skip
+        states.warn_of_another_ranks(entries, stamp, exchange.rank, exchange.size)
 
     # --------------------------------------------------------------------------------- figures
 
@@ -296,6 +302,7 @@ class CompressedSGD(torch.optim.Optimizer):
 def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     assert isinstance(optimizer, CompressedSGD)
     own = optimizer.engine
+    own.refuse_open_round("state_dict")
     stamp = states.Stamp(
         type(optimizer).__name__, own.exchange.rank, own.exchange.size, own.averaged
     )

@@ -378,16 +378,19 @@ class Round:
 
     def _look_for_duplicates(self, aggregates: list[Tensor], late: list[BaseException]) -> None:
         sparse = [
-            (sent.payloads[0], aggregate, bucket.numel)
+            (sent.payloads[0], aggregate, bucket)
             for (bucket, _, sent), aggregate in zip(self._sent, aggregates, strict=True)
             if sent.payloads
         ]
         look = partial(
             self.duplicates.look,
             [payloads for payloads, _, _ in sparse],
-            [(aggregate, numel) for _, aggregate, numel in sparse],
+            # An owner sees what all workers have sent of its range.
+            [(aggregate, bucket.numel, slice(None) if bucket.owner is None else
+              slice(bucket.owner.range.begin, bucket.owner.range.end))
+             for _, aggregate, bucket in sparse],
             self.exchange.size,
-        )
+        )  # fmt: skip
         steps.attempt(look, late)
 
     # --------------------------------------------------------------------------- calling off

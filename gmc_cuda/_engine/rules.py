@@ -138,15 +138,17 @@ class Rule:
             parts = _parts(density, ratio, numel, wire_dtype, size)
             k = sum(part.k for part in parts)
             towards, own = sum(part.nbytes for part in parts), parts[rank].nbytes
-            back = parts[0].nbytes
-            nbytes = towards + back
-            link = (towards - own + (size - 1) * back, (size - 1) * (own + back))
+            most, least = parts[0].nbytes, parts[-1].nbytes
+            nbytes, back = towards + most, (size - 1) * most
+            link = (towards - own + back, (size - 1) * own + back)
+            busiest = max(towards - least, back) + back  # of any worker: all must decide alike
         else:
             k = budget.entries(density, ratio, numel, wire_dtype, max(size, 2) / 2)
             nbytes = budget.payload_nbytes(numel, k, wire_dtype)
             link = ((size - 1) * nbytes,) * 2
+            busiest = link[0]
         without_range = bool(parts) and parts[-1].numel == 0
-        dense = without_range or budget.dense_is_cheaper(numel, k, max(link), size)
+        dense = without_range or budget.dense_is_cheaper(numel, k, busiest, size)
         if dense:  # v, then two numbers for each rank and one for each parameter
             k, nbytes, parts = numel, 4 * (numel + 2 * size + len(bucket.params)), ()
             link = (budget.ring_nbytes(nbytes, size),) * 2
@@ -293,10 +295,15 @@ class LocalMomentum(Rule):
 def _parts(
     density: float | None, ratio: float | None, numel: int, wire_dtype: torch.dtype, size: int
 ) -> tuple[Part, ...]:
-    """Every rank's range, with the entries that are sent of it in each direction."""
-    parts = []
+    """Every rank's range, with the entries that are sent of it in each direction.
+
+    The last range may be the shortest; operators send no more of it than of the others.
+    """
+    parts: list[Part] = []
     for of in cut(numel, size):
         k = budget.entries(density, ratio, of.numel, wire_dtype) if of.numel else 0
+        if parts:
+            k = min(k, parts[0].k)
         nbytes = budget.payload_nbytes(of.numel, k, wire_dtype) if k else 0
         parts.append(Part(*of, k, nbytes))
     return tuple(parts)

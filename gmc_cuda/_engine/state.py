@@ -302,12 +302,11 @@ def _warn_of_dropped(stamp: Stamp, groups: list[Group], state: dict[Any, Any]) -
         )
 
 
-def warn_of_another_ranks(loaded: Loaded, rank: int, size: int) -> None:
+def warn_of_another_ranks(held: Held, stamp: Stamp | None, rank: int, size: int) -> None:
     """Warns if another worker saved the memory that this one loads."""
-    stamp = loaded.stamp
     if stamp is None or stamp.averaged or (stamp.rank, stamp.world_size) == (rank, size):
         return
-    unsent = (state[k] for state in loaded.held.values() for k in (MEMORY, OWNER) if k in state)
+    unsent = (state[k] for state in held.values() for k in (MEMORY, OWNER) if k in state)
     if not any(bool(tensor.any()) for tensor in unsent):
         return
     warnings.warn(

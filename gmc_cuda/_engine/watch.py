@@ -68,17 +68,19 @@ class DuplicateWatch:
     def __init__(self) -> None:
         self._same = 0  # steps so far, in all of which the workers sent the same; -1: has ended
 
-    def look(self, gathered: list[Tensor], aggregates: list[tuple[Tensor, int]], size: int) -> None:
+    def look(
+        self, gathered: list[Tensor], aggregates: list[tuple[Tensor, int, slice]], size: int
+    ) -> None:
         """Looks at one step.
 
         Args:
             gathered: every rank's payloads, uint8 [p, n], of each sparse bucket.
-            aggregates: each bucket's aggregate and numel.
+            aggregates: each bucket's aggregate, its numel, and which elements the payloads are of.
         """
         if size == 1 or self._same < 0 or not gathered or is_capturing(gathered[0]):
             return
         # Gradients of zero are equal on all workers without a mistake.
-        sent = any(a.any() and ops.densify(a, numel).any() for a, numel in aggregates)
+        sent = any(a.any() and ops.densify(a, n)[part].any() for a, n, part in aggregates)
         if not sent:
             return
         alike = all(bool((payloads == payloads[0]).all()) for payloads in gathered)
