@@ -30,6 +30,7 @@ from support.problems import (
     same_on_all_ranks,
     set_gradients,
 )
+from support.workers import Workers
 
 TWO_SIDED = {"exchange": "reduce_scatter"}
 DENSITY, LR, BETA = 0.05, 0.05, 0.9
@@ -697,27 +698,27 @@ def test_memory_of_frozen_layers_is_averaged_after_a_checkpoint(pool, tmp_path):
     pool.run(2, frozen_over_a_checkpoint, str(tmp_path))
 
 
-def other_workers(group, options):
+def other_workers(say, options):
     """Fewer workers go on, one layer frozen; then each of them alone."""
-    rank = dist.get_rank(group)
-    ranks = dist.get_process_group_ranks(group)
+    rank = dist.get_rank()
+    groups = {members: dist.new_group(list(members)) for members in ((0, 1), (0,), (1,), (2,))}
     params = [torch.nn.Parameter(torch.ones(n)) for n in (640, 1280)]
-    optimizer = gmc_cuda.GMC(params, lr=LR, process_group=group, **options)
+    optimizer = gmc_cuda.GMC(params, lr=LR, **options)
     for step in range(3):
         set_gradients(params, rank, step)
         optimizer.step()
     params[0].requires_grad_(False)
     params[0].grad = None
-    for members in (ranks[:2], [dist.get_rank()]):
-        if dist.get_rank() not in members:
-            return
+    for members in ((0, 1), (rank,)):
+        if rank not in members:
+            continue
         before = memory_of(optimizer, params)
-        optimizer.process_group = fewer = dist.new_group(members, use_local_synchronization=True)
+        optimizer.process_group = groups[members]
         torch.testing.assert_close(memory_of(optimizer, params), before)
         for step in range(2):
             set_gradients(params[1:], rank, step)
             optimizer.step()
-        assert same_on_all_ranks(fewer, params[1:])
+        assert same_on_all_ranks(groups[members], params[1:])
         before = memory_of(optimizer, params[:1])
     params[0].requires_grad_(True)
     optimizer.stats()
@@ -728,8 +729,9 @@ def other_workers(group, options):
 @pytest.mark.parametrize(
     "options", [TWO_SIDED | {"density": 0.1}, {"bytes_ratio": 30}, {"density": 0.1}]
 )
-def test_fewer_workers_go_on(pool, options):
-    pool.run(3, other_workers, options)
+def test_fewer_workers_go_on(tmp_path, options):
+    with Workers(3, tmp_path, other_workers, options) as workers:
+        workers.results()
 
 
 def rare_rows(group):
