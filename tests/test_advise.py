@@ -120,7 +120,7 @@ def test_one_worker_has_nothing_to_exchange():
 def command(*arguments, cwd, launcher=("-m",)):
     return subprocess.run(
         [sys.executable, *launcher, "gmc_cuda.advise", *arguments],
-        cwd=cwd, capture_output=True, text=True, timeout=100,
+        cwd=cwd, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 

@@ -152,7 +152,7 @@ def test_a_script_that_ends_after_a_save_in_the_background(tmp_path, disk):
         )
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in both]
+    errors = [process.communicate(timeout=600)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     model = torch.nn.Linear(64, 64)
     optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1)

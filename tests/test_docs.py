@@ -350,6 +350,19 @@ def test_the_losses_at_equal_bytes_on_a_link_are_those_of_the_files(header, task
     }
 
 
+def test_the_outer_optimizers_are_those_of_the_file():
+    results = newest("local-updates-120-rounds-of-20-amd-epyc")["results"]
+    decays = [run.get("memory_decay", 1.0) for run in results]
+    assert rows_of("docs/results.md", "| outer optimizer (lr, momentum, memory decay)") == {
+        f"{run['name']} ({run['lr']:g}, {run['momentum']:g}, {decay:g})": [
+            f"{run['loss']:.3f}",
+            f"{run['link_ratio']:.0f}",
+            f"{run['bytes_sent'] / 1e6:.1f} MB",
+        ]
+        for run, decay in zip(results, decays, strict=True)
+    }
+
+
 def steps_over_a_network(content):
     """For each method: ms and times compute alone, from the highest rate to the lowest."""
     shown: dict[str, list[str]] = {}

@@ -64,7 +64,7 @@ def test_a_script_may_end_right_after_a_step(tmp_path):
                          env=environment, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]  # fmt: skip
-    told = [worker.communicate(timeout=100)[1] for worker in workers]
+    told = [worker.communicate(timeout=600)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], told
 
 

@@ -32,7 +32,7 @@ def make(folder, *arguments, hidden=(), **variables):
     settings = {"PYTHON": sys.executable, "VENV": "venv", "TORCH": "", **variables}
     return subprocess.run(
         ["make", "-f", ROOT / "Makefile", *(f"{n}={v}" for n, v in settings.items()), *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
