@@ -213,9 +213,12 @@ class _Worker:
     def save(self, step: int) -> None:
         """Beside the training; what it held is checked when it is loaded."""
         folder, extra = self.folder / "checkpoint", self.extra(step)
+        first = self.saving is None and self.life.start == "fresh"
         self.saving = gmc_cuda.checkpoint.save(
             folder, self.model, self.optimizer, extra, wait=False
         )
+        if first:  # the next life resumes from it, whenever this one is killed
+            self.saving.result()
 
     def extra(self, step: int) -> dict[str, Any]:
         unsent, aggregate = self.unsent_of_all()
