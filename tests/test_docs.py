@@ -350,6 +350,12 @@ def test_the_losses_at_equal_bytes_on_a_link_are_those_of_the_files(header, task
     }
 
 
+def test_the_loss_at_1000_times_fewer_bytes_is_that_of_the_file():
+    found = losses_at_their_best(newest("convergence-text-4-workers-1000-times-amd-epyc"))
+    text = " ".join(PAGES["docs/results.md"].split())
+    assert f"two-sided GMC ends at {found['gmc:float4:reduce_scatter']} on text" in text
+
+
 def test_the_outer_optimizers_are_those_of_the_file():
     results = newest("local-updates-120-rounds-of-20-amd-epyc")["results"]
     decays = [run.get("memory_decay", 1.0) for run in results]
