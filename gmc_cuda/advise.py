@@ -219,7 +219,7 @@ class _Clock:
             torch.cuda.synchronize(self._device)
 
     def _largest(self, value: float) -> float:
-        shared = torch.tensor([float(value)], dtype=torch.float64, device=self._device)
+        shared = torch.tensor([value], dtype=torch.float64, device=self._device)
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
         return float(shared)
 

@@ -42,7 +42,7 @@ def link(content: dict, row: dict, alone: float) -> float:
     if "two-sided" in row["method"]:  # a payload for each range, and the owner's
         one = row["payload_bytes"] / (network.workers + 1)
         exchange = 2 * step_model.all_gather(one, network, LATENCY)
-        overlapped = 0.5 * row["method"].endswith("overlap")  # the way to the owners
+        overlapped = step_model.TOWARDS_OWNERS * row["method"].endswith("overlap")
     elif row["method"].startswith(GATHERED):
         exchange = step_model.all_gather(row["payload_bytes"], network, LATENCY)
         overlapped = row["method"].endswith("overlap")

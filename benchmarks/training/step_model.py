@@ -165,6 +165,9 @@ def gmc(sent: Sent, dtype: torch.dtype, overlapped: bool) -> Method:
     return Method(exchange, update, overlapped)
 
 
+TOWARDS_OWNERS = 0.5  # share of a two-sided exchange, which overlap hides
+
+
 def two_sided(sent: Sent, dtype: torch.dtype, overlapped: bool) -> Method:
     """exchange="reduce_scatter": an all-to-all towards the owners of ranges, an all-gather back.
 
@@ -190,7 +193,7 @@ def two_sided(sent: Sent, dtype: torch.dtype, overlapped: bool) -> Method:
         parts = BUCKETS if overlapped else 1
         return 2 * parts * all_gather(nbytes / parts, network, latency)  # an all-to-all costs alike
 
-    return Method(exchange, update, 0.5 * overlapped)
+    return Method(exchange, update, TOWARDS_OWNERS * overlapped)
 
 
 FLOAT4 = Sent(bytes_ratio=100.0)

@@ -17,16 +17,17 @@ from benchmarks.training.network_methods import METHODS
 from benchmarks.training.network_models import MODELS
 from examples.demo import text
 from examples.demo.methods import LR_WARMUP, share_of_lr
+from examples.demo.options import BEST as DEMO
 from examples.demo.training import evaluate, loss_of
 
 EVERY, CLIP = 10, 1.0
 # Each method's best momentum and learning rate, as convergence.py found them.
-DENSE = (0.8, 0.512)
+DENSE = DEMO["text"]["dmsgd"]
 BEST = {
     "DDP": DENSE, "DDP bf16": DENSE, "PowerSGD rank 4": DENSE,
     "GMC": (0.6, 1.024), "eager GMC": (0.6, 1.024), "GMC float4": (0.5, 1.81019),
     "DGC": (0.9, 0.724077), "eager DGC": (0.9, 0.724077), "DGC float4": (0.9, 1.024),
-    "GMC two-sided float4": (0.3, 1.792), "DGC two-sided float4": (0.8, 1.44815),
+    "GMC two-sided float4": DEMO["text"]["gmc"], "DGC two-sided float4": DEMO["text"]["dgc"],
 }  # fmt: skip
 
 

@@ -385,12 +385,9 @@ class Round:
         look = partial(
             self.duplicates.look,
             [payloads for payloads, _, _ in sparse],
-            # An owner sees what all workers have sent of its range.
-            [(aggregate, bucket.numel, slice(None) if bucket.owner is None else
-              slice(bucket.owner.range.begin, bucket.owner.range.end))
-             for _, aggregate, bucket in sparse],
+            [(aggregate, bucket) for _, aggregate, bucket in sparse],
             self.exchange.size,
-        )  # fmt: skip
+        )
         steps.attempt(look, late)
 
     # --------------------------------------------------------------------------- calling off

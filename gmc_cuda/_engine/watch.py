@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gmc_cuda import ops
+from gmc_cuda._engine.bucket import Bucket
 from gmc_cuda._engine.device import is_capturing, is_synchronous
 from gmc_cuda._engine.exchange import Exchange
 from gmc_cuda._engine.fingerprint import fingerprints
@@ -69,18 +70,18 @@ class DuplicateWatch:
         self._same = 0  # steps so far, in all of which the workers sent the same; -1: has ended
 
     def look(
-        self, gathered: list[Tensor], aggregates: list[tuple[Tensor, int, slice]], size: int
+        self, gathered: list[Tensor], aggregates: list[tuple[Tensor, Bucket]], size: int
     ) -> None:
         """Looks at one step.
 
         Args:
             gathered: every rank's payloads, uint8 [p, n], of each sparse bucket.
-            aggregates: each bucket's aggregate, its numel, and which elements the payloads are of.
+            aggregates: each bucket's aggregate, and the bucket. An owner gathers its range alone.
         """
         if size == 1 or self._same < 0 or not gathered or is_capturing(gathered[0]):
             return
         # Gradients of zero are equal on all workers without a mistake.
-        sent = any(a.any() and ops.densify(a, n)[part].any() for a, n, part in aggregates)
+        sent = any(a.any() and _in_own_range(a, bucket).any() for a, bucket in aggregates)
         if not sent:
             return
         alike = all(bool((payloads == payloads[0]).all()) for payloads in gathered)
@@ -94,6 +95,11 @@ class DuplicateWatch:
                 "DistributedSampler, or another seed for each rank)",
                 stacklevel=4,
             )
+
+
+def _in_own_range(aggregate: Tensor, bucket: Bucket) -> Tensor:
+    dense = ops.densify(aggregate, bucket.numel)
+    return dense if bucket.owner is None else bucket.owner.part(dense)
 
 
 class SkipWatch:
