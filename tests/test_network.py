@@ -77,6 +77,53 @@ def test_two_workers(tmp_path):
     assert left_behind() <= before
 
 
+ECHO = """
+import socket, sys, time
+peer = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+if sys.argv[1] == "echo":
+    peer.bind((sys.argv[2], 29500))
+    peer.listen()
+    print("listening", flush=True)
+    peer, _ = peer.accept()
+    while True:
+        peer.sendall(peer.recv(100_000) or sys.exit())
+peer.connect((sys.argv[2], 29500))
+trips = []
+for _ in range(10):
+    started = time.perf_counter()
+    peer.sendall(b"x")
+    peer.recv(1)
+    trips.append(time.perf_counter() - started)
+peer.sendall(bytes(1_000_000))
+left = 1_000_000
+while left:
+    left -= len(peer.recv(left))
+print(min(trips))
+"""
+
+
+@pytest.mark.slow
+def test_a_packet_takes_the_delay_and_a_large_frame_arrives():
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    with namespaces.Star(3) as star:
+        star.delay(15)
+        star.limit(1_000)
+        first, second, _ = (["ip", "netns", "exec", name, "python3", "-c", ECHO]
+                            for name in star.workers)  # fmt: skip
+        address = star.address(1)
+        listen = [*second, "echo", address]
+        with subprocess.Popen(listen, stdout=subprocess.PIPE, text=True) as echo:
+            assert echo.stdout.readline() == "listening\n"
+            done = subprocess.run(
+                [*first, "ask", address], capture_output=True, text=True, timeout=60
+            )
+            echo.kill()
+        assert done.returncode == 0, done.stderr
+        assert 0.030 <= float(done.stdout) < 0.045
+
+
 @pytest.mark.slow
 def test_time_to_loss(tmp_path):
     reason = why_not()

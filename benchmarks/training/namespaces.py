@@ -16,6 +16,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.training import delaying_switch
+
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 29500
 RATES = {10_000: "10 Gbit/s", 1_000: "1 Gbit/s", 100: "100 Mbit/s", 10: "10 Mbit/s"}
@@ -50,6 +52,7 @@ class Star:
     def __init__(self, workers: int) -> None:
         self.switch = f"gmc{os.getpid()}-switch"
         self.workers = [f"gmc{os.getpid()}-{rank}" for rank in range(workers)]
+        self._delaying: subprocess.Popen | None = None
 
     def __enter__(self) -> Star:
         try:
@@ -72,22 +75,36 @@ class Star:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._delaying is not None:
+            self._delaying.kill()
+            self._delaying.communicate()
         for name in [*self.workers, self.switch]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
     def address(self, rank: int) -> str:
         return f"10.79.0.{rank + 1}"
 
-    def limit(self, rate_mbit: int, latency: float = 0.0) -> None:
-        """Sets the rate, and the milliseconds that a packet takes from one worker to another."""
+    def limit(self, rate_mbit: int) -> None:
+        """Sets the rate."""
         burst, limit = TOKEN_BUCKETS[rate_mbit]
         bucket = ["tbf", "rate", f"{rate_mbit}mbit", "burst", burst, "limit", limit]
         for rank, name in enumerate(self.workers):
-            self._inside(name, *QDISC, "eth0", "root", "handle", "1:", *bucket)
+            self._inside(name, *QDISC, "eth0", "root", *bucket)
             self._inside(self.switch, *QDISC, f"port{rank}", "root", *bucket)
-            if latency:  # in the place of the bucket's queue, so with room for what is on its way
-                delay = ["netem", "delay", f"{latency}ms", "limit", "100000"]
-                self._inside(name, *QDISC, "eth0", "parent", "1:1", *delay)
+
+    def delay(self, milliseconds: float) -> None:
+        """From now on a packet takes so long from one worker to another. Once for a star."""
+        ports = [f"port{rank}" for rank in range(len(self.workers))]
+        for port in ports:
+            self._inside(self.switch, "ip", "link", "set", port, "nomaster")
+        self._delaying = subprocess.Popen(
+            ["ip", "netns", "exec", self.switch, sys.executable, "-m", delaying_switch.__name__,
+             str(milliseconds), *ports],
+            cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self._delaying.stdout is not None  # a pipe
+        if not self._delaying.stdout.readline():
+            raise RuntimeError("the delaying switch did not start; see above")
 
     def run(self, module: str, *arguments: str) -> Iterator[dict]:
         """Runs a module as every worker, with torchrun's variables; yields what rank 0 prints,

@@ -56,8 +56,10 @@ def main() -> None:
     before = report.earlier(path, content, "model")
     content["results"] = [] if before.get("complete") else before.get("results", [])
     with namespaces.Star(options.workers) as star:
+        if options.latency:
+            star.delay(options.latency)
         for rate in sorted(options.rates, reverse=True):
-            star.limit(rate, options.latency)
+            star.limit(rate)
             for row in rows(star, options.model, rate, options, content["results"]):
                 add(content, row, path)
     report.write_json(path, content | {"complete": True})
@@ -137,7 +139,7 @@ def parse() -> argparse.Namespace:
         help="large: 10.9 M parameters (default); text: the demo's")  # fmt: skip
     add("--workers", type=positive_int, default=4, help="(default 4)")
     add("--latency", type=non_negative_float, default=0.0,
-        help="milliseconds from worker to worker, by the kernel's netem (default 0)")  # fmt: skip
+        help="milliseconds that a packet takes from worker to worker (default 0)")  # fmt: skip
     add("--seconds", type=positive_float, default=10.0, help="for each method (default 10)")
     report.add_output(parser)
     return parser.parse_args()
