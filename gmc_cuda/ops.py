@@ -199,7 +199,7 @@ def compress_(
         momentum_buffer: m, float32 [numel], updated in place; selects local momentum.
         nesterov: look ahead; local momentum only.
         weight_decay: lambda; needs ``params``.
-        memory_decay: d, 0 to 1: what share of u is kept.
+        memory_decay: d, 0 to 2: what u is multiplied by.
         params: w, tensors like ``grads``. Looked at only where they are needed: with
             ``weight_decay``, or where ``grads`` holds None.
         maximize: ascend instead of descend.

@@ -38,9 +38,10 @@ class GMC(CompressedSGD):
             all-reduce of a float32 gradient, framing counted, at least 1. Each bucket sends the
             largest K that fits, and density is None. A single worker counts as one of two.
         weight_decay: lambda >= 0, added as lambda * w to the gradient.
-        memory_decay: d, 0 <= d <= 1: v_k has d * u_k in the place of u_k. With d = 1 nothing is
-            ever lost; with less, what is not sent fades out ("Communication Efficient LLM
-            Pre-training with SparseLoCo" uses 0.95 with momentum 0).
+        memory_decay: d, 0 <= d <= 2: v_k has d * u_k in the place of u_k. With d = 1 what is sent
+            adds up to what came in. With less, what waits fades out ("Communication Efficient LLM
+            Pre-training with SparseLoCo" uses 0.95 with momentum 0). With a little more than 1,
+            about 1 + density, it grows, which makes up for its coming late; much more diverges.
         maximize: ascend instead of descend.
         nesterov: w = w - lr * ((1 + momentum) * a_t - momentum * a_{t-1}), at density 1 equal to
             ``torch.optim.SGD(nesterov=True)``. A skipped step moves nothing, and what the step

@@ -59,8 +59,8 @@ def accumulate(
         v (float32 [numel]), the new momentum buffer (or None), and the number of non-finite values
         met (int64 scalar tensor).
     """
-    if not 0 <= memory_decay <= 1:
-        raise ValueError(f"memory_decay: got {memory_decay}, must be between 0 and 1")
+    if not 0 <= memory_decay <= 2:
+        raise ValueError(f"memory_decay: got {memory_decay}, must be between 0 and 2")
     beta = torch.as_tensor(momentum, dtype=torch.float32)
     kept = torch.tensor(memory_decay, dtype=torch.float32, device="cpu") * memory
     # A gradient may be None only beside params, which say how large it would be.

@@ -101,17 +101,17 @@ CASES = {
     "memory decay below zero": (
         lambda: compress(memory_decay=-0.1),
         ValueError,
-        "memory_decay: got -0.1, must be between 0 and 1",
+        "memory_decay: got -0.1, must be between 0 and 2",
     ),
     "memory decay above one": (
-        lambda: ops.accumulate_(torch.zeros(N), [torch.ones(N)], memory_decay=1.01),
+        lambda: ops.accumulate_(torch.zeros(N), [torch.ones(N)], memory_decay=2.01),
         ValueError,
-        "memory_decay: got 1.01, must be between 0 and 1",
+        "memory_decay: got 2.01, must be between 0 and 2",
     ),
     "memory decay that is no number": (
         lambda: compress(memory_decay=float("nan")),
         ValueError,
-        "memory_decay: got nan, must be between 0 and 1",
+        "memory_decay: got nan, must be between 0 and 2",
     ),
     "memory decay type": (
         lambda: compress(memory_decay="0.9"),
@@ -119,9 +119,9 @@ CASES = {
         "memory_decay: got str, must be a number",
     ),
     "memory decay of the reference": (
-        lambda: reference.compress_(torch.zeros(N), [torch.ones(N)], K, memory_decay=1.5),
+        lambda: reference.compress_(torch.zeros(N), [torch.ones(N)], K, memory_decay=2.5),
         ValueError,
-        "memory_decay: got 1.5, must be between 0 and 1",
+        "memory_decay: got 2.5, must be between 0 and 2",
     ),
     "tag below zero": (
         lambda: compress(tag=-1),
@@ -256,7 +256,7 @@ def test_an_error_changes_nothing():
     memory, buffer = torch.ones(N), torch.ones(N)
     with pytest.raises(ValueError):
         ops.compress_(memory, [torch.ones(N)], K, momentum_buffer=buffer, weight_decay=0.1)
-    for wrong in ({"tag": -1}, {"memory_decay": 2.0}):
+    for wrong in ({"tag": -1}, {"memory_decay": 3.0}):
         with pytest.raises(ValueError):
             reference.compress_(memory, [torch.ones(N)], K, momentum_buffer=buffer, **wrong)
     assert torch.equal(memory, torch.ones(N))

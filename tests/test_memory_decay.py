@@ -16,7 +16,7 @@ def one_bucket(params):
     return bucket.params
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.95, 0.0])
+@pytest.mark.parametrize("decay", [1.0, 0.95, 0.0, 1.02, 2.0])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_bits_of_the_reference(decay, nesterov):
     params, twins = parameters(), parameters()
@@ -61,7 +61,7 @@ def test_parameter_without_a_gradient_keeps_its_memory():
     assert torch.equal(optimizer.state[params[4]]["memory"], kept)
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.1])
+@pytest.mark.parametrize("decay", [-0.1, 2.1])
 def test_decay_out_of_range(decay):
     with pytest.raises(ValueError, match="memory_decay of param group 0: got .*at least 0 and at"):
         gmc_cuda.GMC(parameters(), 0.1, memory_decay=decay)

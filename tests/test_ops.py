@@ -218,7 +218,7 @@ def test_float32_overflow_keeps_the_old_memory_and_is_counted():
     assert memory.tolist() == [0.0, 2.0, 0.0]
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.95, 1 / 3, 1e-39, 0.0])
+@pytest.mark.parametrize("decay", [1.0, 0.95, 1 / 3, 1e-39, 0.0, 1.02, 2.0])
 @pytest.mark.parametrize("local", [False, True])
 def test_memory_decay_is_a_product_before_the_rule(decay, local):
     """As memory.mul_(d) and then a call without it."""

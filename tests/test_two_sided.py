@@ -137,9 +137,9 @@ METHODS = {
         {"nesterov": True, "weight_decay": 0.01, "memory_decay": 0.9},
     ),
     "DGC": (gmc_cuda.DGC, {}),
-    "DGC, nesterov, decays": (
+    "DGC, nesterov, memory grows": (
         gmc_cuda.DGC,
-        {"nesterov": True, "weight_decay": 0.01, "memory_decay": 0.9},
+        {"nesterov": True, "weight_decay": 0.01, "memory_decay": 1.1},
     ),
 }
 
@@ -324,7 +324,7 @@ def resume(group, make, options, way):
 
 
 @pytest.mark.parametrize("way", ["state_dict", "its own", "pickle"])
-@pytest.mark.parametrize("method", ["GMC", "DGC, nesterov, decays"])
+@pytest.mark.parametrize("method", ["GMC", "DGC, nesterov, memory grows"])
 def test_resuming_gives_the_same_bits(pool, method, way):
     pool.run(4, resume, *METHODS[method], way)
 

@@ -134,7 +134,8 @@ def key(run: dict) -> tuple:
 
 
 def reusable(options: argparse.Namespace, content: dict) -> list[dict]:
-    """The runs of --reuse FILE; refused where they were made in another way."""
+    """The runs of --reuse FILE, with the processor that made them; refused where they were made in
+    another way."""
     if options.reuse is None:
         return []
     found = json.loads(options.reuse.read_text())
@@ -146,7 +147,7 @@ def reusable(options: argparse.Namespace, content: dict) -> list[dict]:
                 raise SystemExit(
                     f"--reuse {options.reuse}: {name} is {other!r} there, {value!r} here"
                 )
-    return found["results"]
+    return [{"processor": found["hardware"]["processor"], **run} for run in found["results"]]
 
 
 def parse() -> argparse.Namespace:

@@ -35,6 +35,7 @@ class Rule(NamedTuple):
             earlier searches, because a good start saves runs.
         local_momentum: each worker has a momentum buffer of its own, else the aggregate gives it.
         masking: momentum factor masking.
+        growing: memory_decay is not 1 but 1 + density.
         momenta: the momenta that may be tried; None for those of the command line.
     """
 
@@ -42,6 +43,7 @@ class Rule(NamedTuple):
     starts: dict[str, tuple[float, float]]
     local_momentum: bool = False
     masking: bool = False
+    growing: bool = False
     momenta: list[float] | None = None
 
 
@@ -54,6 +56,11 @@ RULES = {
         {"text": (0.8, 2.56), "digits": (0.5, 1.28)},
     ),
     "gmc": Rule("global momentum", {"text": (0.5, 2.56), "digits": (0.5, 1.28)}),
+    "growing": Rule(
+        "global momentum, and a memory that grows: memory_decay = 1 + density",
+        {"text": (0.3, 2.56), "digits": (0.3, 1.28)},
+        growing=True,
+    ),
     "dgc": Rule(
         "local momentum with momentum factor masking",
         {"text": (0.9, 10.24), "digits": (0.5, 1.28)},
@@ -225,6 +232,7 @@ class Gathered:
             self.buffers = list(torch.zeros(options.workers, self.numel))
         self.masking = rule.masking
         self.prepare(options)
+        self.memory_decay = 1 + self.k / self.numel if rule.growing else 1.0
 
     def prepare(self, options: Namespace) -> None:
         """Sets how many entries and bytes are sent, and makes what the exchange keeps."""
@@ -255,6 +263,7 @@ class Gathered:
             gradients(self.params),
             k,
             momentum=self.momentum,
+            memory_decay=self.memory_decay,
             aggregate=self.aggregate if buffer is None else None,
             momentum_buffer=buffer,
             wire_dtype=self.dtype,
@@ -308,6 +317,7 @@ class TwoSided(Gathered):
                 [grad[place]],
                 k,
                 momentum=0.0 if buffer is None else self.momentum,
+                memory_decay=self.memory_decay,
                 momentum_buffer=None if buffer is None else buffer[place],
                 wire_dtype=self.dtype,
                 state=self.state(rank, j),
@@ -321,6 +331,7 @@ class TwoSided(Gathered):
         for j, (memory, ks) in enumerate(zip(self.owned, self.ks_of, strict=True)):
             k = ks[self.step]
             previous = self.aggregates[j]
+            memory.mul_(self.memory_decay)
             if previous is not None and self.buffers[0] is None:
                 ops.apply_([memory], previous, -self.momentum)
             mean = ops.merge(torch.stack(self.received[j]), memory.numel(), k, self.dtype)

@@ -136,8 +136,8 @@ RuleCall rule_call(const Tensor& memory, const TensorOrNoneList& grads,
     check_vector(*given.momentum_buffer, "momentum_buffer", device, ScalarType::Float, numel);
     call.momentum_buffer = mutable_data<float>(*given.momentum_buffer);
   }
-  GMC_CHECK_VALUE(given.memory_decay >= 0 && given.memory_decay <= 1, "memory_decay: got ",
-                  given.memory_decay, ", must be between 0 and 1");
+  GMC_CHECK_VALUE(given.memory_decay >= 0 && given.memory_decay <= 2, "memory_decay: got ",
+                  given.memory_decay, ", must be between 0 and 2");
   GMC_CHECK_VALUE(given.weight_decay == 0 || given.params,
                   "params: got None with weight_decay = ", given.weight_decay,
                   ", must be the parameters to decay");

@@ -42,7 +42,7 @@ OPTIONS = {
     ),
     "weight_decay": Option(lambda x: 0 <= x < math.inf, "at least 0", 0.0, of_the_rule=True),
     "memory_decay": Option(
-        lambda x: 0 <= x <= 1, "at least 0 and at most 1", 1.0, of_the_rule=True
+        lambda x: 0 <= x <= 2, "at least 0 and at most 2", 1.0, of_the_rule=True
     ),
     "density": Option(lambda x: 0 < x <= 1, "above 0 and at most 1", DENSITY),
     "bytes_ratio": Option(lambda x: 1 <= x < math.inf, "at least 1", None),

@@ -144,7 +144,7 @@ def sample_call(seed: int, values: str, n: int, k: int) -> Call:
     elif draw.random() < 0.8:
         aggregate = torch.randn(n) * (torch.rand(n) < 0.1)
     memory = draw.choice([make, torch.zeros, torch.randn])(n)
-    options["memory_decay"] = draw.choice([1.0, 0.95, 0.3, 1e-39, 0.0])
+    options["memory_decay"] = draw.choice([1.0, 0.95, 0.3, 1e-39, 0.0, 1.02, 2.0])
     options["tag"] = draw.choice(
         [0, reference.CALLED_OFF, reference.TAGS - 1, draw.randrange(2**24)]
     )
