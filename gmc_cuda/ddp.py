@@ -117,7 +117,7 @@ class GMCHookState:
         budget = checks.one_budget({"density": density, "bytes_ratio": bytes_ratio})
         self.density, self.bytes_ratio = budget["density"], budget["bytes_ratio"]
         self.wire_dtype, self.exchange, self.nonfinite = wire_dtype, exchange, nonfinite
-        checks.check_options(wire_dtype, 1.0, nonfinite, 0, exchange)
+        checks.check_options(wire_dtype, False, 1.0, nonfinite, 0, exchange)
         self._options()
         named = dict(named_parameters or ())
         plain = plain_names(named)

@@ -20,6 +20,7 @@ from gmc_cuda._engine.engine import Engine
 from gmc_cuda._engine.exchange import Exchange
 from gmc_cuda._engine.meeting import meet
 from gmc_cuda._engine.optimizer import CompressedSGD
+from gmc_cuda._engine.shards import Parts
 from gmc_cuda._engine.wrapper import Wrapper, raised_by_constructor
 
 # torch 2.15 renamed both. They are None if torch is built without torch.distributed, because this
@@ -133,7 +134,7 @@ class NodeAverage(Wrapper):
         self._broadcast(self.param_groups)
         groups = self._cut(set())
         try:
-            inner = make(groups, process_group=mesh)
+            inner = make(groups, process_group=Parts(mesh))
             if not isinstance(inner, CompressedSGD):
                 raise TypeError(
                     f"make: it made a {type(inner).__name__}, must make a gmc_cuda.GMC or DGC"
@@ -584,7 +585,7 @@ class NodeAverage(Wrapper):
                 f"process_group: this is worker {inside.rank} of {inside.size} of its node, must "
                 f"be worker {self._place[0]} of {self._place[1]}, whose parts the copy has"
             )
-        self.inner.process_group = mesh
+        self.inner.process_group = Parts(mesh)
         self._across, self._inside = across, inside
 
     def __repr__(self) -> str:

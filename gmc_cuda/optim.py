@@ -41,7 +41,8 @@ class GMC(CompressedSGD):
         memory_decay: d, 0 <= d <= 2: v_k has d * u_k in the place of u_k. With d = 1 what is sent
             adds up to what came in. With less, what waits fades out ("Communication Efficient LLM
             Pre-training with SparseLoCo" uses 0.95 with momentum 0). With a little more than 1,
-            about 1 + density, it grows, which makes up for its coming late; much more diverges.
+            at most 1 + (1 - momentum) * density, it grows, which makes up for its coming late. With
+            more it may diverge, of which the constructor warns.
         maximize: ascend instead of descend.
         nesterov: w = w - lr * ((1 + momentum) * a_t - momentum * a_{t-1}), at density 1 equal to
             ``torch.optim.SGD(nesterov=True)``. A skipped step moves nothing, and what the step

@@ -68,7 +68,8 @@ def read_result(folder, what):
 
 PROGRAMS = [".".join(path.relative_to(ROOT / "benchmarks").with_suffix("").parts)
             for path in sorted((ROOT / "benchmarks").rglob("*.py"))
-            if "def main() ->" in path.read_text() and "_worker" not in path.stem]  # fmt: skip
+            if "def main() ->" in path.read_text()
+            and not path.stem.endswith(("_worker", "_switch"))]  # fmt: skip
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -13,12 +13,14 @@ from gmc_cuda import ops
 from support.cases import (
     DTYPES,
     NUMELS,
+    RANGES,
     VALUES,
     WIRES,
     Call,
     assert_same_bytes,
     ks,
     payloads_of,
+    range_payloads,
     sample_call,
 )
 from support.payload_sections import aggregate_flags
@@ -88,7 +90,7 @@ def test_compress_equals_cpu(values):
 
 
 @pytest.mark.parametrize("values", VALUES)
-def test_dense_buckets_equal_cpu(values):
+def test_dense_ops_equals_cpu(values):
     for seed, n in enumerate((*NUMELS, 1_000_003)):
         ranks = seed % 3 + 1
         call = sample_call(seed, values, n, 1)
@@ -104,6 +106,21 @@ def test_dense_buckets_equal_cpu(values):
             mine.assert_same(theirs, total, expected)
             for one, other in zip(moved, params, strict=True):
                 assert_same_bytes(one, other, "params")
+
+
+@pytest.mark.parametrize(("ranges", "numel", "width", "k", "last_k"), RANGES)
+def test_merge_ranges_equals_cpu(ranges, numel, width, k, last_k):
+    for seed, wire in enumerate(WIRES):
+        payloads = range_payloads(ranges, numel, width, k, last_k, wire, seed)
+        for skip in (0, 1):
+            flag = torch.tensor([skip], dtype=torch.int32)
+            mine, theirs = (
+                ops.merge_ranges(where, numel, width, k, last_k, wire, skip=its_flag)
+                for where, its_flag in ((payloads.cuda(), flag.cuda()), (payloads, flag))
+            )
+            dense = [ops.densify(aggregate, numel) for aggregate in (mine, theirs)]
+            assert_same_bytes(*dense, "densified")
+            assert bool(dense[1].any()) != bool(skip)
 
 
 @pytest.mark.parametrize("n", [1_000_003, 4096 * 1024 * 2 + 17])

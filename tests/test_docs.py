@@ -331,11 +331,14 @@ def test_the_losses_at_equal_bytes_are_those_of_the_files():
     ],
 )
 def test_the_losses_at_equal_bytes_on_a_link_are_those_of_the_files(header, tasks, workers):
-    columns = [losses_at_their_best(newest(f"convergence-{task}-{p}-workers-amd-epyc"))
+    machine = {"text": "intel-xeon-processor"}
+    columns = [losses_at_their_best(
+        newest(f"convergence-{task}-{p}-workers-{machine.get(task, 'amd-epyc')}"))
                for task in tasks for p in workers]  # fmt: skip
     names = {
         "dense momentum SGD": "dense",
         "GMC, two-sided": "gmc:float4:reduce_scatter",
+        "GMC, two-sided, memory grows": "growing:float4:reduce_scatter",
         "DGC, two-sided": "dgc:float4:reduce_scatter",
         "memory SGD, two-sided": "memsgd:float4:reduce_scatter",
         "PowerSGD rank 4": "powersgd",
@@ -381,15 +384,24 @@ def steps_over_a_network(content):
 
 def test_the_steps_over_a_network_are_those_of_the_file():
     shown = steps_over_a_network(newest("network-amd-epyc"))
-    assert rows_of("docs/results.md", "| | 10 Gbit/s |") == shown
+    assert (
+        rows_of("docs/results.md", "| | 10 Gbit/s | 1 Gbit/s | 100 Mbit/s | 10 Mbit/s |\n") == shown
+    )
 
 
 def test_the_steps_of_eight_workers_are_those_of_the_file():
     shown = steps_over_a_network(newest("network-8-workers-*"))
     sent = {run["method"]: f"{run['link_bytes'] / 1e6:.3g} MB"
             for run in newest("network-8-workers-*")["results"]}  # fmt: skip
-    table = rows_of("docs/results.md", "| | 100 Mbit/s |")
+    table = rows_of("docs/results.md", "| | 10 Gbit/s | 1 Gbit/s | 100 Mbit/s | 10 Mbit/s | sent")
     assert table == {method: [*cells, sent[method]] for method, cells in shown.items()}
+
+
+def test_the_steps_with_a_delay_are_those_of_the_files():
+    columns = [steps_over_a_network(newest(f"network-{ms}-ms-*")) for ms in ("0", "0.1", "20")]
+    assert rows_of("docs/results.md", "| | no delay |") == {
+        method: [cell for column in columns for cell in column[method]] for method in columns[0]
+    }
 
 
 def test_the_advice_is_that_of_the_file():

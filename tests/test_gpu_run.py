@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ops import tools
+from benchmarks.ops import sanitizers, tools
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["build", "import", "smoke", "kernels", "step", "host", "tests", "counters", "sizes"]
@@ -195,6 +195,15 @@ def test_no_compute_sanitizer(rehearse):
     done, written, _ = rehearse(without=["compute-sanitizer"])
     assert done.returncode == 1
     assert "memcheck not run: compute-sanitizer is not on PATH" in outcomes(written)["sanitizers"]
+
+
+def test_the_sanitizers_and_the_smoke_test_see_every_op():
+    """By its name a test says that it is for them."""
+    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_cuda.py", "-k"]
+    for selection in (sanitizers.EQUAL, sanitizers.SELECTION):
+        found = subprocess.check_output([*collect, selection], cwd=ROOT, text=True)
+        for op in ("compress", "dense_ops", "everything_else", "merge_ranges", "verdict_over_tags"):
+            assert f"test_{op}_equals_cpu" in found
 
 
 @pytest.mark.parametrize(

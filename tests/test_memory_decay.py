@@ -1,5 +1,7 @@
 """memory_decay and nesterov: the same bits as the rule written out with the reference."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -65,6 +67,46 @@ def test_parameter_without_a_gradient_keeps_its_memory():
 def test_decay_out_of_range(decay):
     with pytest.raises(ValueError, match="memory_decay of param group 0: got .*at least 0 and at"):
         gmc_cuda.GMC(parameters(), 0.1, memory_decay=decay)
+
+
+GROWING = [
+    (gmc_cuda.GMC, {"momentum": 0.0, "density": 0.1}, 1.1),
+    (gmc_cuda.GMC, {"momentum": 0.9, "density": 0.1}, 1.01),
+    (gmc_cuda.DGC, {"momentum": 0.9, "density": 0.1}, 1.1),
+    (gmc_cuda.GMC, {"momentum": 0.5, "bytes_ratio": 4}, None),
+]
+
+
+@pytest.mark.parametrize("make,options,largest", GROWING)
+def test_what_grows_faster_than_it_is_sent_is_warned_of(make, options, largest):
+    if largest is None:
+        plain = make(parameters(), 0.1, **options)
+        set_gradients(plain.param_groups[0]["params"], 0, 0)
+        plain.step()
+        largest = 1 + 0.5 * plain.stats()["density"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(parameters(), 0.1, memory_decay=largest, **options)
+    with pytest.warns(UserWarning, match="faster than it is sent.* take .* at most") as caught:
+        make(parameters(), 0.1, memory_decay=largest + 0.05, **options)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("momentum,share,grows", [(0.5, 1.0, False), (0.5, 2.5, True)])
+def test_what_waits_stays_bounded_up_to_the_limit(momentum, share, grows):
+    """With gradients that are noise of the same size at every step."""
+    param = torch.nn.Parameter(torch.zeros(2000))
+    decay = 1 + share * (1 - momentum) * 0.05
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = gmc_cuda.GMC([param], 0.1, momentum=momentum, density=0.05, memory_decay=decay)
+    norms = []
+    for _ in range(3):
+        for _ in range(250):
+            param.grad = torch.randn(2000)
+            optimizer.step()
+        norms.append(optimizer.state[param]["memory"].norm().item())
+    assert (norms[2] > 2 * norms[1]) == grows
 
 
 def test_state_of_torch_sgd_with_nesterov_goes_both_ways():

@@ -308,6 +308,10 @@ BAD_ARGUMENTS = [
     ({"bucket_cap_mb": 0}, ValueError, "bucket_cap_mb: got 0, must be a positive number of MiB"),
     ({"check_replicas_every": -1}, ValueError, "check_replicas_every: got -1, must be a number of"),
     ({"nonfinite": "ignore"}, ValueError, "nonfinite: got 'ignore', must be 'skip' or 'raise'"),
+    ({"maximize": "False"}, TypeError, "maximize of param group 0: got 'False', must be True or"),
+    ({"nesterov": "no"}, TypeError, "nesterov of param group 0: got 'no', must be True or False"),
+    ({"overlap": "no"}, TypeError, "overlap: got 'no', must be True or False"),
+    ({"process_group": "x"}, TypeError, "process_group: got 'x', must be a process group of torch"),
 ]
 
 

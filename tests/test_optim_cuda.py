@@ -20,6 +20,15 @@ METHODS = [
     (gmc_cuda.DGC, {"nesterov": True}),
     (gmc_cuda.DGC, {"clip_norm": 5.0}),
 ]
+TWO_SIDED = {"exchange": "reduce_scatter"}
+OVER_NCCL = [
+    *METHODS,
+    (gmc_cuda.GMC, {"overlap": True}),
+    (gmc_cuda.GMC, {"overlap": True, "density": 1.0}),
+    (gmc_cuda.GMC, {**TWO_SIDED, "wire_dtype": torch.float4_e2m1fn_x2, "memory_decay": 1.02}),
+    (gmc_cuda.GMC, {**TWO_SIDED, "overlap": True, "bucket_cap_mb": 0.001}),
+    (gmc_cuda.DGC, {**TWO_SIDED, "nesterov": True}),
+]
 
 
 def on_cuda(params):
@@ -174,24 +183,39 @@ def nccl_worker(rank, store, failures):
     torch.cuda.set_device(0)
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
-        for make, options in METHODS:
+        gloo = dist.new_group(backend="gloo")
+        for make, options in OVER_NCCL:
             host = parameters()
-            params = on_cuda(host)
-            optimizer = make(params, lr=0.02, **{"density": 0.05, **options})
+            device = on_cuda(host)
+            options = {"density": 0.05, **options}
+            optimizers = [
+                make(params, lr=0.02, process_group=group, **options)
+                for params, group in ((host, gloo), (device, None))
+            ]
             for step in range(30):
                 set_gradients(host, rank, step)
-                for p, q in zip(host, params, strict=True):
-                    q.grad = p.grad.cuda()
+                gradients = [p.grad for p in host]
                 if step == 7 and rank == 1:
-                    params[0].grad[0, 0] = float("inf")
-                optimizer.step()
-            assert same_on_all_ranks(dist.group.WORLD, params)
-            assert optimizer.stats()["skipped_steps"] == 1
+                    gradients[0][0, 0] = float("inf")
+                for params, optimizer in zip((host, device), optimizers, strict=True):
+                    optimizer.zero_grad()
+                    backward(params, gradients)
+                    optimizer.step()
+            assert same_on_all_ranks(dist.group.WORLD, device), options
+            assert [o.stats()["skipped_steps"] for o in optimizers] == [1, 1], options
+            if options["density"] < 1 and "clip_norm" not in options:  # sums in another order
+                for p, q in zip(host, device, strict=True):
+                    assert torch.equal(p, q.cpu()), options
     except BaseException as error:
         failures.put(f"rank {rank}: {error!r}")
         raise
     finally:
         dist.destroy_process_group()
+
+
+def backward(params, gradients):
+    """A backward pass that leaves these gradients, so that overlap's hooks run."""
+    sum((p * g.to(p.device)).sum() for p, g in zip(params, gradients, strict=True)).backward()
 
 
 def test_two_ranks_over_nccl():
@@ -204,7 +228,7 @@ def test_two_ranks_over_nccl():
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(100)
         worker.kill()
     assert failures.empty(), failures.get()
     assert all(worker.exitcode == 0 for worker in workers)

@@ -159,3 +159,10 @@ def test_wrong_ranges_are_named_and_change_nothing(wrong, error, message):
     with pytest.raises(error, match=message):
         ops.compress_(memory, [torch.ones(100)], 5, **wrong)
     assert torch.equal(memory, torch.ones(100))
+
+
+def test_more_ranges_than_a_grid_has_rows():
+    memory = torch.ones(65536)
+    with pytest.raises(ValueError, match="width: got 1 for 65536 elements.* at most 65535"):
+        ops.compress_(memory, [torch.ones(65536)], 1, width=1, last_k=1)
+    assert memory.eq(1).all()

@@ -291,6 +291,15 @@ def refused(group):
     swapped = sorted(dist.get_process_group_ranks(mesh.get_group("shard")))
     raises(f"process_group: got ranks {swapped}, {differing} same: {hand_over}",
            model.parameters(), mesh["shard"])  # fmt: skip
+    raises(
+        "process_group: got a mesh of two dimensions for parameters that are not sharded, of which "
+        "the workers of a node would then have different ones. Shard them:\n"
+        "    fully_shard(model, mesh=mesh[mesh.mesh_dim_names[1]])\n"
+        "or, where every worker has the whole model, use\n"
+        "    gmc_cuda.NodeAverage(model.parameters(), make, mesh)\n"
+        "For shards of your own, process_group=mesh.get_group(0)",
+        network().parameters(), mesh,
+    )  # fmt: skip
     cube = init_device_mesh("cpu", (2, 2, 1))
     raises("process_group: got a mesh of 3 dimensions, must have one, or two: across nodes, then "
            "inside a node", model.parameters(), cube)  # fmt: skip
@@ -298,6 +307,51 @@ def refused(group):
 
 def test_what_cannot_be_sharded_is_refused_with_the_reason(pool):
     pool.run(4, refused)
+
+
+def one_shard_differs(group, way):
+    """Every worker raises, whichever shard it has, and names the workers that differ."""
+    mesh, rank = mesh_of_nodes(), dist.get_rank()
+    options = {"lr": 0.1, "density": 0.1, "check_replicas_every": 1, "nonfinite": "raise"}
+    model = network()
+    if way == "NodeAverage":
+        make = functools.partial(gmc_cuda.GMC, **options)
+        optimizer = gmc_cuda.NodeAverage(model.parameters(), make, mesh)
+    else:
+        fully_shard(model, mesh=mesh["shard"])
+        optimizer = gmc_cuda.GMC(model.parameters(), process_group=mesh, **options)
+
+    def shards():
+        return [p.to_local() if way != "NodeAverage" else p for p in model.parameters()]
+
+    def step():
+        optimizer.zero_grad()
+        model(batch(rank, 0)).square().mean().backward()
+        return optimizer.step()
+
+    for _ in range(2):
+        step()
+    optimizer.zero_grad()
+    model(batch(rank, 0)).square().mean().backward()
+    for p in model.parameters():
+        if rank == 3:
+            (p.grad if way == "NodeAverage" else p.grad.to_local()).fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"on rank [23]|hold other shards"):
+        optimizer.step()
+    step()
+    if rank == 3:
+        with torch.no_grad():
+            for shard in shards():
+                shard.add_(1.0)
+    with pytest.raises(RuntimeError, match="replicas differ after step 5") as raised:
+        step()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("way", ["NodeAverage", "FSDP2"])
+def test_replicas_that_differ_in_one_shard_raise_on_every_worker(pool, way):
+    said = pool.run(4, one_shard_differs, way)
+    assert any("on rank 3 than on rank 1" in text for text in said)
 
 
 # ------------------------------------------------------------- tensor parallelism, FSDP's version 1

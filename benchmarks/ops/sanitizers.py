@@ -27,7 +27,8 @@ OPTIONS = {
 }
 FOUND = 86  # compute-sanitizer's exit status when its tool found something
 # Sizes up to 140,001 and all ops; graphs cannot be captured without torch's allocator.
-SELECTION = "equals_cpu and not at_size or damaged_payloads or comes_of_the_guess or one_chain"
+EQUAL = "equals_cpu and not at_size"
+SELECTION = f"{EQUAL} or damaged_payloads or comes_of_the_guess or one_chain"
 FEWER = "everything_else and 900 or comes_of_the_guess or one_chain and 70000"
 
 

@@ -50,7 +50,7 @@ def main() -> None:
     name = "network" if options.model == "large" else f"network-{options.model}"
     if options.workers != 4:
         name += f"-{options.workers}-workers"
-    if options.latency:
+    if options.latency is not None:
         name += f"-{options.latency:g}-ms"
     path = options.output / f"{report.file_stem(name, content)}.json"
     before = report.earlier(path, content, "model")
@@ -138,8 +138,8 @@ def parse() -> argparse.Namespace:
     add("--model", choices=list(MODELS), default="large",
         help="large: 10.9 M parameters (default); text: the demo's")  # fmt: skip
     add("--workers", type=positive_int, default=4, help="(default 4)")
-    add("--latency", type=non_negative_float, default=0.0,
-        help="milliseconds that a packet takes from worker to worker (default 0)")  # fmt: skip
+    add("--latency", type=non_negative_float,
+        help="milliseconds that a packet takes from worker to worker, in files of their own")  # fmt: skip
     add("--seconds", type=positive_float, default=10.0, help="for each method (default 10)")
     report.add_output(parser)
     return parser.parse_args()

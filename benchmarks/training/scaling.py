@@ -86,8 +86,8 @@ def counted(results: list[dict]) -> dict:
 
 def newest(options: argparse.Namespace) -> Path | None:
     runs = options.output.glob("network-*.json")
-    with_all_rates = [path for path in runs if "-workers-" not in path.stem]
-    found = sorted(with_all_rates, key=lambda path: path.stat().st_mtime)
+    of_four = [p for p in runs if not any(n in p.stem for n in ("-workers-", "-ms-"))]
+    found = sorted(of_four, key=lambda path: path.stat().st_mtime)
     return found[-1] if found else None
 
 

@@ -54,11 +54,13 @@ EXCHANGES = ("all_gather", "reduce_scatter")
 
 def check_options(
     wire_dtype: torch.dtype,
+    overlap: bool,
     bucket_cap_mb: float | None,
     nonfinite: str,
     check_replicas_every: int,
     exchange: str,
 ) -> None:
+    check_flag(overlap, "overlap")
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange: got {exchange!r}, must be {' or '.join(map(repr, EXCHANGES))}")
     if wire_dtype not in reference.WIRE_DTYPES:
@@ -93,6 +95,14 @@ def one_budget(options: dict[str, Any]) -> dict[str, Any]:
     return options if density is None else {**options, "bytes_ratio": None}
 
 
+_FLAGS = ("maximize", "nesterov", "momentum_masking")
+
+
+def check_flag(value: Any, name: str) -> None:
+    if not isinstance(value, int):  # bool is one
+        raise TypeError(f"{name}: got {value!r}, must be True or False")
+
+
 def check_group(group: dict[str, Any], where: str) -> None:
     """Raises for options out of range. Each step calls it, since schedulers change options.
 
@@ -103,6 +113,8 @@ def check_group(group: dict[str, Any], where: str) -> None:
     for name, option in OPTIONS.items():
         if name != unused:
             _check_range(group[name], option, name, where)
+    for name in _FLAGS:
+        check_flag(group.get(name, False), f"{name} {where}")
     if group.get(unused) is not None:
         raise ValueError(
             f"density {where}: got {group['density']} beside bytes_ratio={group['bytes_ratio']}, "

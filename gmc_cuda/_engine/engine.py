@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Settings:
 
     def check(self) -> None:
         checks.check_options(
-            self.wire_dtype, self.bucket_cap_mb, self.nonfinite, self.check_replicas_every,
+            self.wire_dtype, self.overlap, self.bucket_cap_mb, self.nonfinite, self.check_replicas_every,
             self.exchange,
         )  # fmt: skip
 
@@ -103,6 +104,7 @@ class Engine:
         self._just_checked = False  # whether begin() has compared the parameters' places
         self._overlap = Overlap(self._on_gradient) if settings.overlap else None
         self.pack()
+        self._warn_of_growth()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -129,6 +131,25 @@ class Engine:
         names = [self._name(p) for bucket in self._packing.buckets for p in bucket.params]
         prints = fingerprints(params).tolist() if params else []
         return {f"bits of {name}": bits for name, bits in zip(names, prints, strict=True)}
+
+    def _warn_of_growth(self) -> None:
+        """Warns of a memory_decay with which more grows in a step than is sent.
+
+        Of global momentum's share of what was sent it comes back, so less leaves.
+        """
+        for bucket in self._packing.buckets:
+            plan = self.rule.plan(bucket.group, bucket, self.settings.wire_dtype, self.exchange)
+            growth, leaves = bucket.group["memory_decay"] - 1, plan.k / plan.numel
+            if not self.rule.local_momentum:
+                leaves *= 1 - float(bucket.group["momentum"])
+            if growth > 1.01 * leaves:
+                warnings.warn(
+                    f"memory_decay: got {1 + growth:g}, with which what waits grows faster than it "
+                    f"is sent and may diverge: with this momentum and density, take {1 + leaves:.4g} "
+                    "at most, which is 1 + (1 - momentum) * density for GMC and 1 + density for DGC",
+                    stacklevel=5,
+                )
+                return
 
     # ------------------------------------------------------------------ parameters and buckets
 
@@ -282,7 +303,10 @@ class Engine:
         flat = [p for bucket in buckets for p in bucket.flat_params()]
         params = [p for bucket in buckets for p in bucket.params]
         try:
-            check_replicas(self.exchange, flat, lambda i: self._name(params[i]), self.round.steps)
+            check_replicas(
+                self.exchange, flat, self.round.device, lambda i: self._name(params[i]),
+                self.round.steps,
+            )  # fmt: skip
         except GroupLost as error:
             raise self.round.with_context(error, "the step was applied here") from error
 
@@ -515,7 +539,9 @@ def check_params(
         raise ValueError(
             f"params: got devices {', '.join(sorted(map(str, devices)))}, must be one device"
         )
-    inside = shards.check(list(names), exchange.given, settings.overlap)
+    inside = shards.check(
+        list(names), exchange.given, exchange.shard_group, exchange.of_parts, settings.overlap
+    )
     if inside is not None:
         exchange.shard_group = inside
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gmc_cuda._engine.shards import groups_of
+from gmc_cuda._engine.shards import Parts, groups_of
 
 
 class GroupLost(RuntimeError):
@@ -93,12 +93,14 @@ class Exchange:
         given: the process group that the user passed; None for the default.
         group: the process group that is used; None for a single worker.
         shard_group: the workers that hold the other shards; None if parameters are not sharded.
+        of_parts: whether plain tensors are parts of parameters, as NodeAverage makes them.
         size, rank: the world size p, and this worker's rank.
     """
 
     def __init__(self, process_group: Any) -> None:
         """Args: process_group: a group, None, or a device mesh, see shards.groups_of."""
         self.given, self.shard_group = groups_of(process_group)
+        self.of_parts = isinstance(process_group, Parts)
         self._missing = False  # whether this copy came from a process with another group
         self._find()
 
@@ -177,6 +179,10 @@ class Exchange:
             _Pending(dist.all_reduce, number, group=self.shard_group).wait()
         return number
 
+    def name(self, rank: int) -> int:
+        """A worker's rank among all of the run, for errors, by its rank in the group."""
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Overwrites contiguous tensors with rank 0's."""
         if self.size == 1 or self.group is None:
@@ -210,14 +216,14 @@ class Exchange:
             copy.__setstate__(self.__getstate__())
             return copy
         copy = Exchange(self.given)
-        copy.shard_group = self.shard_group
+        copy.shard_group, copy.of_parts = self.shard_group, self.of_parts
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy needs rank and world size, which say what it owns, until it gets a group.
         return {
             "given": None, "group": None, "shard_group": None, "rank": self.rank, "size": self.size,
-            "_missing": self.given is not None or self._missing,
+            "of_parts": self.of_parts, "_missing": self.given is not None or self._missing,
         }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:

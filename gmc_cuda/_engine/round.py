@@ -313,9 +313,10 @@ class Round:
             )
         if verdict and self.nonfinite == "raise":
             counts = _nonfinite([sent for _, _, sent in self._sent]).tolist()
-            met = [f"{count} on rank {rank}" for rank, count in enumerate(counts) if count]
+            met = [f"{n} on rank {self.exchange.name(r)}" for r, n in enumerate(counts) if n]
+            elsewhere = "on workers of these nodes that hold other shards"
             raise FloatingPointError(
-                f"non-finite gradient values: {', '.join(met)}; the step was not made, and the "
+                f"non-finite gradient values: {', '.join(met) or elsewhere}; the step was not made, and the "
                 "finite gradients stay in memory (nonfinite='skip' goes on without raising)"
             )
 

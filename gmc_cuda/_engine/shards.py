@@ -30,6 +30,13 @@ def is_flattened(tensor: Tensor) -> bool:
     return getattr(tensor, "_fsdp_flattened", False)
 
 
+class Parts:
+    """What NodeAverage hands on as process_group: its plain tensors are parts, by this 2-D mesh."""
+
+    def __init__(self, mesh: Any) -> None:
+        self.mesh = mesh
+
+
 def groups_of(process_group: Any) -> tuple[Any, Any]:
     """The group to train with, and the group whose workers hold the other shards (or None).
 
@@ -37,8 +44,18 @@ def groups_of(process_group: Any) -> tuple[Any, Any]:
         process_group: a process group, None, a 1-D mesh, or a 2-D mesh whose first dimension goes
             across nodes and whose second lies inside one.
     """
+    if isinstance(process_group, Parts):
+        process_group = process_group.mesh
+    if process_group is None:
+        return None, None
     if not hasattr(process_group, "mesh_dim_names"):
-        return process_group, None
+        outside = dist.GroupMember.NON_GROUP_MEMBER  # refused later, by its own error
+        if isinstance(process_group, dist.ProcessGroup) or process_group == outside:
+            return process_group, None
+        raise TypeError(
+            f"process_group: got {process_group!r}, must be a process group of torch.distributed, "
+            "a device mesh, or None"
+        )
     if process_group.ndim > 2:
         raise ValueError(
             f"process_group: got a mesh of {process_group.ndim} dimensions, must have one, or two: "
@@ -48,8 +65,15 @@ def groups_of(process_group: Any) -> tuple[Any, Any]:
     return process_group.get_group(0), inside
 
 
-def check(params: Sequence[Tensor], process_group: Any, overlap: bool) -> Any:
+def check(
+    params: Sequence[Tensor], process_group: Any, inside_node: Any, parts: bool, overlap: bool
+) -> Any:
     """The process group over which these parameters are sharded; None if they are not sharded.
+
+    Args:
+        process_group: across nodes.
+        inside_node: the workers that the mesh has inside a node; None for a group without a mesh.
+        parts: whether plain tensors are parts of parameters, see :class:`Parts`.
 
     Raises:
         ValueError: an optimizer over this group cannot train such shards.
@@ -59,6 +83,20 @@ def check(params: Sequence[Tensor], process_group: Any, overlap: bool) -> Any:
     elif any(is_flattened(p) for p in params):
         inside = _group_of_fsdp1(params)
     else:
+        if (
+            params
+            and not parts
+            and inside_node is not None
+            and dist.get_world_size(inside_node) > 1
+        ):
+            raise ValueError(
+                "process_group: got a mesh of two dimensions for parameters that are not sharded, "
+                "of which the workers of a node would then have different ones. Shard them:\n"
+                "    fully_shard(model, mesh=mesh[mesh.mesh_dim_names[1]])\n"
+                "or, where every worker has the whole model, use\n"
+                "    gmc_cuda.NodeAverage(model.parameters(), make, mesh)\n"
+                "For shards of your own, process_group=mesh.get_group(0)"
+            )
         return None
     if process_group is None:
         raise ValueError(

@@ -252,6 +252,11 @@ def read(state_dict: dict[str, Any], groups: list[Group], rule: Rule, name: str)
     Raises:
         ValueError: it is of another optimizer, format or model.
     """
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            f"state_dict: got the keys {sorted(map(str, state_dict))}, must have 'state' and "
+            "'param_groups', as state_dict() returns them"
+        )
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         raise ValueError(f"state_dict: got {len(saved_groups)} param groups, must be {len(groups)}")

@@ -139,40 +139,58 @@ class SkipWatch:
             counts = nonfinite().tolist()
             met = [f"{n} on rank {rank}" for rank, n in enumerate(counts) if n] or ["none here"]
             warnings.warn(
-                f"{self.IN_A_ROW} steps in a row were skipped, because gradients hold values that "
-                f"are not finite ({', '.join(met)} in this step): the model no longer learns. Look "
-                "for the cause on these ranks: the loss, the data, the learning rate; "
-                "nonfinite='raise' raises at the first such step",
+                f"{self.IN_A_ROW} steps in a row were skipped, because gradients, or the memory that "
+                f"they are added to, are not finite ({', '.join(met)} in this step): the model no "
+                "longer learns. Look for the cause on these ranks: the loss, the data, the "
+                "learning rate, a memory_decay above 1; nonfinite='raise' raises at the first "
+                "such step",
                 stacklevel=4,
             )
 
 
 def check_replicas(
-    exchange: Exchange, params: list[Tensor], name: Callable[[int], str], step: int
+    exchange: Exchange,
+    params: list[Tensor],
+    device: torch.device,
+    name: Callable[[int], str],
+    step: int,
 ) -> None:
     """Compares the parameters' bits on all ranks by one collective of 8 bytes. Reads the device.
 
+    Where parameters are sharded, the workers of a node share what they found.
+
     Args:
-        params: contiguous tensors.
+        params: contiguous tensors, of which a worker may have none.
+        device: of the parameters.
         name: returns the name of the i-th of them in errors.
 
     Raises:
         RuntimeError: on every rank, naming the first parameter that differs.
     """
-    if exchange.size == 1 or not params:
+    if exchange.size == 1:
         return
-    prints = fingerprints(params)
-    weights = torch.arange(prints.numel(), dtype=torch.int64, device=prints.device) * 2 + 1
-    if _all_equal(exchange, (prints * weights).sum().view(1)) is None:
+    equal, prints = True, torch.empty(0)
+    if params:
+        prints = fingerprints(params)
+        weights = torch.arange(prints.numel(), dtype=torch.int64, device=prints.device) * 2 + 1
+        equal = _all_equal(exchange, (prints * weights).sum().view(1)) is None
+    found = torch.tensor([not equal], dtype=torch.int32, device=device)
+    if not exchange.strictest(found):
         return
-    differing = _all_equal(exchange, prints)
-    if differing is None:  # a replica changed between the two collectives; the next check sees it
-        return
+    differing = None if equal else _all_equal(exchange, prints)
+    if differing is None:
+        # A replica that changed between the two collectives is seen by the next check.
+        if exchange.shard_group is None:
+            return
+        raise RuntimeError(
+            f"replicas differ after step {step}, in a shard of another worker of this node, which "
+            "says where"
+        )
     i = int(differing.any(0).nonzero()[0])
-    ranks = ", ".join(str(rank) for rank in differing[:, i].nonzero().view(-1).tolist())
+    ranks = ", ".join(str(exchange.name(r)) for r in differing[:, i].nonzero().view(-1).tolist())
     raise RuntimeError(
         f"replicas differ after step {step}: {name(i)} has other bits on rank {ranks} than "
-        "on rank 0. Either something besides this optimizer changed it there, such as weights that "
+        f"on rank {exchange.name(0)}. Either something besides this optimizer changed it there, such as weights that "
         "were loaded after the optimizer was constructed (construct it after that), or memory is "
         "faulty (restart from a checkpoint)"
     )

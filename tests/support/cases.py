@@ -169,6 +169,12 @@ def payloads_of(ranks, n, k, wire_dtype, seed=0, crowded=False):
     return torch.stack(payloads)
 
 
+# Ranges of a bucket: how many, its elements, a range's, K, and K of the last.
+RANGES = [(1, 900, 900, 9, 9), (3, 900, 304, 30, 28), (5, 1000, 208, 208, 168),
+          (2, 70_000, 35_000, 300, 300), (3, 200_003, 66_672, 400, 390),
+          (30, 4000, 136, 2, 1)]  # fmt: skip
+
+
 def range_payloads(ranges, numel, width, k, last_k, wire_dtype, seed):
     """Payloads of the ranges of a bucket as ops.merge_ranges takes them."""
     generator = torch.Generator().manual_seed(seed)
