@@ -44,8 +44,8 @@ class Settings:
 
     def check(self) -> None:
         checks.check_options(
-            self.wire_dtype, self.overlap, self.bucket_cap_mb, self.nonfinite, self.check_replicas_every,
-            self.exchange,
+            self.wire_dtype, self.overlap, self.bucket_cap_mb, self.nonfinite,
+            self.check_replicas_every, self.exchange,
         )  # fmt: skip
 
     def owner(self, exchange: Exchange) -> tuple[int, int] | None:
@@ -145,8 +145,9 @@ class Engine:
             if growth > 1.01 * leaves:
                 warnings.warn(
                     f"memory_decay: got {1 + growth:g}, with which what waits grows faster than it "
-                    f"is sent and may diverge: with this momentum and density, take {1 + leaves:.4g} "
-                    "at most, which is 1 + (1 - momentum) * density for GMC and 1 + density for DGC",
+                    "is sent and may diverge: with this momentum and density, take at most "
+                    f"{1 + leaves:.4g}, which for GMC is 1 + (1 - momentum) * density and for DGC "
+                    "1 + density",
                     stacklevel=5,
                 )
                 return

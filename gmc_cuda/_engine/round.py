@@ -314,10 +314,10 @@ class Round:
         if verdict and self.nonfinite == "raise":
             counts = _nonfinite([sent for _, _, sent in self._sent]).tolist()
             met = [f"{n} on rank {self.exchange.name(r)}" for r, n in enumerate(counts) if n]
-            elsewhere = "on workers of these nodes that hold other shards"
+            where = ", ".join(met) or "on workers of these nodes that hold other shards"
             raise FloatingPointError(
-                f"non-finite gradient values: {', '.join(met) or elsewhere}; the step was not made, and the "
-                "finite gradients stay in memory (nonfinite='skip' goes on without raising)"
+                f"non-finite gradient values: {where}; the step was not made, and the finite "
+                "gradients stay in memory (nonfinite='skip' goes on without raising)"
             )
 
     def _reads_verdicts(self) -> bool:

@@ -139,8 +139,8 @@ class SkipWatch:
             counts = nonfinite().tolist()
             met = [f"{n} on rank {rank}" for rank, n in enumerate(counts) if n] or ["none here"]
             warnings.warn(
-                f"{self.IN_A_ROW} steps in a row were skipped, because gradients, or the memory that "
-                f"they are added to, are not finite ({', '.join(met)} in this step): the model no "
+                f"{self.IN_A_ROW} steps in a row were skipped, because gradients, or the memory "
+                f"beside them, are not finite ({', '.join(met)} in this step): the model no "
                 "longer learns. Look for the cause on these ranks: the loss, the data, the "
                 "learning rate, a memory_decay above 1; nonfinite='raise' raises at the first "
                 "such step",
@@ -190,9 +190,9 @@ def check_replicas(
     ranks = ", ".join(str(exchange.name(r)) for r in differing[:, i].nonzero().view(-1).tolist())
     raise RuntimeError(
         f"replicas differ after step {step}: {name(i)} has other bits on rank {ranks} than "
-        f"on rank {exchange.name(0)}. Either something besides this optimizer changed it there, such as weights that "
-        "were loaded after the optimizer was constructed (construct it after that), or memory is "
-        "faulty (restart from a checkpoint)"
+        f"on rank {exchange.name(0)}. Either something besides this optimizer changed it there, "
+        "such as weights that were loaded after the optimizer was constructed (construct it after "
+        "that), or memory is faulty (restart from a checkpoint)"
     )
 
 
