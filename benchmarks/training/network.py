@@ -139,7 +139,7 @@ def parse() -> argparse.Namespace:
         help="large: 10.9 M parameters (default); text: the demo's")  # fmt: skip
     add("--workers", type=positive_int, default=4, help="(default 4)")
     add("--latency", type=non_negative_float,
-        help="milliseconds that a packet takes from worker to worker; a file of its own")  # fmt: skip
+        help="milliseconds that a packet takes between workers, in a file of its own")  # fmt: skip
     add("--seconds", type=positive_float, default=10.0, help="for each method (default 10)")
     report.add_output(parser)
     return parser.parse_args()

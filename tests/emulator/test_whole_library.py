@@ -38,10 +38,10 @@ def test_damage_on_the_way_to_an_owner_and_back(there):
 @pytest.mark.parametrize(
     ("files", "chosen"),
     [
-        ("test_equations.py", ""),
-        ("test_two_sided.py", ""),
+        ("test_equations.py", "not iterate"),  # that form is the host's
+        ("test_two_sided.py", "not damage"),  # see above
         ("test_ops.py", "compress_equals or oracle or merge"),
-        ("test_checkpoint.py", ""),
+        ("test_checkpoint.py", "resuming or format_2"),
         ("test_demo.py", "text_with_every_method"),
     ],
 )
