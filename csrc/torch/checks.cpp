@@ -141,8 +141,8 @@ Ranges check_cut(int64_t numel, int64_t k, ScalarType wire_dtype, int64_t width,
   GMC_CHECK_VALUE(width >= 1 && width <= numel, "width: got ", width,
                   ", must be between 1 and numel = ", numel);
   const int64_t count = (numel + width - 1) / width;
-  GMC_CHECK_VALUE(count <= kMaxRanges, "width: got ", width, " for ", numel, " elements, which are ",
-                  count, " ranges, must make at most ", kMaxRanges);
+  GMC_CHECK_VALUE(count <= kMaxRanges, "width: got ", width, " for ", numel,
+                  " elements, which are ", count, " ranges, must make at most ", kMaxRanges);
   const PayloadShape full = check_shape(width, k, wire_dtype);
   const PayloadShape last = {numel - (count - 1) * width, last_k, full.wire};
   GMC_CHECK_VALUE(last_k >= 1 && last_k <= std::min(k, last.numel), "last_k: got ", last_k,
