@@ -34,8 +34,11 @@ SIZES = {
     "text": {"steps": 600, "global_batch": 16, "search_seeds": 1, "seeds": 3},
     "digits": {"steps": 100, "global_batch": 64, "search_seeds": 3, "seeds": 6},
 }
-METHODS = ["dense", "gmc:float4:reduce_scatter", "growing:float4:reduce_scatter",
-           "dgc:float4:reduce_scatter", "gmc:float4", "dgc:float4", "memsgd:float4:reduce_scatter", "plain:float4:reduce_scatter"]  # fmt: skip
+METHODS = [
+    "dense", "gmc:float4:reduce_scatter", "growing:float4:reduce_scatter",
+    "dgc:float4:reduce_scatter", "gmc:float4", "dgc:float4", "memsgd:float4:reduce_scatter",
+    "plain:float4:reduce_scatter",
+]  # fmt: skip
 
 
 def main() -> None:
