@@ -222,6 +222,19 @@ def test_convergence_at_equal_bytes(tmp_path):
     assert float4["bytes"] == pytest.approx(3 * one, rel=0.01)
 
 
+def test_convergence_at_given_points(tmp_path):
+    points = {"dense": (0.5, 0.25), "gmc:float4": (0.3, 0.5)}
+    given = [f"{name}={momentum}:{lr}" for name, (momentum, lr) in points.items()]
+    done = run("training.convergence", "--task", "digits", "--workers", "2", "--steps", "3",
+               "--seeds", "2", "--points", *given, "--output", str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    content = read_result(tmp_path, "convergence-digits-2-workers-3-steps")
+    made = {(r["method"], r["momentum"], r["lr"], r["seed"]) for r in content["results"]}
+    assert made == {(name, *point, seed) for name, point in points.items() for seed in (0, 1)}
+    for wrong in ("sgd=0.5:0.1", "dense=0.5", "dense=1:0.1"):
+        assert "--points" in run("training.convergence", "--points", wrong).stderr
+
+
 def test_convergence_of_another_width(tmp_path):
     small = ["--workers", "2", "--fixed", "--seeds", "1", "--methods", "dense", "--steps", "2"]
     done = run("training.convergence", "--task", "text", "--width", "16", *small,

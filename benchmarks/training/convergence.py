@@ -101,6 +101,13 @@ def compare(options: argparse.Namespace) -> None:
         return float("inf") if run["loss"] is None else run["loss"]
 
     def find(method: str) -> None:
+        finalists = [options.points[method]] if options.points else searched(method)
+        means = {point: mean(train(method, *point, seed) for seed in compared_seeds)
+                 for point in finalists}  # fmt: skip
+        momentum, lr = min(means, key=means.__getitem__)
+        content["best"][method] = {"momentum": momentum, "lr": lr}
+
+    def searched(method: str) -> list[tuple[float, float]]:
         rule = rule_of(method)
         momentum, scaled = rule.starts[options.task]
         momenta = rule.momenta or options.momentum or ladder.MOMENTA
@@ -111,11 +118,7 @@ def compare(options: argparse.Namespace) -> None:
         def loss(momentum: float, lr: float) -> float:
             return mean(train(method, momentum, lr, seed) for seed in search_seeds)
 
-        finalists = ladder.search(loss, start, scaled, momenta, options.fixed, options.finalists)
-        means = {point: mean(train(method, *point, seed) for seed in compared_seeds)
-                 for point in finalists}  # fmt: skip
-        momentum, lr = min(means, key=means.__getitem__)
-        content["best"][method] = {"momentum": momentum, "lr": lr}
+        return ladder.search(loss, start, scaled, momenta, options.fixed, options.finalists)
 
     # A thread for each method, which waits for its runs; the runs have processes of one thread.
     with (
@@ -142,7 +145,7 @@ def reusable(options: argparse.Namespace, content: dict) -> list[dict]:
     if options.reuse is None:
         return []
     found = json.loads(options.reuse.read_text())
-    free = {"methods", "momentum", "lr", "fixed", "finalists", "seeds", "search_seeds"}
+    free = {"methods", "momentum", "lr", "fixed", "points", "finalists", "seeds", "search_seeds"}
     for part in ("options", "task"):
         for name, value in content[part].items():
             other = found[part].get(name)
@@ -151,6 +154,14 @@ def reusable(options: argparse.Namespace, content: dict) -> list[dict]:
                     f"--reuse {options.reuse}: {name} is {other!r} there, {value!r} here"
                 )
     return [{"processor": found["hardware"]["processor"], **run} for run in found["results"]]
+
+
+def point(text: str) -> tuple[str, tuple[float, float]]:
+    name, _, numbers = text.partition("=")
+    momentum, _, lr = numbers.partition(":")
+    if name not in NAMES:
+        raise argparse.ArgumentTypeError(f"{name} is not a method")
+    return name, (arguments.below_one(momentum), arguments.positive_float(lr))
 
 
 def parse() -> argparse.Namespace:
@@ -175,6 +186,8 @@ def parse() -> argparse.Namespace:
         help=f"that may be tried (default: {' '.join(map(str, ladder.MOMENTA))})")  # fmt: skip
     add("--lr", type=arguments.positive_float, help="where to start, for every method")
     add("--fixed", action="store_true", help="no search: train at the start")
+    add("--points", nargs="+", type=point, metavar="METHOD=MOMENTUM:LR",
+        help="no search, and no --methods: train these, with seeds from 0 on")  # fmt: skip
     add("--width", type=arguments.positive_int,
         help=f"of text's model, a multiple of {text.HEADS} (default {text.WIDTH})")  # fmt: skip
     add("--steps", type=arguments.positive_int, help="(default: text 600, digits 100)")
@@ -193,6 +206,9 @@ def parse() -> argparse.Namespace:
     add("--reuse", type=Path, metavar="FILE", help="of this benchmark: its runs are not made again")
     add_output(parser)
     options = parser.parse_args()
+    if options.points:
+        options.points = dict(options.points)
+        options.methods, options.search_seeds = list(options.points), 0
     if (options.non_iid or options.reuse) and not options.task:
         parser.error("--non-iid and --reuse need --task")
     if options.width and options.task != "text":

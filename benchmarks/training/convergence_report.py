@@ -22,8 +22,9 @@ def show(content: dict) -> None:
                 points.setdefault((run["momentum"], run["lr"]), []).append(run["loss"])
         tried = [f"{m:g}/{lr:g}: {spread(found, 3)}" for (m, lr), found in sorted(points.items())]
         rows.append([method, ", ".join(tried)])
-    title = f"looked for with seeds {content['seeds']['search']}: momentum/lr: loss"
-    report.print_table(title, ["method", "tried"], rows)
+    if content["seeds"]["search"]:
+        title = f"looked for with seeds {content['seeds']['search']}: momentum/lr: loss"
+        report.print_table(title, ["method", "tried"], rows)
     rows, dense = [], compared(content, "dense")
     for method, point in content["best"].items():
         runs = compared(content, method)
