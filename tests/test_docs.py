@@ -353,6 +353,14 @@ def test_the_losses_at_equal_bytes_on_a_link_are_those_of_the_files(header, task
     }
 
 
+def test_the_losses_of_a_larger_model_are_those_of_the_file():
+    found = losses_at_their_best(newest("convergence-text-4-workers-272-wide-1800-steps-*"))
+    names = ("dense momentum SGD", "GMC, two-sided", "GMC, two-sided, memory grows",
+             "DGC, two-sided")  # fmt: skip
+    table = rows_of("docs/results.md", "| | text, 4 workers, larger |")
+    assert table == {name: [cell] for name, cell in zip(names, found.values(), strict=True)}
+
+
 def test_the_loss_at_1000_times_fewer_bytes_is_that_of_the_file():
     gmc, dgc = (losses_at_their_best(newest(f"convergence-text-4-workers-1000-times-{machine}"))
                 for machine in ("amd-epyc", "intel-xeon-processor"))  # fmt: skip
