@@ -18,6 +18,7 @@ def one_bucket(params):
     return bucket.params
 
 
+@pytest.mark.filterwarnings("ignore:memory_decay")  # that it may diverge in a long run
 @pytest.mark.parametrize("decay", [1.0, 0.95, 0.0, 1.02, 2.0])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_bits_of_the_reference(decay, nesterov):

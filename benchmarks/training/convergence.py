@@ -101,6 +101,7 @@ def compare(options: argparse.Namespace) -> None:
         return float("inf") if run["loss"] is None else run["loss"]
 
     def find(method: str) -> None:
+        finalists: list[tuple[float, float]]
         finalists = [options.points[method]] if options.points else searched(method)
         means = {point: mean(train(method, *point, seed) for seed in compared_seeds)
                  for point in finalists}  # fmt: skip
@@ -156,7 +157,7 @@ def reusable(options: argparse.Namespace, content: dict) -> list[dict]:
     return [{"processor": found["hardware"]["processor"], **run} for run in found["results"]]
 
 
-def point(text: str) -> tuple[str, tuple[float, float]]:
+def given_point(text: str) -> tuple[str, tuple[float, float]]:
     name, _, numbers = text.partition("=")
     momentum, _, lr = numbers.partition(":")
     if name not in NAMES:
@@ -186,7 +187,7 @@ def parse() -> argparse.Namespace:
         help=f"that may be tried (default: {' '.join(map(str, ladder.MOMENTA))})")  # fmt: skip
     add("--lr", type=arguments.positive_float, help="where to start, for every method")
     add("--fixed", action="store_true", help="no search: train at the start")
-    add("--points", nargs="+", type=point, metavar="METHOD=MOMENTUM:LR",
+    add("--points", nargs="+", type=given_point, metavar="METHOD=MOMENTUM:LR",
         help="no search, and no --methods: train these, with seeds from 0 on")  # fmt: skip
     add("--width", type=arguments.positive_int,
         help=f"of text's model, a multiple of {text.HEADS} (default {text.WIDTH})")  # fmt: skip

@@ -169,7 +169,7 @@ def check_replicas(
     """
     if exchange.size == 1:
         return
-    equal, prints = True, torch.empty(0)
+    equal = True
     if params:
         prints = fingerprints(params)
         weights = torch.arange(prints.numel(), dtype=torch.int64, device=prints.device) * 2 + 1
