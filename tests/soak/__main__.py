@@ -49,10 +49,20 @@ def soak(plan: Plan) -> None:
     """Prints a line for each life, and the table; raises SystemExit if anything did not hold."""
     started, reports = time.monotonic(), []
     weights: dict[int, int] = {}
+    changed: list[int] = []  # steps from which a life had other memory or workers than before
+    size: int | None = None
     with tempfile.TemporaryDirectory(prefix="gmc-soak-") as folder:
         for number, life in enumerate(plan.lives()):
             reports.append(run(plan, life, Path(folder), number))
             print(describe(number, life, reports[-1]), flush=True)
+            # A resume from before a change does not make the steps after it again.
+            first = min(reports[-1].weights, default=plan.steps + 1)
+            while changed and first <= changed[-1]:
+                weights = before(changed.pop(), weights)
+            if life.start == "average" or life.size != size:
+                changed.append(first)
+                weights = before(first, weights)
+            size = life.size
             again = weights.keys() & reports[-1].weights.keys()
             differing = [step for step in again if weights[step] != reports[-1].weights[step]]
             if differing:
@@ -62,6 +72,10 @@ def soak(plan: Plan) -> None:
         raise SystemExit(f"{len(weights)} of {plan.steps} steps were made")
     for what, figure in figures(plan, reports, time.monotonic() - started):
         print(f"{what:<45} {figure}")
+
+
+def before(end: int, weights: dict[int, int]) -> dict[int, int]:
+    return {step: bits for step, bits in weights.items() if step < end}
 
 
 def run(plan: Plan, life: Life, folder: Path, number: int) -> Report:
