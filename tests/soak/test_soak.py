@@ -1,7 +1,6 @@
 """The soak's short form: kills, resumes, NaN, missing gradients, overflows."""
 
 import re
-
 from types import SimpleNamespace
 
 import pytest
