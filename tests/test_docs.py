@@ -371,10 +371,14 @@ def test_the_loss_at_1000_times_fewer_bytes_is_that_of_the_file():
     ) in text
 
 
-def test_the_outer_optimizers_are_those_of_the_file():
-    results = newest("local-updates-120-rounds-of-20-amd-epyc")["results"]
+@pytest.mark.parametrize(("header", "file"), [
+    ("| outer optimizer (lr, momentum", "local-updates-120-rounds-of-20-amd-epyc"),
+    ("| outer optimizer of 24 rounds", "local-updates-24-rounds-of-100-intel-xeon-processor"),
+])  # fmt: skip
+def test_the_outer_optimizers_are_those_of_the_file(header, file):
+    results = newest(file)["results"]
     decays = [run.get("memory_decay", 1.0) for run in results]
-    assert rows_of("docs/results.md", "| outer optimizer (lr, momentum, memory decay)") == {
+    assert rows_of("docs/results.md", header) == {
         f"{run['name']} ({run['lr']:g}, {run['momentum']:g}, {decay:g})": [
             f"{run['loss']:.3f}",
             f"{run['link_ratio']:.0f}",
