@@ -27,8 +27,8 @@ TASK_DEFAULTS = {
 }
 # (momentum, lr) at which a method does best with these steps, 4 workers, the default exchange and a
 # hundredth of the bytes on a link, by benchmarks/training/convergence.py. What waits in memory acts
-# like momentum, so sparse methods want less of it, at about the same lr / (1 - momentum). Memory
-# SGD's were found for the all-gather with payloads of 1/100.
+# like momentum, so sparse methods want less of it, at about the same lr / (1 - momentum). On
+# digits memory SGD's were found for the all-gather with payloads of 1/100.
 BEST = {
     "text": {"dmsgd": (0.8, 0.512), "gmc": (0.3, 1.792), "dgc": (0.8, 1.44815),
              "memsgd": (0.5, 1.28)},

@@ -66,10 +66,11 @@ def print_end(task: Task, options: argparse.Namespace, results: Results) -> None
         "ring all-reduce."
     )
     if options.lr is None and options.momentum is None:
+        other = " (memory\nSGD's for the all-gather)" if options.task == "digits" else ""
         print(
             "Momentum and lr are each method's best, found by benchmarks/training/convergence.py\n"
-            "for the default number of steps, 4 workers and 1/100 of the bytes on a link (memory\n"
-            "SGD's for the all-gather)."
+            "for the default number of steps, 4 workers and 1/100 of the bytes on a link"
+            f"{other}."
         )
     if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == options.workers:
         print(
