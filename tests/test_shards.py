@@ -321,28 +321,30 @@ def one_shard_differs(group, way):
         fully_shard(model, mesh=mesh["shard"])
         optimizer = gmc_cuda.GMC(model.parameters(), process_group=mesh, **options)
 
-    def shards():
-        return [p.to_local() if way != "NodeAverage" else p for p in model.parameters()]
+    def local(tensor):
+        return tensor if way == "NodeAverage" else tensor.to_local()
 
-    def step():
+    def backward():
         optimizer.zero_grad()
         model(batch(rank, 0)).square().mean().backward()
-        return optimizer.step()
+
+    def step():
+        backward()
+        optimizer.step()
 
     for _ in range(2):
         step()
-    optimizer.zero_grad()
-    model(batch(rank, 0)).square().mean().backward()
+    backward()
     for p in model.parameters():
         if rank == 3:
-            (p.grad if way == "NodeAverage" else p.grad.to_local()).fill_(torch.nan)
+            local(p.grad).fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"on rank [23]|hold other shards"):
         optimizer.step()
     step()
     if rank == 3:
         with torch.no_grad():
-            for shard in shards():
-                shard.add_(1.0)
+            for p in model.parameters():
+                local(p).add_(1.0)
     with pytest.raises(RuntimeError, match="replicas differ after step 5") as raised:
         step()
     return str(raised.value)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A switch that hands each frame on after a fixed time, for kernels without tc's netem.
+"""A switch that hands each frame on after a fixed time: latency that needs no netem.
 
     delaying_switch.py MILLISECONDS PORT...        inside the namespace that has the ports
 
@@ -45,7 +45,7 @@ def main() -> None:
                     waiting.extend((due, out, frame) for out in outs if out is not port)
         while waiting and waiting[0][0] <= time.monotonic():
             _, out, frame = waiting.popleft()
-            with contextlib.suppress(BlockingIOError, OSError):  # a full queue drops it, as ever
+            with contextlib.suppress(OSError):  # a full queue drops it, as ever
                 out.send(frame)
 
 

@@ -20,10 +20,11 @@ struct Payload {
   Payload of_rank(int64_t rank) const { return {data + rank * PayloadLayout(shape).nbytes, shape}; }
 };
 
+constexpr int64_t kMaxRanges = 65535;  // rows of blocks in a CUDA grid
+
 // The ranges that a bucket is cut into, each with a payload of its own; one for a bucket that is
 // not cut. All have as many elements, but for the last, which may have fewer. Their payloads lie
 // one after the other, the last where one of full size would begin.
-constexpr int64_t kMaxRanges = 65535;  // rows of blocks in a CUDA grid
 struct Ranges {
   PayloadShape full, last;
   int64_t count;

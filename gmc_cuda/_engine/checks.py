@@ -98,9 +98,9 @@ def one_budget(options: dict[str, Any]) -> dict[str, Any]:
 _FLAGS = ("maximize", "nesterov", "momentum_masking")
 
 
-def check_flag(value: Any, name: str) -> None:
+def check_flag(value: Any, *name: str) -> None:
     if not isinstance(value, int):  # bool is one
-        raise TypeError(f"{name}: got {value!r}, must be True or False")
+        raise TypeError(f"{' '.join(name)}: got {value!r}, must be True or False")
 
 
 def check_group(group: dict[str, Any], where: str) -> None:
@@ -114,7 +114,7 @@ def check_group(group: dict[str, Any], where: str) -> None:
         if name != unused:
             _check_range(group[name], option, name, where)
     for name in _FLAGS:
-        check_flag(group.get(name, False), f"{name} {where}")
+        check_flag(group.get(name, False), name, where)
     if group.get(unused) is not None:
         raise ValueError(
             f"density {where}: got {group['density']} beside bytes_ratio={group['bytes_ratio']}, "

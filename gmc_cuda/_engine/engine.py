@@ -138,8 +138,11 @@ class Engine:
         Of global momentum's share of what was sent it comes back, so less leaves.
         """
         for bucket in self._packing.buckets:
+            growth = bucket.group["memory_decay"] - 1
+            if growth <= 0:
+                continue
             plan = self.rule.plan(bucket.group, bucket, self.settings.wire_dtype, self.exchange)
-            growth, leaves = bucket.group["memory_decay"] - 1, plan.k / plan.numel
+            leaves = plan.k / plan.numel
             if not self.rule.local_momentum:
                 leaves *= 1 - float(bucket.group["momentum"])
             if growth > 1.01 * leaves:
@@ -540,9 +543,8 @@ def check_params(
         raise ValueError(
             f"params: got devices {', '.join(sorted(map(str, devices)))}, must be one device"
         )
-    inside = shards.check(
-        list(names), exchange.given, exchange.shard_group, exchange.of_parts, settings.overlap
-    )
+    inside_node = None if exchange.of_parts else exchange.shard_group
+    inside = shards.check(list(names), exchange.given, inside_node, settings.overlap)
     if inside is not None:
         exchange.shard_group = inside
 

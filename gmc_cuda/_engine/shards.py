@@ -65,15 +65,13 @@ def groups_of(process_group: Any) -> tuple[Any, Any]:
     return process_group.get_group(0), inside
 
 
-def check(
-    params: Sequence[Tensor], process_group: Any, inside_node: Any, parts: bool, overlap: bool
-) -> Any:
+def check(params: Sequence[Tensor], process_group: Any, inside_node: Any, overlap: bool) -> Any:
     """The process group over which these parameters are sharded; None if they are not sharded.
 
     Args:
         process_group: across nodes.
-        inside_node: the workers that the mesh has inside a node; None for a group without a mesh.
-        parts: whether plain tensors are parts of parameters, see :class:`Parts`.
+        inside_node: the workers inside a node, if each must hold other shards; None for a group
+            without a mesh, and for :class:`Parts`.
 
     Raises:
         ValueError: an optimizer over this group cannot train such shards.
@@ -83,12 +81,7 @@ def check(
     elif any(is_flattened(p) for p in params):
         inside = _group_of_fsdp1(params)
     else:
-        if (
-            params
-            and not parts
-            and inside_node is not None
-            and dist.get_world_size(inside_node) > 1
-        ):
+        if params and inside_node is not None and dist.get_world_size(inside_node) > 1:
             raise ValueError(
                 "process_group: got a mesh of two dimensions for parameters that are not sharded, "
                 "of which the workers of a node would then have different ones. Shard them:\n"

@@ -194,7 +194,7 @@ def sparse_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], 
         insist_once(lambda: _keep(bucket, aggregate), errors)
     finally:
         if not applied:
-            use_on_this_stream(payload)
+            insist(lambda: use_on_this_stream(payload), [])
             insist(lambda: ops.restore_(bucket.memory, payload, k, wire_dtype), [])
             taken_back(bucket)
     raise_first(errors)

@@ -84,7 +84,7 @@ def two_sided_step(
     finally:
         if not applied:
             answers = None if back is None or not back.arrived else gathered
-            steps.use_on_this_stream(payloads)
+            insist(lambda: steps.use_on_this_stream(payloads), [])
             insist(lambda: owning.cancel(payloads, answers), [])
             steps.taken_back(bucket)
     steps.raise_first(errors)

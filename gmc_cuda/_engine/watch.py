@@ -174,8 +174,11 @@ def check_replicas(
         prints = fingerprints(params)
         weights = torch.arange(prints.numel(), dtype=torch.int64, device=prints.device) * 2 + 1
         equal = _all_equal(exchange, (prints * weights).sum().view(1)) is None
-    found = torch.tensor([not equal], dtype=torch.int32, device=device)
-    if not exchange.strictest(found):
+    elsewhere = False
+    if exchange.shard_group is not None:
+        found = torch.tensor([not equal], dtype=torch.int32, device=device)
+        elsewhere = bool(exchange.strictest(found))
+    if equal and not elsewhere:
         return
     differing = None if equal else _all_equal(exchange, prints)
     if differing is None:
