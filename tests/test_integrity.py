@@ -177,3 +177,16 @@ def test_skipped_steps_with_others_between_start_anew(pool):
     assert [len(texts) for texts in pool.run(2, skip_often, gmc_cuda.GMC, [1], 12, 0.1)] == [1, 1]
     assert pool.run(2, skip_often, gmc_cuda.GMC, [1], 14, 0.1) != [[], []]
     assert pool.run(2, skip_often, gmc_cuda.GMC, [], None, 0.1) == [[], []]
+
+
+def skip_in_a_part_of_the_run(group):
+    if dist.get_rank(group) == 0:
+        return []
+    part = dist.new_group([1, 2], use_local_synchronization=True)
+    return skip_often(part, gmc_cuda.GMC, [1], None, 0.1)
+
+
+def test_skipped_steps_name_the_ranks_of_the_run(pool):
+    _, *others = pool.run(3, skip_in_a_part_of_the_run)
+    for (text,) in others:
+        assert "2 on rank 2 in this step" in text

@@ -1,5 +1,6 @@
 """memory_decay and nesterov: the same bits as the rule written out with the reference."""
 
+import copy
 import warnings
 
 import pytest
@@ -90,6 +91,18 @@ def test_what_grows_faster_than_it_is_sent_is_warned_of(make, options, largest):
         make(parameters(), 0.1, memory_decay=largest, **options)
     with pytest.warns(UserWarning, match="faster than it is sent.* take at most") as caught:
         make(parameters(), 0.1, memory_decay=largest + 0.05, **options)
+    assert caught[0].filename == __file__
+
+
+def test_a_copy_does_not_warn_of_growth_again_and_a_new_group_does():
+    with pytest.warns(UserWarning, match="faster than it is sent"):
+        optimizer = gmc_cuda.GMC(parameters(), 0.1, density=0.1, memory_decay=1.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        twin = copy.deepcopy(optimizer)
+        twin.add_param_group({"params": parameters(), "memory_decay": 1.0})
+    with pytest.warns(UserWarning, match="got 1.3, with which") as caught:
+        twin.add_param_group({"params": parameters(), "memory_decay": 1.3})
     assert caught[0].filename == __file__
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -104,7 +105,6 @@ class Engine:
         self._just_checked = False  # whether begin() has compared the parameters' places
         self._overlap = Overlap(self._on_gradient) if settings.overlap else None
         self.pack()
-        self._warn_of_growth()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -132,14 +132,14 @@ class Engine:
         prints = fingerprints(params).tolist() if params else []
         return {f"bits of {name}": bits for name, bits in zip(names, prints, strict=True)}
 
-    def _warn_of_growth(self) -> None:
+    def warn_of_growth(self, groups: Sequence[Group], stacklevel: int) -> None:
         """Warns of a memory_decay with which more grows in a step than is sent.
 
         Of global momentum's share of what was sent it comes back, so less leaves.
         """
         for bucket in self._packing.buckets:
             growth = bucket.group["memory_decay"] - 1
-            if growth <= 0:
+            if growth <= 0 or not any(bucket.group is group for group in groups):
                 continue
             plan = self.rule.plan(bucket.group, bucket, self.settings.wire_dtype, self.exchange)
             leaves = plan.k / plan.numel
@@ -151,7 +151,7 @@ class Engine:
                     "is sent and may diverge: with this momentum and density, take at most "
                     f"{1 + leaves:.4g}, which for GMC is 1 + (1 - momentum) * density and for DGC "
                     "1 + density",
-                    stacklevel=5,
+                    stacklevel=stacklevel,
                 )
                 return
 

@@ -55,6 +55,7 @@ class CompressedSGD(torch.optim.Optimizer):
         if broadcast_parameters:
             engine.broadcast(exchange, self.param_groups, device)
         self._attach(Engine(self, rule, settings, exchange, number))
+        self.engine.warn_of_growth(self.param_groups, stacklevel=4)
 
     def _attach(self, engine: Engine) -> None:
         self.engine = engine
@@ -114,6 +115,7 @@ class CompressedSGD(torch.optim.Optimizer):
         engine.broadcast(own.exchange, self.param_groups[known:], engine.device_of(self))
         own.round.forget_sizes()
         own.pack()
+        own.warn_of_growth(self.param_groups[known:], stacklevel=3)
 
     # ------------------------------------------------------------------------------ the step
 

@@ -283,7 +283,7 @@ class Round:
         steps.insist(self.damage.report, late)
         if self.nonfinite == "skip":
             sents = [sent for _, _, sent in sent]
-            steps.attempt(partial(self.skips.look, count, lambda: _nonfinite(sents)), late)
+            steps.attempt(partial(self.skips.look, count, partial(self._nonfinite, sents)), late)
         self.steps += 1
 
     def _raise_on(self, skip: Tensor, unless: int = 0) -> None:
@@ -312,13 +312,17 @@ class Round:
                 "replicas may differ: restart from a checkpoint"
             )
         if verdict and self.nonfinite == "raise":
-            counts = _nonfinite([sent for _, _, sent in self._sent]).tolist()
-            met = [f"{n} on rank {self.exchange.name(r)}" for r, n in enumerate(counts) if n]
+            met = self._nonfinite([sent for _, _, sent in self._sent])
             where = ", ".join(met) or "on workers of these nodes that hold other shards"
             raise FloatingPointError(
                 f"non-finite gradient values: {where}; the step was not made, and the finite "
                 "gradients stay in memory (nonfinite='skip' goes on without raising)"
             )
+
+    def _nonfinite(self, sents: Sequence[steps.Sent]) -> list[str]:
+        """How many non-finite values each rank that had any sent, over all buckets."""
+        counts = torch.stack([sent.nonfinite() for sent in sents]).sum(0).tolist()
+        return [f"{n} on rank {self.exchange.name(r)}" for r, n in enumerate(counts) if n]
 
     def _reads_verdicts(self) -> bool:
         """Whether the host reads verdicts; to read a GPU's makes it wait for the device."""
@@ -471,8 +475,3 @@ def _verdict(sents: Sequence[steps.Sent], device: torch.device) -> Tensor:
         [payloads for sent in sents for payloads in sent.payloads],
         [sent.counts for sent in sents if sent.counts is not None],
     )
-
-
-def _nonfinite(sents: Sequence[steps.Sent]) -> Tensor:
-    """Every rank's count of non-finite values in all buckets, int64 [p]."""
-    return torch.stack([sent.nonfinite() for sent in sents]).sum(0)

@@ -115,12 +115,12 @@ class SkipWatch:
         self._steps = self._seen_before = 0
         self._seen: Tensor | None = None  # the count's copy in page-locked memory
 
-    def look(self, skipped: Tensor, nonfinite: Callable[[], Tensor]) -> None:
+    def look(self, skipped: Tensor, nonfinite: Callable[[], list[str]]) -> None:
         """Looks at the step that was just made.
 
         Args:
             skipped: number of skipped steps so far, int64 [1].
-            nonfinite: returns every rank's count of non-finite values in this step, int64 [p].
+            nonfinite: says how many non-finite values each rank had in this step.
         """
         if is_capturing(skipped):
             return
@@ -136,14 +136,12 @@ class SkipWatch:
         self._steps = self._steps + 1 if count > self._seen_before else 0
         self._seen_before = count
         if self._steps == self.IN_A_ROW:
-            counts = nonfinite().tolist()
-            met = [f"{n} on rank {rank}" for rank, n in enumerate(counts) if n] or ["none here"]
+            met = ", ".join(nonfinite()) or "none here"
             warnings.warn(
                 f"{self.IN_A_ROW} steps in a row were skipped, because gradients, or the memory "
-                f"beside them, are not finite ({', '.join(met)} in this step): the model no "
-                "longer learns. Look for the cause on these ranks: the loss, the data, the "
-                "learning rate, a memory_decay above 1; nonfinite='raise' raises at the first "
-                "such step",
+                f"beside them, are not finite ({met} in this step): the model no longer learns. "
+                "Look for the cause on these ranks: the loss, the data, the learning rate, a "
+                "memory_decay above 1; nonfinite='raise' raises at the first such step",
                 stacklevel=4,
             )
 
