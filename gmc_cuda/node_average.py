@@ -457,7 +457,7 @@ class NodeAverage(Wrapper):
         self._give_options()
         for flat, share in zip(self._flat_gradients(), self._shares, strict=True):
             self._set_gradients(share, flat)
-        before = self.engine.round.steps
+        made = self.engine.round.made
         try:
             self._inner_step()
         except BaseException:
@@ -465,15 +465,14 @@ class NodeAverage(Wrapper):
             if any(own.grad is None for _, (own, _) in pieces):  # GMC has them in memory
                 for p in self._params:
                     p.grad = None
-            elif self.engine.round.steps > before:  # it was made, and the others wait for this part
-                self._gather()
             raise
         finally:
             for own, _ in self._parts.values():
                 own.grad = None
-        self._gather()
-        self._take_options()
-        self._show()
+            if self.engine.round.made > made:  # also if an error came late: the others wait for it
+                self._gather()
+                self._take_options()
+                self._show()
 
     def _compare_changes(self) -> None:
         """Notices layers or param groups that were changed on some workers of the node only.

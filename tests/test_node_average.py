@@ -365,6 +365,88 @@ def test_more_workers_than_elements(pool):
     pool.run(4, few)
 
 
+def without_a_part(group, case, exchange, shape):
+    """Workers whose parts are all empty do as the others do: skip, raise, or leave the step."""
+    rank, params = dist.get_rank(), [Parameter(torch.ones(1)), Parameter(torch.ones(1).bfloat16())]
+    outer = gmc(momentum=0.0, nonfinite="raise" if case == "raised" else "skip", exchange=exchange)
+    optimizer = gmc_cuda.NodeAverage(params, outer, mesh_of(shape))
+    scaler = gmc_cuda.GradScaler("cpu", init_scale=16.0)
+    for step in range(4):
+        bad = step == 1 and rank == 0
+        for p in params:
+            p.grad = torch.full_like(p, torch.inf if bad and case != "left" else 1.0)
+        if case == "scaled":
+            scaler.scale(torch.zeros(()))
+            for p in params:
+                p.grad *= scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+        elif step == 1:
+            with pytest.MonkeyPatch.context() as patch:
+                if bad and case == "left":
+                    for name in ("compress_", "accumulate_"):
+                        patch.setattr(ops, name, once(getattr(ops, name)))
+                wrong = {"raised": FloatingPointError, "left": RuntimeError}[case]
+                with pytest.raises(wrong):
+                    optimizer.step()
+        else:
+            optimizer.step()
+        assert optimizer.last_step_skipped() is None or bool(optimizer.last_step_skipped()) == (
+            step == 1
+        )
+        assert same_on_all_ranks(group, params)
+    assert scaler.get_scale() == (8.0 if case == "scaled" else 16.0)
+    stats = optimizer.stats()
+    return stats["steps"], stats["skipped_steps"], params[0].item()
+
+
+def once(function):
+    """The function, which raises when it is called again."""
+    calls = iter([function])
+    return lambda *args, **options: next(calls, interrupted)(*args, **options)
+
+
+def interrupted(*args, **options):
+    raise RuntimeError("no memory")
+
+
+@pytest.mark.parametrize("shape", ["2x2", "1x4"])
+@pytest.mark.parametrize("exchange", ["all_gather", "reduce_scatter"])
+@pytest.mark.parametrize("case", ["scaled", "raised", "left"])
+def test_workers_without_a_part_skip_and_raise_with_the_others(pool, case, exchange, shape):
+    first, *others = pool.run(4, without_a_part, case, exchange, shape)
+    assert others == 3 * [first]
+    assert first[:2] == (4, 1)
+
+
+def late_error(group, ranks, shape):
+    """An error that comes when a step was made: the parts are gathered all the same."""
+    rank, params = dist.get_rank(), parameters()
+    outer = gmc(momentum=0.0, density=0.05)
+    optimizer = gmc_cuda.NodeAverage(params, outer, mesh_of(shape))
+    twins = parameters()
+    twin = gmc_cuda.NodeAverage(twins, outer, mesh_of(shape))
+    for step in range(4):
+        with pytest.MonkeyPatch.context() as patch:
+            if step == 1 and rank in ranks:
+                patch.setattr(optimizer.engine.round.skips, "look", interrupted)
+            for each, own in ((optimizer, params), (twin, twins)):
+                set_gradients(own, rank, step)
+                if step == 1 and rank in ranks and each is optimizer:
+                    with pytest.raises(RuntimeError, match="no memory"):
+                        each.step()
+                    assert all(p.grad is None for p in own), "they are in memory"
+                else:
+                    each.step()
+        assert torch.equal(flat(params), flat(twins))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ranks", [[0], [0, 1, 2, 3]])
+def test_an_error_that_comes_late_loses_no_step(pool, ranks, shape):
+    pool.run(4, late_error, ranks, shape)
+
+
 # ---------------------------------------------------------------------------- errors on one rank
 
 

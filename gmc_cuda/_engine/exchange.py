@@ -167,6 +167,11 @@ class Exchange:
             return Work()
         return _Pending(dist.all_reduce, tensor, group=self.group)
 
+    @property
+    def alone(self) -> bool:
+        """Whether no other worker, with this shard or another, takes part in a step."""
+        return self.size == 1 and self.shard_group is None
+
     def strictest(self, verdict: Tensor) -> Tensor:
         """The largest of the verdicts (int32 [1]) of all shards."""
         if self.shard_group is not None:

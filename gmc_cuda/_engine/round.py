@@ -46,6 +46,8 @@ class Round:
         way: "all_gather" or "reduce_scatter".
     Attributes:
         steps: number of steps so far, skipped ones included.
+        made: number of steps that were not called off before all workers' payloads were applied, or
+            skipped by a verdict.
         skipped: number of skipped steps, int64 [1] on the device; None before the first step.
         verdict: the last step's verdict, int32 [1], from ops.verdict; None if it failed before.
         device: where the parameters are.
@@ -62,7 +64,7 @@ class Round:
     ) -> None:
         self.exchange, self.wire_dtype, self.nonfinite = exchange, wire_dtype, nonfinite
         self.number, self._way = number, way
-        self.steps = 0
+        self.steps = self.made = 0
         self.skipped: Tensor | None = None
         self.verdict: Tensor | None = None
         self.device = torch.device("cpu")
@@ -203,12 +205,6 @@ class Round:
             RuntimeError: another worker has called the step off, a payload is damaged, or the
                 group was lost. Nothing was applied, and what was sent is in memory.
         """
-        if not self._sent:  # a worker whose shards are all empty
-            verdict = self._judge([], [])
-            if self.two_sided and not (self._reads_verdicts() and self._stops(int(verdict))):
-                self._judge([], [])
-            self.steps += 1
-            return []
         late: list[BaseException] = []
         try:
             skip, aggregates = self._receive(late)
@@ -280,11 +276,14 @@ class Round:
                 step.close()
                 late.append(error)
             first = False
+        if not sent:  # a worker whose shards are all empty
+            count += skip != 0
         steps.insist(self.damage.report, late)
         if self.nonfinite == "skip":
             sents = [sent for _, _, sent in sent]
             steps.attempt(partial(self.skips.look, count, partial(self._nonfinite, sents)), late)
         self.steps += 1
+        self.made += 1
 
     def _raise_on(self, skip: Tensor, unless: int = 0) -> None:
         """Raises for a verdict that ends the step here.
@@ -321,6 +320,8 @@ class Round:
 
     def _nonfinite(self, sents: Sequence[steps.Sent]) -> list[str]:
         """How many non-finite values each rank that had any sent, over all buckets."""
+        if not sents:
+            return []
         counts = torch.stack([sent.nonfinite() for sent in sents]).sum(0).tolist()
         return [f"{n} on rank {self.exchange.name(r)}" for r, n in enumerate(counts) if n]
 
@@ -410,7 +411,7 @@ class Round:
         try:
             plans = [plan for _, plan in waiting]
             sents = [sent for _, _, sent in self._sent]
-            if self.exchange.size > 1:
+            if not self.exchange.alone:
                 verdict = self._verdict_of(sents + self._notices(plans, ops.CALLED_OFF))
                 verdict |= self._call_off_answers(plans, verdict)
         except GroupLost:
@@ -450,7 +451,7 @@ class Round:
         raises for that. Steps that did not belong together are not counted either, so that workers
         which were one step apart can meet again.
         """
-        if self.exchange.size > 1 and (verdict == 0 or verdict & ops.MISMATCH):
+        if not self.exchange.alone and (verdict == 0 or verdict & ops.MISMATCH):
             return
         self.steps += 1
         if self.skipped is None:
