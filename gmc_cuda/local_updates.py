@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import suppress
 from itertools import chain
+from numbers import Real
 from operator import attrgetter, is_
 from typing import Any, ClassVar, NoReturn
 
@@ -24,6 +25,7 @@ from gmc_cuda.optim import GMC
 _KEY = "local_updates"  # key in each param group of a state_dict, of what no parameter has
 _OUTER = "outer."  # prefix of the outer optimizer's keys in a parameter's state
 _START = _OUTER + "start"
+_AHEAD = _OUTER + "ahead"
 
 _kind = attrgetter("requires_grad", "dtype", "layout", "shape")
 
@@ -31,9 +33,10 @@ _kind = attrgetter("requires_grad", "dtype", "layout", "shape")
 class LocalUpdates(Wrapper):
     """Trains each worker alone for H steps of an inner optimizer, then exchanges what they moved.
 
-    In a round each worker moves from the common w to its own w_k. The outer optimizer then takes
-    w - w_k as the gradient, and all workers continue from its result. What is not sent stays in the
-    outer memory for later rounds::
+    In a round each worker moves to its own w_k. The outer optimizer takes what it has moved as the
+    gradient, and all workers continue from its result w. What is not sent stays in the outer memory
+    u_k for later rounds, and the worker that has moved so far goes on from w - step_ahead * u_k, as
+    if it had been applied::
 
         inner = torch.optim.AdamW(model.parameters(), lr=1e-3)
         optimizer = gmc_cuda.LocalUpdates(inner, every=20)
@@ -42,12 +45,13 @@ class LocalUpdates(Wrapper):
     It is used like the inner optimizer: ``step()``, ``zero_grad()``, ``param_groups``, ``state``.
     ``optimizer.outer`` is the outer one, a :class:`gmc_cuda.GMC` over float32 copies of the
     parameters, whose options may be changed between rounds. All workers must make the same number
-    of steps. Within a round the workers' parameters differ: call :meth:`synchronize` on all of them
-    before the model is evaluated or saved, unless a round has just ended.
+    of steps. The workers' parameters differ: call :meth:`synchronize` on all of them before the
+    model is evaluated or saved.
 
     Layers may be frozen and unfrozen, and parameters be replaced, added, removed, converted and
     moved at any time, on all workers alike; a round exchanges what was trained in any of its steps.
-    A parameter that is trained from some step on begins with rank 0's values.
+    A parameter that is trained from some step on begins with rank 0's values. Weights may be loaded
+    until the first step; what is written to a trained parameter later counts as what it has moved.
 
     Args:
         inner_optimizer: any ``torch.optim.Optimizer``; nothing of it is communicated. What it
@@ -58,12 +62,16 @@ class LocalUpdates(Wrapper):
         every: H, inner steps in a round.
         overlap: exchange during the next round, and apply the result at its end, one round late.
             Until then each worker continues from its own parameters.
+        step_ahead: the share of what it has not sent that a worker keeps in its parameters, 0 to 1.
+            With 0 it makes that way again in each round until it is sent.
 
     Raises:
         TypeError, ValueError: an argument cannot be used, or the workers differ. If only one worker
             met the error, the others raise RuntimeError with its rank and reason.
 
-    Source: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models".
+    Sources: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models";
+    for step_ahead, Xu, Huo, Huang, "Step-Ahead Error Feedback for Distributed Training with
+    Compressed Gradient".
     """
 
     # What waits in memory acts late, like momentum. So in trials momentum added nothing, but larger
@@ -75,8 +83,8 @@ class LocalUpdates(Wrapper):
         "memory_decay": 0.95,
     }
     _COPIED = (
-        "inner", "outer", "every", "overlap", "_copies", "_new", "_seen", "_kinds", "_steps",
-        "_on_the_way",
+        "inner", "outer", "_every", "overlap", "_step_ahead", "_copies", "_new", "_seen", "_kinds",
+        "_unread", "_written", "_compared", "_since", "_on_the_way", "_ahead",
     )  # fmt: skip
 
     # Without this, tensors made inside torch.inference_mode() could not be changed later.
@@ -89,21 +97,27 @@ class LocalUpdates(Wrapper):
         every: int = 20,
         *,
         overlap: bool = False,
+        step_ahead: float = 1.0,
     ) -> None:
         # Not super().__init__(): param_groups and state are the inner optimizer's.
-        self.inner, self.every, self.overlap = inner_optimizer, every, overlap
-        self._copies: dict[
-            Tensor, nn.Parameter
-        ] = {}  # the outer optimizer's parameters, by inner parameter
+        self.inner, self._every, self.overlap = inner_optimizer, every, overlap
+        self._step_ahead = step_ahead
+        # The outer optimizer's parameters, by inner parameter.
+        self._copies: dict[Tensor, nn.Parameter] = {}
         self._new: list[Tensor] = []  # parameters whose copy still has each worker's own values
         self._seen: list[Tensor] = []
         self._kinds: list[Any] = []
-        self._steps = 0
-        self._on_the_way: dict[Tensor, Tensor] | None = (
-            None  # what this worker has sent, and not applied
-        )
+        # Parameters whose copy was made before any step, and those found written to since then.
+        self._unread: list[Tensor] = []
+        self._written: list[Tensor] = []
+        self._compared = False  # whether the workers have agreed on the latter
+        self._since = 0  # inner steps since the last exchange
+        # What this worker has sent, and not applied.
+        self._on_the_way: dict[Tensor, Tensor] | None = None
+        # By parameter: the share of its memory by which it began the round ahead of the copy.
+        self._ahead: dict[Tensor, float] = {}
         try:
-            _check_arguments(inner_optimizer, outer, every)
+            _check_arguments(inner_optimizer, outer, every, step_ahead)
             self._make_hooks()
             states.make_place(self.inner.param_groups, _KEY)
             self._check_kinds()
@@ -117,7 +131,10 @@ class LocalUpdates(Wrapper):
         copies = copies or [nn.Parameter(nothing, requires_grad=False)]
         self.outer = _make_outer(functools.partial(GMC, **self.DEFAULTS), outer, copies)
         exchange = self.outer.engine.exchange
-        facts = {"every": every, "overlap": overlap, "inner optimizer": type(self.inner).__name__}
+        facts = {
+            "every": every, "overlap": overlap, "step_ahead": step_ahead,
+            "inner optimizer": type(self.inner).__name__,
+        }  # fmt: skip
         comparison.require_equal(
             exchange,
             facts | self._model(),
@@ -129,6 +146,7 @@ class LocalUpdates(Wrapper):
         self._follow()
         self._new = []  # the outer optimizer has broadcast rank 0's values
         self._set_to_begun(self._copies)
+        self._unread = trained
 
     # ------------------------------------------------------------- what the inner optimizer has
 
@@ -152,6 +170,26 @@ class LocalUpdates(Wrapper):
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         return self.inner.defaults
+
+    @property
+    def every(self) -> int:
+        """H. It may be changed at any step, on all workers alike."""
+        return self._every
+
+    @every.setter
+    def every(self, every: int) -> None:
+        _check_every(every)
+        self._every = every
+
+    @property
+    def step_ahead(self) -> float:
+        """It may be changed at any step, and counts from the next round on."""
+        return self._step_ahead
+
+    @step_ahead.setter
+    def step_ahead(self, step_ahead: float) -> None:
+        _check_step_ahead(step_ahead)
+        self._step_ahead = step_ahead
 
     def __getattr__(self, name: str) -> Any:
         # Some optimizers have further methods, such as train() and eval().
@@ -208,12 +246,13 @@ class LocalUpdates(Wrapper):
         if same and kinds == self._kinds:
             return
         self._check_kinds()
-        between_rounds = self._steps % self.every == 0
+        between_rounds = self._since == 0
         for param in params:
             copy = self._copies.get(param)
             if not param.requires_grad:
                 if copy is not None and between_rounds:  # else it may have moved in this round
                     copy.requires_grad_(False)
+                    self._back_to_common(param)
             elif copy is None or copy.shape != param.shape:
                 self._put(param, _float32(param))
                 self._new.append(param)
@@ -229,6 +268,33 @@ class LocalUpdates(Wrapper):
                     copy.copy_(torch.where(kept, copy, param.float()))
                     self._new.append(param)
         self._seen, self._kinds = params, kinds
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _read_written(self) -> None:
+        """Takes over what was written to parameters after their copies were made."""
+        for param in self._unread:
+            copy = self._copies.get(param)
+            if copy is None or not copy.requires_grad or param.is_meta:
+                continue
+            now = copy.to(param.device)
+            kept = now.to(param.dtype) == param
+            if not kept.all():
+                copy.copy_(torch.where(kept, now, param.float()))
+                self._written.append(param)
+        self._unread = []
+
+    def _agree_on_written(self) -> None:
+        """Gives all workers rank 0's values of what any of them has written to. Collective."""
+        self._read_written()
+        exchange, params = self.outer.engine.exchange, self._params()
+        places = {param: i for i, param in enumerate(params)}
+        written = [places[param] for param in self._written if param in places]
+        everyones = exchange.gather_objects(written, engine.device_of(self.inner))
+        known = set(self._new)
+        found = (params[i] for i in sorted(set(chain.from_iterable(everyones))))
+        self._new += [param for param in found if param in self._copies and param not in known]
+        self._written, self._compared = [], True
 
     def _put(self, param: Tensor, value: Tensor) -> None:
         """Makes this value the parameter's copy, which takes over the old copy's state."""
@@ -246,6 +312,7 @@ class LocalUpdates(Wrapper):
 
     def _drop(self, param: Tensor) -> None:
         copy = self._copies.pop(param, None)
+        self._ahead.pop(param, None)
         if copy is not None:
             for group in self.outer.param_groups:
                 group["params"] = [p for p in group["params"] if p is not copy]
@@ -309,10 +376,13 @@ class LocalUpdates(Wrapper):
         """
         with self._scaling_ends():
             self._follow()
+            self._read_written()
+            if not self._compared:
+                self._agree_on_written()
             loss = self._inner_step(closure)
-            if (self._steps + 1) % self.every == 0:
+            self._since += 1
+            if self._since >= self.every:
                 self._end_round()
-            self._steps += 1
         return loss
 
     def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
@@ -343,8 +413,11 @@ class LocalUpdates(Wrapper):
         self._send(moved)
         if not self.overlap:
             self._receive({})
-        for param in moved:  # a parameter that was frozen during the round has been exchanged
-            self._copies[param].requires_grad_(param.requires_grad)
+        for param in moved:
+            if not param.requires_grad:  # it was frozen during the round, and has been exchanged
+                self._copies[param].requires_grad_(False)
+                self._back_to_common(param)
+        self._since = 0
 
     def _receive(self, moved: dict[Tensor, Tensor]) -> None:
         """Completes the exchange that is on its way, if there is one, and applies its result.
@@ -374,6 +447,7 @@ class LocalUpdates(Wrapper):
         for param, copy in copies.items():
             copy.grad = moved[param]
         outer.compares_bits = not self._new  # new copies get rank 0's values below
+        before = {param: self._lead(param) for param in moved} if self.overlap else {}
         try:
             outer.begin()
         except BaseException:
@@ -383,7 +457,12 @@ class LocalUpdates(Wrapper):
         finally:
             for copy in copies.values():
                 copy.grad = None
-        self._on_the_way = moved
+        self._ahead.update(dict.fromkeys(moved, self.step_ahead))
+        # With overlap this worker goes on from where it is, whatever was sent of that.
+        self._on_the_way = {
+            param: moved[param] + before[param] - self._lead(param) if self.overlap else moved[param]
+            for param in moved
+        }
         new, self._new = self._new, []
         outer.exchange.broadcast([in_storage_order(self._copies[p].detach()) for p in new])
         self._set_to_begun(moved)
@@ -398,17 +477,33 @@ class LocalUpdates(Wrapper):
         """
         meet(self.outer.engine.exchange, "synchronize()")
         self._follow()
-        if self._steps % self.every != 0:
+        if self._since:
             self._end_round()
-            self._steps = 0
         self._receive({})
+        for param in list(self._ahead):
+            self._back_to_common(param)
 
     def _begun(self, param: Tensor) -> Tensor:
         """The value at which this worker began the round, in the parameter's dtype."""
         start = self._copies[param].detach()
         if self._on_the_way is not None and param in self._on_the_way:
             start = start - self._on_the_way[param].to(start.device)
+        if self._ahead.get(param):
+            start = start - self._lead(param)
         return start.to(device=param.device, dtype=param.dtype)
+
+    def _lead(self, param: Tensor) -> Tensor:
+        """How far this worker began the round ahead of the copy, by what it has not sent."""
+        copy, share = self._copies[param], self._ahead.get(param, 0.0)
+        memory = self.outer.state.get(copy, {}).get("memory")
+        return torch.zeros_like(copy) if memory is None else share * memory.to(copy.device)
+
+    def _back_to_common(self, param: Tensor) -> None:
+        """Lets the round begin at the copy's value, which is the same on all workers."""
+        begun = self._begun(param)
+        if self._ahead.pop(param, 0.0):
+            # What was written to the parameter since stays as it is.
+            param.copy_(torch.where(param == begun, self._begun(param), param))
 
     def _set_to_begun(self, params: Any) -> None:
         """Sets parameters to the value at which this worker begins the round."""
@@ -429,20 +524,26 @@ class LocalUpdates(Wrapper):
                 "optimizer.synchronize() on all workers before"
             )
 
+    @torch.no_grad()
     def average_memory_(self) -> None:
         """Calls :meth:`gmc_cuda.GMC.average_memory_` of the outer one. All workers must call it."""
         self._refuse_open_exchange("average_memory_()")
+        before = {param: self._begun(param) for param in self._ahead}
         self.outer.average_memory_()
+        for param, begun in before.items():
+            now = self._begun(param)  # what was moved in the round stays as it is
+            param.copy_(torch.where(param == begun, now, param + (now - begun)))
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state_dict, with the outer one's state and the round's beginning.
 
-        Each worker must save its own, and within a round also its own model. After
-        :meth:`synchronize` and :meth:`average_memory_`, all workers may load rank 0's.
+        Each worker must save its own, and its own model. After :meth:`synchronize` and
+        :meth:`average_memory_`, all workers may load rank 0's.
 
         Returns:
             In ``state``, by parameter, besides the inner optimizer's: "outer.start", "outer.memory"
-            and the like, float32 and shaped like it. In each param group, "local_updates".
+            and the like, float32 and shaped like it, and "outer.ahead", the step_ahead with which
+            the round began. In each param group, "local_updates".
 
         Raises:
             RuntimeError: with ``overlap``, while an exchange is on its way.
@@ -465,6 +566,7 @@ class LocalUpdates(Wrapper):
 
     def _saved(self) -> dict[str, Any]:
         self._follow()
+        self._read_written()
         self._tidy()
         saved, outer = self.inner.state_dict(), self.outer.state_dict()
         entries = {
@@ -474,12 +576,14 @@ class LocalUpdates(Wrapper):
             if param in self._copies:
                 copy = self._copies[param]
                 own = {_OUTER + name: value for name, value in entries[copy].items()}
+                if self._ahead.get(param):
+                    own[_AHEAD] = torch.tensor(self._ahead[param], device=copy.device)
                 saved["state"][i] = {
                     **saved["state"].get(i, {}), **own, _START: copy.detach()
                 }  # fmt: skip
         groups = [{k: v for k, v in g.items() if k != "params"} for g in outer["param_groups"]]
         for group in saved["param_groups"]:
-            group[_KEY] = {"outer": groups, "steps": self._steps}
+            group[_KEY] = {"outer": groups, "since": self._since}
         return saved
 
     @torch.inference_mode(False)
@@ -490,7 +594,7 @@ class LocalUpdates(Wrapper):
         params = self._params()
         state, groups = _read(state_dict, params)
         own = groups[0][_KEY]
-        outer_state, begun = self._outer_parts(state, groups, params)
+        outer_state, begun, ahead = self._outer_parts(state, groups, params)
         copies = dict(self._copies)
         for param in begun:
             if param not in copies:  # trained when it was saved, and frozen here
@@ -521,22 +625,29 @@ class LocalUpdates(Wrapper):
         self.outer.load_state_dict(outer_dict)
         for param, start in begun.items():
             self._copies[param].copy_(start)
-        self._steps, self._new = own["steps"], []
+        # The copy of a parameter without a saved one is made of its value at the next step.
+        self._unread = [p for p in params if p.requires_grad and p not in begun]
+        self._new, self._written, self._ahead = list(self._unread), [], ahead
+        # Earlier versions saved the steps of the whole run.
+        self._since = own["since"] if "since" in own else own["steps"] % self.every
 
     @staticmethod
     def _outer_parts(
         state: dict[Any, Any], groups: list[dict[str, Any]], params: list[Tensor]
-    ) -> tuple[dict[Tensor, dict[str, Any]], dict[Tensor, Tensor]]:
-        """By parameter: its outer state, and the value at which the round began."""
+    ) -> tuple[dict[Tensor, dict[str, Any]], dict[Tensor, Tensor], dict[Tensor, float]]:
+        """By parameter: its outer state, its copy, and how far ahead of that the round began."""
         ids = list(chain.from_iterable(group["params"] for group in groups))
         if len(ids) != len(params):
             raise ValueError(f"state_dict: got {len(ids)} parameters, must be {len(params)}")
-        outer_state, begun = {}, {}
+        outer_state, begun, ahead = {}, {}, {}
         for i, param in zip(ids, params, strict=True):
             entry = state.get(i, {})
-            own = {k[len(_OUTER) :]: v for k, v in entry.items() if _is_outer(k) and k != _START}
+            own = {k[len(_OUTER) :]: v for k, v in entry.items()
+                   if _is_outer(k) and k not in (_START, _AHEAD)}  # fmt: skip
             if own:
                 outer_state[param] = own
+            if _AHEAD in entry:
+                ahead[param] = float(entry[_AHEAD])
             if _START in entry:
                 begun[param] = entry[_START]
                 if begun[param].shape != param.shape:
@@ -551,7 +662,7 @@ class LocalUpdates(Wrapper):
                 "StateDictOptions(flatten_optimizer_state_dict=False), or optimizer.state_dict() "
                 "and load_state_dict()"
             )
-        return outer_state, begun
+        return outer_state, begun, ahead
 
 
 class _State(MutableMapping[Any, Any]):
@@ -609,7 +720,7 @@ def _is_outer(name: Any) -> bool:
 # -------------------------------------------------------------- what the constructor may refuse
 
 
-def _check_arguments(inner: Any, outer: Any, every: Any) -> None:
+def _check_arguments(inner: Any, outer: Any, every: Any, step_ahead: Any) -> None:
     if not isinstance(inner, torch.optim.Optimizer):
         raise TypeError(
             f"inner_optimizer: got {type(inner).__name__}, must be a torch.optim.Optimizer: "
@@ -620,8 +731,20 @@ def _check_arguments(inner: Any, outer: Any, every: Any) -> None:
             f"outer: got a {type(outer).__name__}, must be what makes one over other "
             "parameters than the model's: functools.partial(gmc_cuda.GMC, lr=0.7)"
         )
+    _check_every(every)
+    _check_step_ahead(step_ahead)
+
+
+def _check_every(every: Any) -> None:
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"every: got {every!r}, must be a number of steps, at least 1")
+
+
+def _check_step_ahead(step_ahead: Any) -> None:
+    if isinstance(step_ahead, bool) or not isinstance(step_ahead, Real):
+        raise TypeError(f"step_ahead: got {type(step_ahead).__name__}, must be a number")
+    if not 0 <= step_ahead <= 1:
+        raise ValueError(f"step_ahead: got {step_ahead}, must be between 0 and 1")
 
 
 def _make_outer(default: Any, outer: Any, copies: list[Tensor]) -> CompressedSGD:

@@ -69,19 +69,27 @@ def test_dense_outer_is_torch_sgd_on_averaged_differences(pool, nesterov):
     pool.run(2, with_dense_outer, nesterov)
 
 
-def late(group, density):
-    """overlap: a round's moves are applied one round later; until then each worker keeps its."""
+def late(group, density, ahead):
+    """overlap: a round's moves are applied one round later; until then each worker keeps its.
+
+    What it has not sent it keeps for good if it steps ahead.
+    """
     rank = dist.get_rank(group)
     params = parameters()
     options = {"lr": 0.7, "momentum": 0.5, "density": density}
     optimizer = gmc_cuda.LocalUpdates(
-        torch.optim.SGD(params, lr=0.01), gmc(group, **options), H, overlap=True
+        torch.optim.SGD(params, lr=0.01),
+        gmc(group, **options),
+        H,
+        overlap=True,
+        step_ahead=ahead,
     )
     twins = parameters()
     inner = torch.optim.SGD(twins, lr=0.01)
     starts = [torch.nn.Parameter(t.detach().clone()) for t in twins]
     outer = gmc(group, **options)(starts)
-    own = [torch.zeros_like(t) for t in twins]  # what is on its way
+    begun = [t.detach().clone() for t in twins]
+    own = None  # what is on its way
     for step in range(5 * H):
         set_gradients(params, rank, step)
         set_gradients(twins, rank, step)
@@ -90,16 +98,19 @@ def late(group, density):
         if (step + 1) % H:
             continue
         with torch.no_grad():
-            moved = [s - o - t for s, o, t in zip(starts, own, twins, strict=True)]
-        if step >= H:  # the round before has arrived
+            moved = [b - t for b, t in zip(begun, twins, strict=True)]
+        waits = [torch.zeros_like(t) for t in twins]
+        if own is not None:  # the round before has arrived
             for start, sent in zip(starts, own, strict=True):
                 start.grad = sent
             outer.step()
+            waits = [ahead * outer.state[s]["memory"] for s in starts]
         own = moved
         with torch.no_grad():
-            for twin, start, sent in zip(twins, starts, own, strict=True):
-                twin.copy_(start - sent)
-        assert torch.equal(flat(params), flat(twins))
+            begun = [s - w - m for s, w, m in zip(starts, waits, moved, strict=True)]
+            for twin, value in zip(twins, begun, strict=True):
+                twin.copy_(value)
+        torch.testing.assert_close(flat(params), flat(twins), rtol=1e-6, atol=1e-7)
         assert same_on_all_ranks(group, optimizer.outer.param_groups[0]["params"])
         assert not same_on_all_ranks(group, params)
     with pytest.raises(RuntimeError, match=r"call optimizer.synchronize\(\) on all workers before"):
@@ -110,41 +121,50 @@ def late(group, density):
     optimizer.state_dict()
 
 
+@pytest.mark.parametrize("ahead", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("density", [0.05, 1.0])
-def test_overlap_is_one_round_late(pool, density):
-    pool.run(2, late, density)
+def test_overlap_is_one_round_late(pool, density, ahead):
+    pool.run(2, late, density, ahead)
 
 
-def mass(group, decay):
-    """ubar + a_t = d * ubar + mean(w - w_k) + beta * a_{t-1}, for the outer optimizer."""
+def mass(group, decay, ahead):
+    """ubar + a_t = d * ubar + mean(b_k - w_k) + beta * a_{t-1}, for the outer optimizer.
+
+    b_k = w - step_ahead * u_k is where worker k began the round.
+    """
     rank = dist.get_rank(group)
     params = parameters(torch.bfloat16)
     optimizer = gmc_cuda.LocalUpdates(
         torch.optim.AdamW(params, lr=0.01),
         gmc(group, lr=0.7, momentum=0.5, density=0.05, memory_decay=decay),
         H,
+        step_ahead=ahead,
     )
     outer, start = optimizer.outer, optimizer.outer.param_groups[0]["params"]
     for step in range(5 * H):
         set_gradients(params, rank, step)
         optimizer.inner.step()  # what LocalUpdates does, looked at from outside
-        moved = flat([s.to(torch.bfloat16) for s in start]) - flat(params)
+        moved = flat([(s - ahead * memory_of(outer, [s]).view_as(s)).to(torch.bfloat16) for s in start])
+        moved -= flat(params)
         before = mean(group, memory_of(outer, start)), aggregate_of(outer, start)
         w = flat(start)
-        optimizer._steps += 1
-        if optimizer._steps % H == 0:
+        optimizer._since += 1
+        if optimizer._since == H:
             optimizer._end_round()
             ubar, a = mean(group, memory_of(outer, start)), aggregate_of(outer, start)
             came = decay * before[0] + mean(group, moved) + 0.5 * before[1]
             torch.testing.assert_close(ubar + a, came, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(flat(start), w - 0.7 * a, rtol=1e-6, atol=1e-6)
-            assert torch.equal(flat(params), flat([s.to(torch.bfloat16) for s in start]))
-            assert same_on_all_ranks(group, params)
+            assert same_on_all_ranks(group, params) == (ahead == 0)
+    optimizer.synchronize()
+    assert torch.equal(flat(params), flat([s.to(torch.bfloat16) for s in start]))
+    assert same_on_all_ranks(group, params)
 
 
+@pytest.mark.parametrize("ahead", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("decay", [1.0, 0.95])
-def test_mass_equation_of_the_outer_optimizer(pool, decay):
-    pool.run(2, mass, decay)
+def test_mass_equation_of_the_outer_optimizer(pool, decay, ahead):
+    pool.run(2, mass, decay, ahead)
 
 
 def resumed(group, stop):
@@ -179,6 +199,204 @@ def test_save_and_load_continue_bit_for_bit(pool, stop):
     pool.run(2, resumed, stop)
 
 
+def ahead(group, share, exchange, make):
+    """After a round each worker is where it would be if a share of its memory had been applied."""
+    rank, params = dist.get_rank(group), parameters()
+    outer = functools.partial(
+        make, process_group=group, lr=0.7, momentum=0.5, density=0.05, exchange=exchange
+    )
+    optimizer = gmc_cuda.LocalUpdates(
+        torch.optim.SGD(params, lr=0.1), outer, H, step_ahead=share
+    )
+    copies = optimizer.outer.param_groups[0]["params"]
+
+    def waits():
+        return flat([optimizer.outer.state[c]["memory"] for c in copies])
+
+    for step in range(4 * H):
+        set_gradients(params, rank, step)
+        optimizer.step()
+        if (step + 1) % H == 0:
+            for p, copy in zip(params, copies, strict=True):
+                waiting = share * optimizer.outer.state[copy]["memory"]
+                assert torch.equal(p.detach(), copy.detach() - waiting)
+            assert same_on_all_ranks(group, copies)
+            assert same_on_all_ranks(group, params) == (share == 0)
+    # Averaged memory makes the workers equal, and what was moved in a round stays so.
+    set_gradients(params, rank, 4 * H)
+    twins, twin = deepcopy((params, optimizer)) if share else (params, optimizer)
+    twin.process_group = group
+    twin.average_memory_()
+    assert same_on_all_ranks(group, twins)
+    before = flat(params)
+    optimizer.step()
+    moved = before - flat(params)
+    begun = flat(params) + moved
+    optimizer.average_memory_()
+    torch.testing.assert_close(
+        flat(copies) - share * waits() - flat(params), moved, rtol=1e-4, atol=1e-6
+    )
+    assert share == 0 or not torch.equal(flat(params) + moved, begun)
+    optimizer.synchronize()
+    assert same_on_all_ranks(group, params)
+    assert torch.equal(flat(params), flat(copies))
+    assert waits().any(), "what was not sent waits on"
+
+
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
+@pytest.mark.parametrize("exchange", ["all_gather", "reduce_scatter"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_worker_goes_on_ahead_of_what_it_has_sent(pool, share, exchange, make):
+    pool.run(2, ahead, share, exchange, make)
+
+
+def frozen_within(group, at, overlap):
+    """A layer that is frozen rests at the common values, and goes on from them."""
+    rank, params = dist.get_rank(group), parameters()
+    outer = gmc(group, lr=0.7, density=0.05)
+    optimizer = gmc_cuda.LocalUpdates(torch.optim.SGD(params, lr=0.1), outer, H, overlap=overlap)
+    for step in range(8 * H):
+        if step == at:
+            params[0].requires_grad_(False)
+        if step == at + 3 * H:
+            assert same_on_all_ranks(group, params[:1])
+            assert torch.equal(params[0].detach(), optimizer._copies[params[0]].detach())
+            params[0].requires_grad_(True)
+        optimizer.zero_grad()
+        set_gradients([p for p in params if p.requires_grad], rank, step)
+        optimizer.step()
+    optimizer.synchronize()
+    assert same_on_all_ranks(group, params)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("at", [2 * H, 2 * H + 1])
+def test_a_frozen_layer_rests_at_the_common_values(pool, at, overlap):
+    pool.run(2, frozen_within, at, overlap)
+
+
+# ------------------------------------------------------ weights that are loaded, and rounds' lengths
+
+
+def loaded(group, ranks, dtype):
+    """Weights that are written between construction and the first step are where training begins."""
+    rank, params, twins = dist.get_rank(group), parameters(dtype), parameters(dtype)
+    torch.manual_seed(5)
+    values = [torch.randn_like(p) for p in params]
+    if 0 in ranks:
+        for twin, value in zip(twins, values, strict=True):
+            twin.data.copy_(value)
+    outer = gmc(group, lr=0.5, momentum=0.0, density=1.0)  # half of what counts as movement
+    optimizer = gmc_cuda.LocalUpdates(torch.optim.SGD(params, lr=0.1), outer, H)
+    twin = gmc_cuda.LocalUpdates(torch.optim.SGD(twins, lr=0.1), outer, H)
+    if rank in ranks:
+        for p, value in zip(params, values, strict=True):
+            p.data.copy_(value)
+    saved = deepcopy(optimizer.state_dict()) if rank == 0 else None  # no collective
+    for step in range(2 * H):
+        for each, own in ((optimizer, params), (twin, twins)):
+            generator = torch.Generator().manual_seed(100 * step + rank)
+            for p in own:
+                p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+            each.step()
+    optimizer.synchronize()
+    twin.synchronize()
+    assert same_on_all_ranks(group, params)
+    # A worker that began its first round elsewhere has rounded what it moved in another way.
+    few = dict(rtol=0.02, atol=0.02) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(flat(params), flat(twins), **few)
+    if rank == 0 and 0 in ranks:
+        for i, value in enumerate(values):
+            assert torch.equal(saved["state"][i]["outer.start"], value.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [[0, 1], [0], [1]])
+def test_weights_may_be_loaded_after_construction(pool, ranks, dtype):
+    pool.run(2, loaded, ranks, dtype)
+
+
+def resumed_with_more_trained(group):
+    """A layer that was frozen when the state was saved begins with the loaded weights."""
+    rank, params = dist.get_rank(group), parameters()
+    params[0].requires_grad_(False)
+    optimizer = plain(params, process_group=group)
+    for step in range(H):
+        set_gradients(params[1:], rank, step)
+        optimizer.step()
+    others = [Parameter(torch.zeros_like(p)) for p in params]
+    again = plain(others, process_group=group)
+    saved = deepcopy(optimizer.state_dict())
+    assert "outer.start" not in saved["state"].get(0, {})
+    again.load_state_dict(saved)
+    for other, p in zip(others, params, strict=True):
+        other.data.copy_(p)
+    for _ in range(H):
+        for other in others:
+            other.grad = torch.zeros_like(other)
+        again.step()
+    torch.testing.assert_close(flat(others), flat(params))
+
+
+def test_a_layer_without_saved_start_begins_with_its_weights(pool):
+    pool.run(2, resumed_with_more_trained)
+
+
+def other_length(group, how):
+    """A change of H within a round leaves no movement on one worker."""
+    rank, params = dist.get_rank(group), parameters()
+    outer = gmc(group, lr=0.7, density=0.05)
+    optimizer = gmc_cuda.LocalUpdates(torch.optim.SGD(params, lr=0.1), outer, 20)
+    for step in range(8):
+        set_gradients(params, rank, step)
+        optimizer.step()
+    if how == "resumed":
+        others = deepcopy(params)
+        again = gmc_cuda.LocalUpdates(torch.optim.SGD(others, lr=0.1), outer, 4)
+        for other, p in zip(others, params, strict=True):
+            other.data.copy_(p)
+        again.load_state_dict(deepcopy(optimizer.state_dict()))
+        params, optimizer = others, again
+    else:
+        optimizer.every = 4
+    if how == "frozen":
+        params[0].requires_grad_(False)
+        set_gradients(params[1:], rank, 8)
+        optimizer.zero_grad()
+        optimizer.step()
+        assert optimizer.stats()["steps"] == 1, "the round was over"
+    optimizer.synchronize()
+    assert optimizer.stats()["steps"] == 1
+    assert same_on_all_ranks(group, params)
+
+
+@pytest.mark.parametrize("how", ["resumed", "live", "frozen"])
+def test_another_length_of_rounds(pool, how):
+    pool.run(2, other_length, how)
+
+
+def refused_each_time(group):
+    """With rounds of one step too, a refused exchange leaves the round open."""
+    rank, params = dist.get_rank(group), parameters()
+    outer = gmc(group, lr=1.0, momentum=0.0, density=0.5)
+    optimizer = gmc_cuda.LocalUpdates(torch.optim.SGD(params, lr=0.1), outer, 1)
+    set_gradients(params, rank, 0)
+    optimizer.step()
+    optimizer.synchronize()
+    optimizer.outer.param_groups[0]["density"] = 2.0
+    set_gradients(params, rank, 1)
+    with pytest.raises(ValueError, match="density of param group 0"):
+        optimizer.step()
+    optimizer.outer.param_groups[0]["density"] = 0.5
+    assert not same_on_all_ranks(group, params)
+    optimizer.synchronize()
+    assert same_on_all_ranks(group, params)
+
+
+def test_a_refused_exchange_is_made_by_synchronize(pool):
+    pool.run(2, refused_each_time)
+
+
 def overflowing(group):
     """A worker whose inner step a GradScaler leaves out still takes part in the exchange."""
     rank = dist.get_rank(group)
@@ -198,6 +416,7 @@ def overflowing(group):
             moved = torch.zeros_like(before) if left_out else -0.1 * gradient
             torch.testing.assert_close(params[1].detach() - before, moved)
         scaler.update()
+    optimizer.synchronize()
     assert same_on_all_ranks(group, params)
     assert optimizer.stats()["steps"] == 2
 
@@ -262,9 +481,17 @@ def test_wrong_uses():
     for every in (0, 2.0, True):
         with pytest.raises(ValueError, match="every: got .*at least 1"):
             gmc_cuda.LocalUpdates(inner, every=every)
+    for ahead in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="step_ahead: got .*, must be between 0 and 1"):
+            gmc_cuda.LocalUpdates(inner, step_ahead=ahead)
+    with pytest.raises(TypeError, match="step_ahead: got str, must be a number"):
+        gmc_cuda.LocalUpdates(inner, step_ahead="1")
     with pytest.raises(TypeError, match=r"inner_optimizer: got list, must be a torch.optim.Opt"):
         gmc_cuda.LocalUpdates(params)
     optimizer = gmc_cuda.LocalUpdates(inner)
+    for name in ("every", "step_ahead"):
+        with pytest.raises(ValueError, match=f"{name}: got -1, must be"):
+            setattr(optimizer, name, -1)
     with pytest.raises(ValueError, match="got the state of an inner optimizer alone"):
         optimizer.load_state_dict(inner.state_dict())
     with pytest.raises(ValueError, match="got the state of GMC, must be of LocalUpdates"):
@@ -455,9 +682,12 @@ def waiting(group):
 
     train(range(H))
     params[0].requires_grad_(False)
-    before, weights = memory(), flat(params[:1])
+    before = memory()
     assert before.any()
-    train(range(H, 3 * H))
+    train(range(H, H + 1))
+    weights = flat(params[:1])
+    assert torch.equal(weights, flat([optimizer._copies[params[0]]])), "the common values"
+    train(range(H + 1, 3 * H))
     assert torch.equal(memory(), before)
     assert torch.equal(flat(params[:1]), weights)
     saved = deepcopy(optimizer.state_dict())
@@ -465,6 +695,7 @@ def waiting(group):
     train(range(3 * H, 5 * H))
     assert not torch.equal(memory(), before)
     assert not torch.equal(flat(params[:1]), weights)
+    optimizer.synchronize()
     assert same_on_all_ranks(group, params)
     # A new process, in which the layer has never been trained, has it as well.
     others = parameters()
@@ -565,11 +796,11 @@ def test_what_float32_cannot_hold_is_refused_or_left_alone(dtype):
     optimizer.step()
     odd.requires_grad_(True)
     odd.grad = torch.ones_like(odd)
-    weights, steps = flat(params), optimizer._steps
+    weights, steps = flat(params), optimizer._since
     with pytest.raises(TypeError, match=refused):
         optimizer.step()
     assert torch.equal(flat(params), weights)
-    assert optimizer._steps == steps
+    assert optimizer._since == steps
     assert torch.equal(odd.detach(), torch.ones(4, dtype=dtype))
     odd.requires_grad_(False)
     optimizer.step()
@@ -777,7 +1008,7 @@ def as_before(state_dict, outer):
         "local_updates": {
             "outer": outer,
             "start": [entry["outer.start"] for entry in state_dict["state"].values()],
-            "steps": own["steps"],
+            "steps": 5 * H + own["since"],
         },
     }
 
@@ -792,7 +1023,8 @@ def goes_on(group, way, stop, make):
             optimizer.step()
 
     params = parameters()
-    optimizer = gmc_cuda.LocalUpdates(torch.optim.AdamW(params, lr=0.01), outer, H)
+    options = {"step_ahead": 0.0} if way == "as before" else {}
+    optimizer = gmc_cuda.LocalUpdates(torch.optim.AdamW(params, lr=0.01), outer, H, **options)
     train(params, optimizer, range(stop))
     if way in COPIES:
         again, others = COPIES[way]((optimizer, params))
@@ -802,7 +1034,7 @@ def goes_on(group, way, stop, make):
             again.process_group = group
     else:
         others = parameters()
-        again = gmc_cuda.LocalUpdates(torch.optim.AdamW(others, lr=0.01), outer, H)
+        again = gmc_cuda.LocalUpdates(torch.optim.AdamW(others, lr=0.01), outer, H, **options)
         with torch.no_grad():
             for p, weight in zip(others, params, strict=True):
                 p.copy_(weight)
@@ -862,6 +1094,7 @@ def fresh(group):
     for step in range(H):
         set_gradients(params, dist.get_rank(group), step)
         optimizer.step()
+    optimizer.synchronize()
     assert same_on_all_ranks(group, params)
 
 
@@ -906,7 +1139,7 @@ def inside_ddp(group):
     optimizer = plain(model.parameters(), process_group=group)
     for _ in range(H):
         ddp(torch.ones(2, 4)).sum().backward()
-        if optimizer._steps < H - 1:
+        if optimizer._since < H - 1:
             optimizer.step()
     with pytest.raises(RuntimeError, match="gmc_cuda.local_gradients"):
         optimizer.step()

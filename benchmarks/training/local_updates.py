@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument(
         "--settings", type=json.loads, default=DENSE + SPARSE,
         help="what to try instead: a JSON list of GMC's options (DGC's with \"outer\": \"DGC\"), "
-        "name, and overlap",
+        "name, overlap, and step_ahead (0 if it is left out)",
     )  # fmt: skip
     report.add_output(parser)
     options = parser.parse_args()
@@ -105,7 +105,8 @@ def work(rank: int, options: argparse.Namespace, store: str) -> None:
 
 
 def run(task: Task, rank: int, options: argparse.Namespace, setting: dict) -> dict:
-    outer = {n: v for n, v in setting.items() if n not in ("name", "overlap", "outer")}
+    own = ("name", "overlap", "outer", "step_ahead")
+    outer = {n: v for n, v in setting.items() if n not in own}
     if "wire_dtype" in outer:
         outer["wire_dtype"] = DTYPES[outer["wire_dtype"]]
     torch.manual_seed(options.seed)
@@ -116,6 +117,7 @@ def run(task: Task, rank: int, options: argparse.Namespace, setting: dict) -> di
         functools.partial(OUTER[setting.get("outer", "GMC")], **outer),
         options.every,
         overlap=setting.get("overlap", False),
+        step_ahead=setting.get("step_ahead", 0.0),
     )
     steps = options.rounds * options.every
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=options.every)
