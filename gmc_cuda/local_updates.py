@@ -26,6 +26,10 @@ _KEY = "local_updates"  # key in each param group of a state_dict, of what no pa
 _OUTER = "outer."  # prefix of the outer optimizer's keys in a parameter's state
 _START = _OUTER + "start"
 _AHEAD = _OUTER + "ahead"
+_ROUND_SKIPPED = (
+    "It was a round of LocalUpdates: a worker's inner optimizer that has met a NaN keeps it in its "
+    "state, and then every round is skipped. "
+)
 
 _kind = attrgetter("requires_grad", "dtype", "layout", "shape")
 
@@ -50,8 +54,9 @@ class LocalUpdates(Wrapper):
 
     Layers may be frozen and unfrozen, and parameters be replaced, added, removed, converted and
     moved at any time, on all workers alike; a round exchanges what was trained in any of its steps.
-    A parameter that is trained from some step on begins with rank 0's values. Weights may be loaded
-    until the first step; what is written to a trained parameter later counts as what it has moved.
+    A frozen one rests at the common w. One that is trained from some step on begins with rank 0's
+    values. Weights may be loaded until the first step; what is written to a trained parameter later
+    counts as what it has moved.
 
     Args:
         inner_optimizer: any ``torch.optim.Optimizer``; nothing of it is communicated. What it
@@ -447,6 +452,7 @@ class LocalUpdates(Wrapper):
         for param, copy in copies.items():
             copy.grad = moved[param]
         outer.compares_bits = not self._new  # new copies get rank 0's values below
+        outer.round.skips.in_a_row, outer.round.skips.hint = 1, _ROUND_SKIPPED
         before = {param: self._lead(param) for param in moved} if self.overlap else {}
         try:
             outer.begin()
@@ -460,7 +466,9 @@ class LocalUpdates(Wrapper):
         self._ahead.update(dict.fromkeys(moved, self.step_ahead))
         # With overlap this worker goes on from where it is, whatever was sent of that.
         self._on_the_way = {
-            param: moved[param] + before[param] - self._lead(param) if self.overlap else moved[param]
+            param: moved[param] + before[param] - self._lead(param)
+            if self.overlap
+            else moved[param]
             for param in moved
         }
         new, self._new = self._new, []
@@ -577,7 +585,9 @@ class LocalUpdates(Wrapper):
                 copy = self._copies[param]
                 own = {_OUTER + name: value for name, value in entries[copy].items()}
                 if self._ahead.get(param):
-                    own[_AHEAD] = torch.tensor(self._ahead[param], device=copy.device)
+                    own[_AHEAD] = torch.tensor(
+                        self._ahead[param], dtype=torch.float32, device=copy.device
+                    )
                 saved["state"][i] = {
                     **saved["state"].get(i, {}), **own, _START: copy.detach()
                 }  # fmt: skip
@@ -743,7 +753,7 @@ def _check_every(every: Any) -> None:
 def _check_step_ahead(step_ahead: Any) -> None:
     if isinstance(step_ahead, bool) or not isinstance(step_ahead, Real):
         raise TypeError(f"step_ahead: got {type(step_ahead).__name__}, must be a number")
-    if not 0 <= step_ahead <= 1:
+    if not 0 <= float(step_ahead) <= 1:
         raise ValueError(f"step_ahead: got {step_ahead}, must be between 0 and 1")
 
 

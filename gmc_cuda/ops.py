@@ -42,6 +42,7 @@ _ops = torch.ops.gmc_cuda
 
 NONFINITE, DAMAGED = 1, 2  # bits of a verdict and of an aggregate's flags
 MISMATCH, OFF = 4, 8  # bits of a verdict
+_is_negative: Any = Tensor.is_neg  # torch's negative bit, which conj() of a complex tensor leaves
 _SMALLEST_STATE = 64  # bytes, on the CPU
 CALLED_OFF = 1  # the tag by which a rank calls its step off
 _KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError)}
@@ -638,9 +639,15 @@ def _lists(
 ) -> tuple[list[Tensor | None], list[Tensor] | None]:
     """What the operators take; params only where they are needed."""
     grads = [None] * len(params or ()) if grads is None else list(grads)
+    try:
+        plain = not any(map(_is_negative, grads))
+    except TypeError:  # one is None
+        plain = False
+    if not plain:  # kernels read what is stored, whatever its sign is to be
+        grads = [None if grad is None else grad.resolve_neg() for grad in grads]
     if params is not None:
         params = list(params)
-        needed = weight_decay != 0 or any(grad is None for grad in grads)
+        needed = weight_decay != 0 or (not plain and any(grad is None for grad in grads))
         if not needed and len(params) == len(grads):
             params = None  # a list of 161 tensors takes 45 us to hand over
     return grads, params
@@ -657,7 +664,7 @@ def _number(value: float | Tensor, name: str) -> Tensor:
         return value
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name}: got {type(value).__name__}, must be a number or a tensor")
-    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+    return torch.full((), float(value), dtype=torch.float64, device="cpu")
 
 
 def _float(value: float, name: str) -> float:

@@ -144,7 +144,9 @@ def mass(group, decay, ahead):
     for step in range(5 * H):
         set_gradients(params, rank, step)
         optimizer.inner.step()  # what LocalUpdates does, looked at from outside
-        moved = flat([(s - ahead * memory_of(outer, [s]).view_as(s)).to(torch.bfloat16) for s in start])
+        moved = flat(
+            [(s - ahead * memory_of(outer, [s]).view_as(s)).to(torch.bfloat16) for s in start]
+        )
         moved -= flat(params)
         before = mean(group, memory_of(outer, start)), aggregate_of(outer, start)
         w = flat(start)
@@ -205,9 +207,7 @@ def ahead(group, share, exchange, make):
     outer = functools.partial(
         make, process_group=group, lr=0.7, momentum=0.5, density=0.05, exchange=exchange
     )
-    optimizer = gmc_cuda.LocalUpdates(
-        torch.optim.SGD(params, lr=0.1), outer, H, step_ahead=share
-    )
+    optimizer = gmc_cuda.LocalUpdates(torch.optim.SGD(params, lr=0.1), outer, H, step_ahead=share)
     copies = optimizer.outer.param_groups[0]["params"]
 
     def waits():
@@ -275,11 +275,11 @@ def test_a_frozen_layer_rests_at_the_common_values(pool, at, overlap):
     pool.run(2, frozen_within, at, overlap)
 
 
-# ------------------------------------------------------ weights that are loaded, and rounds' lengths
+# ----------------------------------------------------- weights that are loaded, and rounds' lengths
 
 
 def loaded(group, ranks, dtype):
-    """Weights that are written between construction and the first step are where training begins."""
+    """Weights that are written between construction and the first step are where it begins."""
     rank, params, twins = dist.get_rank(group), parameters(dtype), parameters(dtype)
     torch.manual_seed(5)
     values = [torch.randn_like(p) for p in params]
@@ -303,8 +303,8 @@ def loaded(group, ranks, dtype):
     twin.synchronize()
     assert same_on_all_ranks(group, params)
     # A worker that began its first round elsewhere has rounded what it moved in another way.
-    few = dict(rtol=0.02, atol=0.02) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(flat(params), flat(twins), **few)
+    error = 0.02 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(flat(params), flat(twins), rtol=error, atol=error)
     if rank == 0 and 0 in ranks:
         for i, value in enumerate(values):
             assert torch.equal(saved["state"][i]["outer.start"], value.float())

@@ -13,13 +13,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import Parameter
 
 import gmc_cuda
 from gmc_cuda import ops
 from gmc_cuda._engine import budget
 from gmc_cuda.integrations import require_own, settle
+from support import meshes
 from support.problems import flat, mean, parameters, same_on_all_ranks, set_gradients
 
 SHAPES = {"2x2": (2, 2), "4x1": (4, 1), "1x4": (1, 4)}
@@ -30,7 +30,7 @@ def gmc(**options):
 
 
 def mesh_of(shape):
-    return init_device_mesh("cpu", SHAPES[shape])
+    return meshes.mesh_of(SHAPES[shape])
 
 
 def whole(optimizer, name, params=None):

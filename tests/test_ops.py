@@ -317,6 +317,21 @@ def test_accumulate_equals_reference(values):
             assert_same_bytes(total[:n], mine.memory, "what is sent")
 
 
+@pytest.mark.parametrize("absent", [False, True])
+def test_a_gradient_with_the_negative_bit_has_its_sign(absent):
+    """A view that torch negates when it is read, as conj() leaves it."""
+    values = torch.randn(50)
+    seen, others = torch._neg_view(values), [None if absent else torch.ones(9)]
+    plain, params = [-values, *others], [torch.zeros(50), torch.zeros(9)]
+    assert seen.is_neg()
+    for operator, rest in ((ops.compress_, (7,)), (ops.accumulate_, ())):
+        mine, theirs = torch.zeros(59), torch.zeros(59)
+        sent = operator(mine, [seen, *others], *rest, params=params)
+        expected = operator(theirs, plain, *rest, params=params)
+        assert torch.equal(sent, expected)
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("values", ["gaussian", "heavy ties", "near overflow"])
 def test_compress_and_accumulate_make_the_same_v(values):
     """With every entry sent in float32, the payload's values are v."""

@@ -105,6 +105,24 @@ def test_second_backward_without_no_sync_is_an_error():
     optimizer.step()
 
 
+@pytest.mark.parametrize("first", [["a", "b"], ["a"]])
+def test_a_pass_in_no_sync_after_one_that_was_sent_is_an_error(first):
+    """Its gradients would be dropped. Those of a bucket that was not sent yet are added."""
+    a, b = (torch.nn.Parameter(torch.zeros(8)) for _ in "ab")
+    named = {"a": a, "b": b}
+    optimizer = gmc_cuda.GMC([a, b], 1.0, momentum=0.0, density=1.0, overlap=True)
+    sum(named[name].sum() for name in first).backward()
+    with optimizer.no_sync():
+        if len(first) == 2:
+            with pytest.raises(RuntimeError, match="arrived again before step()"):
+                (3 * a).sum().backward()
+            return
+        (3 * a + 5 * b).sum().backward()
+    optimizer.step()
+    assert a.tolist() == [-4.0] * 8
+    assert b.tolist() == [-5.0] * 8
+
+
 def test_clipping_after_an_overlapped_backward_finds_no_gradient():
     model = network()
     optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1, overlap=True)

@@ -1165,6 +1165,56 @@ def test_memory_written_by_hand_is_what_is_sent(make):
         torch.testing.assert_close(param.detach(), old - (i + 1.0))
 
 
+CLEAR = {
+    "zero_": lambda state: state.zero_(),
+    "all": lambda state: state.__setitem__(slice(None), 0.0),
+    "data": lambda state: state.data.zero_(),
+    "other data": lambda state: setattr(state, "data", torch.zeros(state.shape)),
+    "detach": lambda state: state.detach().zero_(),
+    "view": lambda state: state.view(-1).zero_(),
+    "part": lambda state: state[: len(state)].zero_(),
+    "one by one": lambda state: [state.__setitem__(i, 0.0) for i in range(len(state))],
+    "numpy": lambda state: state.numpy().fill(0.0),
+    "dlpack": lambda state: torch.from_dlpack(state).zero_(),
+    "apply_": lambda state: state.apply_(lambda value: 0.0),
+}
+
+
+@pytest.mark.parametrize("key", ["memory", "momentum_buffer"])
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
+@pytest.mark.parametrize("how", CLEAR)
+def test_state_of_one_parameter_is_cleared_in_any_way(how, make, key):
+    """Also that of a parameter in the middle of its bucket; the others keep theirs."""
+    runs = []
+    for clear in (CLEAR[how], CLEAR["zero_"]):
+        params = [torch.nn.Parameter(torch.zeros(40)) for _ in range(3)]
+        options = {"momentum_masking": False} if make is gmc_cuda.DGC else {}
+        optimizer = make(params, lr=1.0, density=0.1, **options)
+        torch.manual_seed(1)
+        for step in range(4):
+            for param in params:
+                param.grad = torch.randn(40)
+            if step == 2:
+                clear(optimizer.state[params[1]][key])
+                assert not optimizer.state[params[1]][key].any()
+                assert not optimizer.state_dict()["state"][1][key].any()
+                assert optimizer.state[params[0]][key].any()
+            optimizer.step()
+        runs.append(torch.cat([p.detach() for p in params]))
+    assert torch.equal(*runs)
+
+
+def test_what_reads_the_storage_of_lazy_state_is_served_or_refused():
+    param = torch.nn.Parameter(torch.zeros(40))
+    optimizer = gmc_cuda.GMC([param], lr=1.0, density=0.1)
+    param.grad = torch.randn(40)
+    optimizer.step()
+    momentum = optimizer.state[param]["momentum_buffer"]
+    assert momentum.tolist() == momentum.clone().tolist()
+    with pytest.raises(RuntimeError, match="share a clone"):
+        momentum.share_memory_()
+
+
 @state_kinds
 @pytest.mark.parametrize("key", ["memory", "momentum_buffer"])
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -15,6 +14,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import gmc_cuda
+from support.meshes import mesh_of
 from support.problems import flat, mean, same_on_all_ranks
 from support.workers import Workers
 
@@ -35,7 +35,7 @@ def batch(rank, step):
 
 
 def mesh_of_nodes():
-    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return mesh_of((2, 2), ("replicate", "shard"))
 
 
 def full(params, shards):
@@ -176,7 +176,7 @@ def test_each_workers_state_is_saved_and_loaded(pool):
 
 
 def start(make=gmc_cuda.GMC):
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("r", "s"))
+    mesh = mesh_of((dist.get_world_size() // 2, 2), ("r", "s"))
     model = network()
     fully_shard(model, mesh=mesh["s"])
     return mesh, model, make(model.parameters(), 0.1, density=0.05, process_group=mesh)
@@ -300,7 +300,7 @@ def refused(group):
         "For shards of your own, process_group=mesh.get_group(0)",
         network().parameters(), mesh,
     )  # fmt: skip
-    cube = init_device_mesh("cpu", (2, 2, 1))
+    cube = mesh_of((2, 2, 1))
     raises("process_group: got a mesh of 3 dimensions, must have one, or two: across nodes, then "
            "inside a node", model.parameters(), cube)  # fmt: skip
 
@@ -533,7 +533,7 @@ def test_fsdp_version_1_refused(pool):
 def one_dimensional(group):
     """A 1-D mesh is the group of its workers."""
     rank = dist.get_rank()
-    mesh = init_device_mesh("cpu", (4,))
+    mesh = mesh_of((4,))
     models = [network(), network()]
     optimizers = [
         gmc_cuda.GMC(m.parameters(), 0.1, density=0.05, process_group=g)

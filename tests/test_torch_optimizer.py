@@ -1,6 +1,7 @@
 """What PyTorch asks of its own optimizers, asked of GMC and DGC at density 1 and below."""
 
 import copy
+import functools
 import inspect
 import io
 import math
@@ -626,3 +627,43 @@ def test_an_ordinary_run_warns_of_nothing(make, density):
         twins, twin = trained(make, steps=0, density=density)
         twin.load_state_dict(optimizer.state_dict())
         go_on(twins, copy.deepcopy(twin), range(2))
+
+
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_gradient_of_a_conjugate(make, overlap):
+    """torch stores it with its sign elsewhere, and reads it with that."""
+    moved = []
+    for each in (torch.optim.SGD, functools.partial(make, density=1.0, overlap=overlap)):
+        b = torch.nn.Parameter(torch.ones(1))
+        optimizer = each([b], lr=1.0, momentum=0.0)
+        (torch.complex(torch.ones(1), b).conj() * torch.tensor([1 + 2j])).real.sum().backward()
+        optimizer.step()
+        moved.append(b.item())
+    assert moved == [-1.0, -1.0]
+
+
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
+def test_a_users_own_entries_in_state_are_saved_and_loaded(make):
+    params, others = parameters(), parameters()
+    optimizer, again = make(params, lr=0.1), make(others, lr=0.1)
+    set_gradients(params, 0, 0)
+    optimizer.step()
+    optimizer.state[params[0]].update(average=torch.full_like(params[0], 2.0), count=3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    again.load_state_dict(saved)
+    assert again.state[others[0]]["count"] == 3
+    assert torch.equal(again.state[others[0]]["average"], torch.full_like(others[0], 2.0))
+    assert again.state[others[0]]["average"] is not saved["state"][0]["average"]
+
+
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
+def test_an_optimizer_made_in_inference_mode(make):
+    params = parameters()
+    with torch.inference_mode():
+        optimizer = make(params, lr=0.1)
+    set_gradients(params, 0, 0)
+    optimizer.step()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.average_memory_()
+    optimizer.state[params[0]]["memory"].zero_()

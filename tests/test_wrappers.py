@@ -7,10 +7,10 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import gmc_cuda
+from support.meshes import mesh_of
 from support.problems import flat, parameters, same_on_all_ranks, set_gradients
 
 KINDS = ["LocalUpdates", "NodeAverage"]
@@ -52,10 +52,11 @@ def test_every_method_of_torch_is_written_or_right_as_inherited(kind):
 
 def make(kind, params, group, **options):
     if kind == "LocalUpdates":
+        options["step_ahead"] = 0.0  # after each round the workers have the same
         outer = functools.partial(gmc_cuda.GMC, lr=0.7, density=0.1, process_group=group)
         return gmc_cuda.LocalUpdates(torch.optim.AdamW(params, lr=0.01), outer, every=1, **options)
     inner = functools.partial(gmc_cuda.GMC, lr=0.1, density=0.1)
-    return gmc_cuda.NodeAverage(params, inner, init_device_mesh("cpu", (2, 2)))
+    return gmc_cuda.NodeAverage(params, inner, mesh_of((2, 2)))
 
 
 def run(pool, kind, function, *args):

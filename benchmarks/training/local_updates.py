@@ -5,7 +5,7 @@
     python -m benchmarks.training.local_updates --settings '[{"name": "mine", "lr": 0.7}]'
 
 Four workers make H AdamW steps each between exchanges. Every setting has the same seed, data and
-number of inner steps, one seed each. The file is written anew after every setting and says which
+number of inner steps. The file is written anew after every setting and says which
 are still missing, so that a run may be stopped; started again on the same day it goes on, also with
 other settings.
 """
@@ -90,7 +90,9 @@ def work(rank: int, options: argparse.Namespace, store: str) -> None:
     facts = provenance(torch.device("cpu"))
     asked = {n: v for n, v in vars(options).items() if n not in ("output", "settings")}
     content = {"benchmark": "local_updates", **facts, "options": asked, "data": task.data}
-    stem = report.file_stem(f"local-updates-{options.rounds}-rounds-of-{options.every}", facts)
+    name = f"local-updates-{options.rounds}-rounds-of-{options.every}"
+    name += f"-seed-{options.seed}" if options.seed else ""
+    stem = report.file_stem(name, facts)
     path = options.output / f"{stem}.json"
     results = report.earlier(path, content, "data").get("results", [])
     dist.barrier()  # all have read what rank 0 is about to replace

@@ -179,6 +179,8 @@ class Engine:
             self._overlap.listen(self._packing.bucket_of)
             self._packing.moved = False
 
+    @torch.inference_mode(False)  # what is made in it could not be changed outside
+    @torch.no_grad()
     def pack(self) -> None:
         """Makes the buckets from param_groups and state."""
         optimizer = self.optimizer

@@ -216,12 +216,8 @@ class Exchange:
         return values
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
-        if self._missing:  # its group stayed in another process
-            copy = object.__new__(Exchange)
-            copy.__setstate__(self.__getstate__())
-            return copy
-        copy = Exchange(self.given)
-        copy.shard_group, copy.of_parts = self.shard_group, self.of_parts
+        copy = object.__new__(Exchange)
+        copy.__setstate__(self.__dict__)  # with the groups, which a pickled copy cannot have
         return copy
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,8 +18,13 @@ class LazyView(Tensor):
 
     This tensor has no storage. An operation on it acts on a dense copy, and an operation that
     writes hands that copy to the bucket.
+
+    Attributes:
+        KEPT: whether the bucket may keep a dense copy as it is. Then one that returns a view, such
+            as detach() or [0], hands it over too, so that what is written to the view counts.
     """
 
+    KEPT: ClassVar[bool] = False
     _bucket: Bucket
     _index: int
 
@@ -51,6 +57,13 @@ class LazyView(Tensor):
         """The values as an ordinary tensor."""
         return self._bucket.views(self.read(self._bucket))[self._index]
 
+    def writable(self) -> Tensor:
+        """The same; what is written to it counts, where KEPT says so."""
+        flat = self.read(self._bucket)
+        if self.KEPT:
+            self.write(self._bucket, flat)
+        return self._bucket.views(flat)[self._index]
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -67,22 +80,44 @@ class LazyView(Tensor):
             return bucket.views(flats[key])[index]
 
         result = func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
-        if func._schema.is_mutable:
-            for (kind, bucket), flat in flats.items():
+        schema = func._schema
+        of_view = any(value.alias_info is not None for value in schema.returns)
+        for (kind, bucket), flat in flats.items():
+            if schema.is_mutable or (of_view and kind.KEPT):  # type: ignore[attr-defined]
                 kind.write(bucket, flat)  # type: ignore[attr-defined]
         return result
 
     @property
     def data(self) -> Tensor:
-        return self.dense()
+        return self.writable()
 
     @data.setter
     def data(self, value: Tensor) -> None:
         if value.numel() or not self.numel():  # emptying .data saves no memory here
             self.copy_(value)
 
+    # torch reads the storage in these, without asking for the class.
+
     def numpy(self, *, force: bool = False) -> Any:
-        return self.dense().numpy(force=force)
+        return self.writable().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.dense().tolist()
+
+    def apply_(self, function: Callable[[Any], Any]) -> Tensor:
+        return self.copy_(self.dense().clone().apply_(function))
+
+    def share_memory_(self) -> NoReturn:
+        raise RuntimeError(
+            f"{type(self).__name__}.share_memory_(): the bucket keeps these values in another "
+            "form; share a clone()"
+        )
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.writable().__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.dense().__dlpack_device__()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dense().clone().__reduce_ex__(protocol)
@@ -96,6 +131,8 @@ class LazyView(Tensor):
 
 class MomentumView(LazyView):
     """a_{t-1}, which a bucket keeps as a sparse aggregate."""
+
+    KEPT = True
 
     @staticmethod
     def read(bucket: Bucket) -> Tensor:

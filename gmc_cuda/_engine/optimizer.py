@@ -227,6 +227,9 @@ class CompressedSGD(torch.optim.Optimizer):
         for group, new in zip(self.param_groups, loaded.groups, strict=True):
             group.update(new)
         own.install(loaded.held, None if loaded.stamp is None else loaded.stamp.world_size)
+        for param, entries in loaded.others.items():
+            if entries:
+                self.state[param].update(entries)
         own.round.damage = DamageWatch()
         own.averaged = loaded.stamp is not None and loaded.stamp.averaged
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -71,9 +71,9 @@ class Overlap:
             self._paused = before
 
     def pass_on(self, param: Tensor) -> None:
-        """Calls on_gradient, unless this is paused."""
+        """Calls on_gradient, unless this is paused outside of a backward pass that is followed."""
         on_gradient = self._on_gradient()
-        if on_gradient is not None and not self._paused:
+        if on_gradient is not None and (self.following or not self._paused):
             on_gradient(param)
 
     def follow(self, buckets: Iterable[Bucket]) -> None:
@@ -84,7 +84,14 @@ class Overlap:
         self._order = deque(self._missing)
 
     def arrived(self, param: Tensor, bucket: Bucket) -> bool:
-        """Notes a gradient. Returns False if the bucket already had all of its gradients."""
+        """Notes a gradient, unless this is paused.
+
+        Returns:
+            False if it comes too late: the bucket already had all of its gradients, or, if this is
+            paused, was sent.
+        """
+        if self._paused:
+            return bucket in self._order
         had_all = not self._missing[bucket]
         self._missing[bucket].discard(param)
         if param.is_cuda:

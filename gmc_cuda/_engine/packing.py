@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import Bucket, make_buckets
+from gmc_cuda._engine.lazy_views import LazyView
 from gmc_cuda._engine.rules import Group, Rule
 from gmc_cuda._engine.shards import is_sharded, shard_of
 
@@ -82,10 +83,10 @@ class Packing:
             (state[param], {k: v for k, v in state[param].items() if k in states.SHOWN})
             for param in self._packed
         ]
-        # Code that replaces storages (tensor.data = ...) replaces them all, so one tensor of each
-        # bucket is enough to notice it.
-        self._memories = [state[bucket.params[-1]]["memory"] for bucket in self.buckets]
-        self._storage = _storage(self._memories)
+        # A user may replace the storage of any of them (tensor.data = ...).
+        self._vectors = [tensor for _, shown in self._shown for tensor in shown.values()
+                         if not isinstance(tensor, LazyView)]  # fmt: skip
+        self._storage = _storage(self._vectors)
         self._changed[0] = False
 
     def holds(self, groups: list[Group], state: Mapping[Any, Any]) -> bool:
@@ -113,7 +114,7 @@ class Packing:
     def _state_holds(self, state: Mapping[Any, Any]) -> bool:
         if len(state) != len(self._entries) or not all(map(is_, state.values(), self._entries)):
             return False
-        if _storage(self._memories) != self._storage:
+        if _storage(self._vectors) != self._storage:
             return False
         if self._changed[0]:
             for entry, shown in self._shown:

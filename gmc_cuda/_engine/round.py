@@ -383,6 +383,8 @@ class Round:
         return ""
 
     def _look_for_duplicates(self, aggregates: list[Tensor], late: list[BaseException]) -> None:
+        if self.exchange.size == 1 or self.duplicates.ended:
+            return
         sparse = [
             (sent.payloads[0], aggregate, bucket)
             for (bucket, _, sent), aggregate in zip(self._sent, aggregates, strict=True)

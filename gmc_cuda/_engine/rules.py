@@ -28,19 +28,14 @@ class Part(NamedTuple):
     """A range of a bucket in two-sided compression, and what is sent of it.
 
     Attributes:
-        begin, end: the range is elements begin to end - 1.
+        numel: elements of the range.
         k: number of entries sent.
         nbytes: size of their payload.
     """
 
-    begin: int
-    end: int
+    numel: int
     k: int
     nbytes: int
-
-    @property
-    def numel(self) -> int:
-        return self.end - self.begin
 
 
 class Plan(NamedTuple):
@@ -305,7 +300,7 @@ def _parts(
         if parts:
             k = min(k, parts[0].k)
         nbytes = budget.payload_nbytes(of.numel, k, wire_dtype) if k else 0
-        parts.append(Part(*of, k, nbytes))
+        parts.append(Part(of.numel, k, nbytes))
     return tuple(parts)
 
 

@@ -238,11 +238,13 @@ class Loaded:
     Attributes:
         groups: its param groups, with the optimizer's own parameters.
         held: each parameter's tensors.
+        others: each parameter's entries that are not the optimizer's but the user's.
         stamp: whose state it is; None for torch.optim.SGD's.
     """
 
     groups: list[Group]
     held: Held
+    others: dict[Tensor, dict[str, Any]]
     stamp: Stamp | None
 
 
@@ -277,6 +279,7 @@ def read(state_dict: dict[str, Any], groups: list[Group], rule: Rule, name: str)
         for saved, own in zip(saved_groups, groups, strict=True)
     ]
     held: Held = {}
+    others: dict[Tensor, dict[str, Any]] = {}
     for saved, group in zip(saved_groups, loaded_groups, strict=True):
         wanted = {rule.momentum_name(group)}
         for i in saved["params"]:
@@ -285,9 +288,13 @@ def read(state_dict: dict[str, Any], groups: list[Group], rule: Rule, name: str)
                 continue  # frozen, or torch.optim.SGD before its first step
             required = wanted | {MEMORY} if stamp is not None else set()
             held[ids[i]] = _checked(tensors, required, wanted | {MEMORY, OWNER}, ids[i], i)
+            others[ids[i]] = {
+                key: value.to(ids[i].device, copy=True) if isinstance(value, Tensor) else value
+                for key, value in tensors.items() if key not in SHOWN
+            }  # fmt: skip
     if stamp is not None:
         _warn_of_dropped(stamp, saved_groups, state_dict["state"])
-    return Loaded(loaded_groups, held, stamp)
+    return Loaded(loaded_groups, held, others, stamp)
 
 
 def _warn_of_dropped(stamp: Stamp, groups: list[Group], state: dict[Any, Any]) -> None:

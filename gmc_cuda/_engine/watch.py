@@ -69,6 +69,10 @@ class DuplicateWatch:
     def __init__(self) -> None:
         self._same = 0  # steps so far, in all of which the workers sent the same; -1: has ended
 
+    @property
+    def ended(self) -> bool:
+        return self._same < 0
+
     def look(
         self, gathered: list[Tensor], aggregates: list[tuple[Tensor, Bucket]], size: int
     ) -> None:
@@ -78,7 +82,7 @@ class DuplicateWatch:
             gathered: every rank's payloads, uint8 [p, n], of each sparse bucket.
             aggregates: each bucket's aggregate, and the bucket. An owner gathers its range alone.
         """
-        if size == 1 or self._same < 0 or not gathered or is_capturing(gathered[0]):
+        if not gathered or is_capturing(gathered[0]):
             return
         # Gradients of zero are equal on all workers without a mistake.
         sent = any(a.any() and _in_own_range(a, bucket).any() for a, bucket in aggregates)
@@ -107,11 +111,14 @@ class SkipWatch:
 
     Each step copies a GPU's count of skipped steps to the host, and the next step looks at it. The
     host waits for the device only to write the warning.
+
+    Attributes:
+        in_a_row: how many.
+        hint: a sentence for the warning.
     """
 
-    IN_A_ROW = 10
-
     def __init__(self) -> None:
+        self.in_a_row, self.hint = 10, ""
         self._steps = self._seen_before = 0
         self._seen: Tensor | None = None  # the count's copy in page-locked memory
 
@@ -135,13 +142,14 @@ class SkipWatch:
             self._seen.copy_(skipped, non_blocking=True)
         self._steps = self._steps + 1 if count > self._seen_before else 0
         self._seen_before = count
-        if self._steps == self.IN_A_ROW:
+        if self._steps == self.in_a_row:
             met = ", ".join(nonfinite()) or "none here"
+            many = f"{self.in_a_row} steps in a row were" if self.in_a_row > 1 else "a step was"
             warnings.warn(
-                f"{self.IN_A_ROW} steps in a row were skipped, because gradients, or the memory "
-                f"beside them, are not finite ({met} in this step): the model no longer learns. "
-                "Look for the cause on these ranks: the loss, the data, the learning rate, a "
-                "memory_decay above 1; nonfinite='raise' raises at the first such step",
+                f"{many} skipped, because gradients, or the memory beside them, are not finite "
+                f"({met} in this step): the model no longer learns. {self.hint}Look for the cause "
+                "on these ranks: the loss, the data, the learning rate, a memory_decay above 1; "
+                "nonfinite='raise' raises at the first such step",
                 stacklevel=4,
             )
 

@@ -7,7 +7,6 @@ subclasses, or is right as inherited (tests/test_wrappers.py lists those).
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,10 +43,7 @@ class Wrapper(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------ the step
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        # A scaler must call step() on every worker, or the others would wait for one that skips.
-        return sys._getframe(1).f_globals.get("__name__") == torch.amp.grad_scaler.__name__
+    _step_supports_amp_scaling = CompressedSGD._step_supports_amp_scaling
 
     @contextmanager
     def _scaling_ends(self) -> Iterator[None]:
