@@ -639,8 +639,8 @@ def _lists(
 ) -> tuple[list[Tensor | None], list[Tensor] | None]:
     """What the operators take; params only where they are needed."""
     grads = [None] * len(params or ()) if grads is None else list(grads)
-    try:
-        plain = not any(map(_is_negative, grads))
+    try:  # torch.compile cannot trace the question
+        plain = not torch.compiler.is_compiling() and not any(map(_is_negative, grads))
     except TypeError:  # one is None
         plain = False
     if not plain:  # kernels read what is stored, whatever its sign is to be

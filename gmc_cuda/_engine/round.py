@@ -42,12 +42,11 @@ class Round:
         number: this optimizer's number in the run, the same on all workers.
         facts: a method that returns the facts which must be equal on all workers, by the name under
             which errors report them. Its object is not kept alive.
-
         way: "all_gather" or "reduce_scatter".
+
     Attributes:
-        steps: number of steps so far, skipped ones included.
-        made: number of steps that were not called off before all workers' payloads were applied, or
-            skipped by a verdict.
+        steps: number of steps so far, skipped ones and those that were called off included.
+        made: the same without those that were called off.
         skipped: number of skipped steps, int64 [1] on the device; None before the first step.
         verdict: the last step's verdict, int32 [1], from ops.verdict; None if it failed before.
         device: where the parameters are.
