@@ -371,21 +371,21 @@ def test_the_loss_at_1000_times_fewer_bytes_is_that_of_the_file():
     ) in text
 
 
-@pytest.mark.parametrize(("header", "file"), [
-    ("| outer optimizer (lr, momentum", "local-updates-120-rounds-of-20-amd-epyc"),
-    ("| outer optimizer of 24 rounds", "local-updates-24-rounds-of-100-intel-xeon-processor"),
+@pytest.mark.parametrize(("header", "files", "machines"), [
+    ("| outer optimizer (lr, momentum", "local-updates-120-rounds-of-20-{}", ["amd-epyc"]),
+    ("| outer optimizer of 24 rounds", "local-updates-24-rounds-of-100-{}",
+     ["intel-xeon-processor", "amd-epyc"]),
 ])  # fmt: skip
-def test_the_outer_optimizers_are_those_of_the_file(header, file):
-    results = newest(file)["results"]
-    decays = [run.get("memory_decay", 1.0) for run in results]
-    assert rows_of("docs/results.md", header) == {
-        f"{run['name']} ({run['lr']:g}, {run['momentum']:g}, {decay:g})": [
+def test_the_outer_optimizers_are_those_of_the_files(header, files, machines):
+    shown = {}
+    for run in (run for name in machines for run in newest(files.format(name))["results"]):
+        options = [run["lr"], run["momentum"], run.get("memory_decay", 1), run.get("step_ahead", 0)]
+        shown[f"{run['name']} ({', '.join(f'{option:g}' for option in options)})"] = [
             f"{run['loss']:.3f}",
             f"{run['link_ratio']:.0f}",
             f"{run['bytes_sent'] / 1e6:.1f} MB",
         ]
-        for run, decay in zip(results, decays, strict=True)
-    }
+    assert rows_of("docs/results.md", header) == shown
 
 
 def steps_over_a_network(content):
