@@ -384,6 +384,8 @@ class LocalUpdates(Wrapper):
             self._read_written()
             if not self._compared:
                 self._agree_on_written()
+            if self._since == 0:
+                self._go_ahead()
             loss = self._inner_step(closure)
             self._since += 1
             if self._since >= self.every:
@@ -506,6 +508,24 @@ class LocalUpdates(Wrapper):
         memory = self.outer.state.get(copy, {}).get("memory")
         return torch.zeros_like(copy) if memory is None else share * memory.to(copy.device)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _go_ahead(self) -> None:
+        """Puts the parameters ahead that begin a round at the copies' values, as after a save."""
+        if not self.step_ahead:
+            return
+        for param in self._params():
+            copy = self._copies.get(param)
+            if copy is not None and copy.requires_grad and param not in self._ahead:
+                begun = self._begun(param)
+                self._ahead[param] = self.step_ahead
+                self._begin_elsewhere(param, begun)
+
+    def _begin_elsewhere(self, param: Tensor, before: Tensor) -> None:
+        """Keeps what was moved when the round's beginning has changed from `before`."""
+        now = self._begun(param)
+        param.copy_(torch.where(param == before, now, param + (now - before)))
+
     def _back_to_common(self, param: Tensor) -> None:
         """Lets the round begin at the copy's value, which is the same on all workers."""
         begun = self._begun(param)
@@ -539,8 +559,7 @@ class LocalUpdates(Wrapper):
         before = {param: self._begun(param) for param in self._ahead}
         self.outer.average_memory_()
         for param, begun in before.items():
-            now = self._begun(param)  # what was moved in the round stays as it is
-            param.copy_(torch.where(param == begun, now, param + (now - begun)))
+            self._begin_elsewhere(param, begun)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state_dict, with the outer one's state and the round's beginning.

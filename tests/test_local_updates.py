@@ -241,6 +241,11 @@ def ahead(group, share, exchange, make):
     assert same_on_all_ranks(group, params)
     assert torch.equal(flat(params), flat(copies))
     assert waits().any(), "what was not sent waits on"
+    before = waits()
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # the next round begins ahead again
+    torch.testing.assert_close(flat(params), flat(copies) - share * before)
 
 
 @pytest.mark.parametrize("make", [gmc_cuda.GMC, gmc_cuda.DGC])
