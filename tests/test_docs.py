@@ -388,6 +388,18 @@ def test_the_outer_optimizers_are_those_of_the_files(header, files, machines):
     assert rows_of("docs/results.md", header) == shown
 
 
+def test_the_outer_optimizers_of_two_seeds_are_those_of_the_files():
+    files = ["local-updates-120-rounds-of-20-amd-epyc", "local-updates-120-rounds-of-20-seed-1-*"]
+    best = [("dense Nesterov", 0.7, 0), ("SparseLoCo 5 %, two-sided", 3.0, 1)]
+    losses = [
+        {(run["name"], run["lr"], run.get("step_ahead", 0)): f"{run['loss']:.3f}"
+         for run in newest(file)["results"]} for file in files
+    ]  # fmt: skip
+    assert rows_of("docs/results.md", "| seed | dense Nesterov") == {
+        str(seed): [of_seed[way] for way in best] for seed, of_seed in enumerate(losses)
+    }
+
+
 def steps_over_a_network(content):
     """For each method: ms and times compute alone, from the highest rate to the lowest."""
     shown: dict[str, list[str]] = {}
