@@ -26,7 +26,7 @@ import torch.distributed as dist
 PATIENCE = 180  # seconds without a word from a worker, far more than any needs
 SIZES = (1, 2, 4)  # what most tests are run with
 POOL_SIZES = (1, 2, 3, 4, 8)  # numbers of ranks that the pool can run
-TIMEOUT = 100  # seconds a function may take in the pool, far more than any needs
+TIMEOUT = 300  # seconds a function may take in the pool, far more than any needs
 AFTER_A_FAILURE = 20  # seconds for the other ranks, once one has failed
 
 # A server that has imported everything forks the workers, so that each starts in milliseconds.
