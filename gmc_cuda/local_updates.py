@@ -89,7 +89,7 @@ class LocalUpdates(Wrapper):
     }
     _COPIED = (
         "inner", "outer", "_every", "overlap", "_step_ahead", "_copies", "_new", "_seen", "_kinds",
-        "_unread", "_written", "_compared", "_since", "_on_the_way", "_ahead",
+        "_unread", "_written", "_since", "_on_the_way", "_ahead",
     )  # fmt: skip
 
     # Without this, tensors made inside torch.inference_mode() could not be changed later.
@@ -112,10 +112,9 @@ class LocalUpdates(Wrapper):
         self._new: list[Tensor] = []  # parameters whose copy still has each worker's own values
         self._seen: list[Tensor] = []
         self._kinds: list[Any] = []
-        # Parameters whose copy was made before any step, and those found written to since then.
-        self._unread: list[Tensor] = []
-        self._written: list[Tensor] = []
-        self._compared = False  # whether the workers have agreed on the latter
+        self._unread: list[Tensor] = []  # parameters whose copy was made before any step
+        # Those of them that were written to since then; None once the workers have compared these.
+        self._written: list[Tensor] | None = []
         self._since = 0  # inner steps since the last exchange
         # What this worker has sent, and not applied.
         self._on_the_way: dict[Tensor, Tensor] | None = None
@@ -267,10 +266,7 @@ class LocalUpdates(Wrapper):
                     copy = self._copies[param]
                 copy.requires_grad_(True)
                 if self._on_the_way is None or param not in self._on_the_way:
-                    # A value that was written while it was frozen replaces the copy; otherwise the
-                    # copy keeps the bits that the parameter's dtype lacks.
-                    kept = copy.to(param.dtype) == param
-                    copy.copy_(torch.where(kept, copy, param.float()))
+                    _take_over(copy, param)  # what was written while it was frozen
                     self._new.append(param)
         self._seen, self._kinds = params, kinds
 
@@ -282,24 +278,21 @@ class LocalUpdates(Wrapper):
             copy = self._copies.get(param)
             if copy is None or not copy.requires_grad or param.is_meta:
                 continue
-            now = copy.to(param.device)
-            kept = now.to(param.dtype) == param
-            if not kept.all():
-                copy.copy_(torch.where(kept, now, param.float()))
+            kept = _take_over(copy, param)
+            if self._written is not None and not kept.all():
                 self._written.append(param)
         self._unread = []
 
-    def _agree_on_written(self) -> None:
+    def _agree_on(self, written_to: list[Tensor]) -> None:
         """Gives all workers rank 0's values of what any of them has written to. Collective."""
-        self._read_written()
         exchange, params = self.outer.engine.exchange, self._params()
         places = {param: i for i, param in enumerate(params)}
-        written = [places[param] for param in self._written if param in places]
+        written = [places[param] for param in written_to if param in places]
         everyones = exchange.gather_objects(written, engine.device_of(self.inner))
         known = set(self._new)
         found = (params[i] for i in sorted(set(chain.from_iterable(everyones))))
         self._new += [param for param in found if param in self._copies and param not in known]
-        self._written, self._compared = [], True
+        self._written = None
 
     def _put(self, param: Tensor, value: Tensor) -> None:
         """Makes this value the parameter's copy, which takes over the old copy's state."""
@@ -382,8 +375,8 @@ class LocalUpdates(Wrapper):
         with self._scaling_ends():
             self._follow()
             self._read_written()
-            if not self._compared:
-                self._agree_on_written()
+            if self._written is not None:
+                self._agree_on(self._written)
             if self._since == 0:
                 self._go_ahead()
             loss = self._inner_step(closure)
@@ -466,13 +459,11 @@ class LocalUpdates(Wrapper):
             for copy in copies.values():
                 copy.grad = None
         self._ahead.update(dict.fromkeys(moved, self.step_ahead))
-        # With overlap this worker goes on from where it is, whatever was sent of that.
-        self._on_the_way = {
-            param: moved[param] + before[param] - self._lead(param)
-            if self.overlap
-            else moved[param]
-            for param in moved
-        }
+        self._on_the_way = moved
+        if self.overlap:  # this worker goes on from where it is, whatever was sent of that
+            self._on_the_way = {
+                param: move + before[param] - self._lead(param) for param, move in moved.items()
+            }
         new, self._new = self._new, []
         outer.exchange.broadcast([in_storage_order(self._copies[p].detach()) for p in new])
         self._set_to_begun(moved)
@@ -656,7 +647,8 @@ class LocalUpdates(Wrapper):
             self._copies[param].copy_(start)
         # The copy of a parameter without a saved one is made of its value at the next step.
         self._unread = [p for p in params if p.requires_grad and p not in begun]
-        self._new, self._written, self._ahead = list(self._unread), [], ahead
+        self._new, self._ahead = list(self._unread), ahead
+        self._written = None if self._written is None else []
         # Earlier versions saved the steps of the whole run.
         self._since = own["since"] if "since" in own else own["steps"] % self.every
 
@@ -740,6 +732,18 @@ class _State(MutableMapping[Any, Any]):
 
 def _float32(param: Tensor) -> Tensor:
     return param.detach().float().clone()
+
+
+def _take_over(copy: Tensor, param: Tensor) -> Tensor:
+    """Writes a parameter's values to its copy, which keeps the bits that the other dtype lacks.
+
+    Returns:
+        where the copy was kept: bool, shaped like the parameter.
+    """
+    now = copy.to(param.device)
+    kept = now.to(param.dtype) == param
+    copy.copy_(torch.where(kept, now, param.float()))
+    return kept
 
 
 def _is_outer(name: Any) -> bool:

@@ -9,6 +9,7 @@ import os
 import re
 import statistics
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -378,7 +379,7 @@ def test_the_loss_at_1000_times_fewer_bytes_is_that_of_the_file():
 ])  # fmt: skip
 def test_the_outer_optimizers_are_those_of_the_files(header, files, machines):
     shown = {}
-    for run in (run for name in machines for run in newest(files.format(name))["results"]):
+    for run in chain.from_iterable(newest(files.format(name))["results"] for name in machines):
         options = [run["lr"], run["momentum"], run.get("memory_decay", 1), run.get("step_ahead", 0)]
         shown[f"{run['name']} ({', '.join(f'{option:g}' for option in options)})"] = [
             f"{run['loss']:.3f}",

@@ -402,6 +402,21 @@ def test_a_refused_exchange_is_made_by_synchronize(pool):
     pool.run(2, refused_each_time)
 
 
+def test_the_first_skipped_round_is_said():
+    params = parameters()
+    optimizer = gmc_cuda.LocalUpdates(torch.optim.AdamW(params, lr=0.01), every=1)
+    for step in range(2):
+        set_gradients(params, 0, step)
+        params[1].grad[0] = torch.nan if step else 0.0
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        said = [str(warning.message) for warning in caught if "skipped" in str(warning.message)]
+        assert len(said) == step
+    assert said[0].startswith("a step was skipped")
+    assert "It was a round of LocalUpdates" in said[0]
+
+
 def overflowing(group):
     """A worker whose inner step a GradScaler leaves out still takes part in the exchange."""
     rank = dist.get_rank(group)

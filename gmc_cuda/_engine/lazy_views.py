@@ -59,10 +59,9 @@ class LazyView(Tensor):
 
     def writable(self) -> Tensor:
         """The same; what is written to it counts, where KEPT says so."""
-        flat = self.read(self._bucket)
         if self.KEPT:
-            self.write(self._bucket, flat)
-        return self._bucket.views(flat)[self._index]
+            self.write(self._bucket, self.read(self._bucket))
+        return self.dense()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
