@@ -160,29 +160,9 @@ class NodeAverage(Wrapper):
         return self._place[1]
 
     def _require_equal(self, facts: dict[str, Any] | Exception, call: str) -> None:
-        """comparison.require_equal over all workers of all nodes, in the order of the mesh."""
-        failed = repr(facts) if isinstance(facts, Exception) else None
-        everyone: list[Any] = [failed or facts]
-        for exchange in (self._inside, self._across):
-            try:
-                meet(exchange, call, place="all nodes")
-            except Exception as error:
-                if isinstance(facts, Exception):
-                    raise facts from error
-                raise
-            answers = exchange.gather_objects(everyone, engine.device_of(self))
-            everyone = list(chain.from_iterable(answers))
-        if isinstance(facts, Exception):
-            raise facts
-        for rank, other in enumerate(everyone):
-            if isinstance(other, str):
-                raise RuntimeError(f"rank {rank} could not set its optimizer up: {other}")
-        found = comparison.differences(everyone)
-        if found:
-            raise ValueError(
-                "all ranks must train the same model with the same hyperparameters, but they "
-                f"differ in:{found}"
-            )
+        comparison.require_equal(
+            self._across, facts, engine.device_of(self), call=call, inside=self._inside
+        )
 
     def _check_params(self) -> None:
         seen: dict[Tensor, str] = {}

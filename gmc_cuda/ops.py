@@ -11,7 +11,10 @@ to compress v, what is sent c, parameters w, learning rate eta, numel N, world s
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import starmap
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -46,11 +49,42 @@ _is_negative: Any = Tensor.is_neg  # torch's negative bit, which conj() of a com
 _SMALLEST_STATE = 64  # bytes, on the CPU
 CALLED_OFF = 1  # the tag by which a rank calls its step off
 _KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError)}
+# The operators of which a second call would count something twice.
+_ADDING = {
+    _ops.compress_, _ops.accumulate_, _ops.apply_, _ops.apply_dense_, _ops.restore_, _ops.mask_
+}  # fmt: skip
+
+
+class noted:
+    """Within it, what operators return that add to their arguments goes into a list as well.
+
+    Python raises an interrupt of the user's when the operator that it came in returns, and what
+    that returned is lost. The list has it, and so tells whether the operator has run. Used by
+    gmc_cuda's own steps.
+    """
+
+    _now = threading.local()
+
+    def __init__(self, results: list[Any]) -> None:
+        self._results = results
+
+    def __enter__(self) -> None:
+        self._before = getattr(self._now, "results", None)
+        self._now.results = self._results
+
+    def __exit__(self, *_: object) -> None:
+        self._now.results = self._before
 
 
 def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls an operator. C++ can raise RuntimeError alone, and puts the kind before the text."""
     try:
+        if not torch.compiler.is_compiling() and op in _ADDING:
+            results = getattr(noted._now, "results", None)
+            if results is not None:
+                # All in C, so that no interrupt comes before the result is in the list.
+                results.extend(starmap(partial(op.default._op, **kwargs), (args,)))
+                return results[-1]
         return op.default(*args, **kwargs)
     except RuntimeError as error:
         kind, _, text = str(error).partition(": ")

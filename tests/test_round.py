@@ -35,8 +35,9 @@ AFTER_SENDING = [
     (ops, "mask_"), (Bucket, "keep_aggregate"), (watch.DamageWatch, "report"),
     (rules.Rule, "finish"), (rules.GlobalMomentum, "finish"),
 ]  # fmt: skip
-# An interrupt comes when an operator has returned.
+# Parts of what an interrupt comes in are called again.
 INTERRUPTIBLE = [place for place in AFTER_SENDING if place[1] not in ("flat_params", "finish")]
+OPERATORS = [(ops, "compress_"), (ops, "accumulate_")]
 
 
 class Fault(Exception):
@@ -44,7 +45,11 @@ class Fault(Exception):
 
 
 class Interrupt(BaseException):
-    pass
+    """Comes when a call has returned, as Python raises it after an operator."""
+
+
+class EarlyInterrupt(Interrupt):
+    """Comes before a call has done anything."""
 
 
 class Faults:
@@ -68,7 +73,7 @@ class Faults:
         def call(*args, **kwargs):
             fires = self.fired_at is None and self._left == 0
             self._left -= 1
-            if fires and issubclass(self._error, Exception):
+            if fires and self._error is not Interrupt:
                 self.fired_at = name
                 raise self._error(name)
             result = real(*args, **kwargs)
@@ -218,8 +223,29 @@ def test_an_exception_at_any_call_of_a_step(method, overlap):
     assert ("mask_" in seen) == (method == "DGC")
 
 
+@pytest.mark.parametrize("method", WITHOUT_NESTEROV)
+@pytest.mark.parametrize("error", [Interrupt, EarlyInterrupt])
+def test_an_interrupt_at_any_operator(method, error):
+    """Memory has the gradients and .grad is None, or neither."""
+    make, options = METHODS[method]
+    places = OPERATORS + [place for place in INTERRUPTIBLE if place[0] is ops]
+    seen = set()
+    for number in range(500):
+        run = Run(make, False, **options)
+        fired_at, errors = run.train(places, number, error)
+        if fired_at is None:
+            break
+        seen.add(fired_at)
+        assert [type(met) for met in errors] == [error], fired_at
+        run.check()
+    assert seen >= {"compress_", "accumulate_", "verdict", "merge", "apply_", "apply_dense_"}
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("places,error", [(AFTER_SENDING, Fault), (INTERRUPTIBLE, Interrupt)])
+@pytest.mark.parametrize(
+    "places,error",
+    [(AFTER_SENDING, Fault), (INTERRUPTIBLE, Interrupt), (INTERRUPTIBLE, EarlyInterrupt)],
+)
 def test_an_exception_or_interrupt_at_any_call_after_sending(method, places, error):
     make, options = METHODS[method]
     for number in range(500):
@@ -235,7 +261,7 @@ def test_an_exception_or_interrupt_at_any_call_after_sending(method, places, err
 
 def disturbed(group, method, overlap, error):
     """One of two workers raises; what do both see?"""
-    places = BEFORE_SENDING + AFTER_SENDING if error is Fault else INTERRUPTIBLE
+    places = BEFORE_SENDING + AFTER_SENDING if error is Fault else INTERRUPTIBLE + OPERATORS
     if overlap:  # what step() refuses on one worker when all is sent, the other has done by then
         places = [place for place in places if place[1] != "check"]
     make, options = (METHODS | TWO_SIDED)[method]
@@ -269,11 +295,14 @@ def test_an_exception_on_one_worker(pool, method, overlap):
     assert any(outcomes["accumulate_"])
 
 
-@pytest.mark.parametrize("method", ["GMC", "GMC, two-sided"])
-def test_an_interrupt_on_one_worker(pool, method):
-    (outcomes, number), _ = pool.run(2, disturbed, method, False, Interrupt)
+@pytest.mark.parametrize("error", [Interrupt, EarlyInterrupt])
+@pytest.mark.parametrize("method", ["GMC", *TWO_SIDED])
+def test_an_interrupt_on_one_worker(pool, method, error):
+    (outcomes, number), _ = pool.run(2, disturbed, method, False, error)
     assert number > 15
-    assert all(errors == {()} for errors in outcomes.values())
+    for place, errors in outcomes.items():
+        told = all("another worker left it" in text for told in errors for text in told)
+        assert told if place in ("compress_", "accumulate_") else errors == {()}, place
 
 
 def abandon(group, ranks, arrived, options):

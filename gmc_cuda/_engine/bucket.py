@@ -173,6 +173,8 @@ class Bucket:
 
     def keep_aggregate(self, aggregate: Tensor) -> None:
         """Makes this a_{t-1} of the next step."""
+        if aggregate is self.aggregate:  # it is kept already, and must not be overwritten
+            return
         if not is_capturing(aggregate):
             if aggregate.is_cpu:  # CUDA's caching allocator makes reuse needless
                 self._spare = self.aggregate

@@ -7,6 +7,7 @@ sends the others its facts, or the error that it met, and if they differ every r
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ def require_equal(
     device: torch.device,
     own: int = 0,
     call: str = "add_param_group()",
+    inside: Exchange | None = None,
 ) -> int:
     """Raises on every rank unless all ranks pass equal facts. Collective.
 
@@ -69,6 +71,8 @@ def require_equal(
         device: where the parameters are.
         own: a number that need not be equal.
         call: what all workers must call, for the error of a worker that calls it alone.
+        inside: for the workers of all nodes: this node's, where ``exchange`` goes across nodes.
+            Ranks are then those of the mesh.
 
     Returns:
         Rank 0's ``own``.
@@ -77,17 +81,22 @@ def require_equal(
         ValueError: the facts differ.
         RuntimeError: another rank met an exception; this rank's own is raised as it is.
     """
-    try:
-        meet(exchange, call, place="comparison")
-    except Exception as error:
-        if isinstance(facts, Exception):
-            raise facts from error
-        raise
     failed = repr(facts) if isinstance(facts, Exception) else None
-    answers = exchange.gather_objects((failed or facts, own), device)
+    answers = [(failed or facts, own)]
+    place, exchanges = "comparison", [exchange]
+    if inside is not None:
+        place, exchanges = "comparison of all nodes", [inside, exchange]
+    for part in exchanges:
+        try:
+            meet(part, call, place)
+        except Exception as error:
+            if isinstance(facts, Exception):
+                raise facts from error
+            raise
+        answers = list(chain.from_iterable(part.gather_objects(answers, device)))
     if isinstance(facts, Exception):
         raise facts
-    everyone = [answer for answer, _ in answers]
+    everyone: list[Any] = [answer for answer, _ in answers]
     for rank, other in enumerate(everyone):
         if isinstance(other, str):
             raise RuntimeError(f"rank {rank} could not set its optimizer up: {other}")
@@ -97,8 +106,7 @@ def require_equal(
             "all ranks must train the same model with the same hyperparameters, but they differ "
             f"in:{found}"
         )
-    number: int = answers[0][1]
-    return number
+    return answers[0][1]
 
 
 def differences(everyone: list[dict[str, Any]]) -> str:

@@ -268,8 +268,7 @@ class Engine:
         if self._overlap is not None:
             self._overlap.following = False
         if self._overlap is not None or late:
-            for bucket in self._packing.buckets:
-                bucket.forget_grads()
+            self._forget_grads()
         every = self.settings.check_replicas_every
         if every and self.round.steps % every == 0:
             self._check_replicas()
@@ -279,11 +278,22 @@ class Engine:
         places = bucket.param_places(look=not self._just_checked)
         return places, checks.as_float(bucket.group["lr"])
 
-    def cancel(self) -> None:
-        """Gives a step up; what was sent of it returns to memory."""
+    def cancel(self, made: int | None = None) -> None:
+        """Gives a step up; what was sent of it returns to memory.
+
+        Args:
+            made: how many steps had been made when it began. If it was made before the error came,
+                its gradients are dropped, which would count again.
+        """
         if self._overlap is not None:
             self._overlap.following = False
         self.round.cancel()
+        if made is not None and self.round.made > made:
+            self._forget_grads()
+
+    def _forget_grads(self) -> None:
+        for bucket in self._packing.buckets:
+            bucket.forget_grads()
 
     def refuse(self, why: dict[str, Any]) -> None:
         """Makes all workers raise instead of the step that they are about to make. Collective.

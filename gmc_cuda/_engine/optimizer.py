@@ -144,11 +144,12 @@ class CompressedSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        made = self.engine.round.made
         try:
             self.engine.begin()
             steps.raise_first(self.engine.finish())
         except BaseException:
-            self.engine.cancel()
+            self.engine.cancel(made)
             # A scaler deletes these only after a step without an error, and the next scaler.step()
             # would multiply its scale by what it finds.
             for name in ("grad_scale", "found_inf"):

@@ -176,12 +176,13 @@ class Round:
         """
         bucket, plan = self._waiting[0]
         try:
-            step, sent = steps.send(bucket, self.exchange, grads, plan)
+            self._sent.append((bucket, *steps.send(bucket, self.exchange, grads, plan)))
         except BaseException:
+            if self._sent and self._sent[-1][0] is bucket:
+                self._waiting.popleft()
             self.cancel()
             raise
         self._waiting.popleft()
-        self._sent.append((bucket, step, sent))
         return bucket
 
     # ------------------------------------------------------------------ receiving and applying
@@ -264,25 +265,27 @@ class Round:
         flags = steps.insist(lambda: self.damage.flags(skip, self.exchange.size), late)
         count, first = self.skipped, True
         sent, self._sent = self._sent, []
-        for bucket, step, _ in sent:
-            try:
-                params, lr = steps.insist(partial(target_of, bucket), late)
-                # Only the first bucket counts the skipped step.
-                step.send(steps.Target(params, lr, count if first else None, flags))
-            except StopIteration:
-                pass
-            except BaseException as error:
-                step.close()
-                late.append(error)
-            first = False
-        if not sent:  # a worker whose shards are all empty
-            count += skip != 0
+        try:
+            for bucket, step, _ in sent:
+                try:
+                    params, lr = steps.insist(partial(target_of, bucket), late)
+                    # Only the first bucket counts the skipped step.
+                    step.send(steps.Target(params, lr, count if first else None, flags))
+                except StopIteration:
+                    pass
+                except BaseException as error:
+                    step.close()
+                    late.append(error)
+                first = False
+            if not sent:  # a worker whose shards are all empty
+                count += skip != 0
+        finally:  # also after an interrupt: the other workers have made it
+            self.steps += 1
+            self.made += 1
         steps.insist(self.damage.report, late)
         if self.nonfinite == "skip":
             sents = [sent for _, _, sent in sent]
             steps.attempt(partial(self.skips.look, count, partial(self._nonfinite, sents)), late)
-        self.steps += 1
-        self.made += 1
 
     def _raise_on(self, skip: Tensor, unless: int = 0) -> None:
         """Raises for a verdict that ends the step here.

@@ -115,7 +115,11 @@ def send(
 ) -> tuple[Step, Sent]:
     """Begins a bucket's step. If this raises, nothing was sent, and memory has all of v."""
     step = _kind_of(plan)(bucket, exchange, grads, plan)
-    sent: Sent = next(step)
+    try:
+        sent: Sent = next(step)
+    except BaseException:
+        step.close()
+        raise
     bucket.sent_nbytes, bucket.sent_entries = plan.nbytes, plan.k
     bucket.link_nbytes = plan.link_nbytes
     return step, sent
@@ -141,21 +145,25 @@ def sparse_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], 
         grads: from ``bucket.flat_grads()``.
     """
     k, wire_dtype = plan.k, plan.wire_dtype
-    with missing.left_alone(bucket, grads, plan.arguments) as (arguments, params, aggregate):
-        payload = ops.compress_(
-            bucket.memory,
-            grads,
-            k,
-            params=params,
-            aggregate=aggregate,
-            momentum_buffer=bucket.momentum_buffer,
-            wire_dtype=wire_dtype,
-            state=bucket.select_state(k),
-            tag=plan.tag,
-            **arguments,
-        )
-    applied = False
+    taken: list[Tensor] = []  # the payload, once it is no longer in memory
+    moved: list[None] = []
     try:
+        with (
+            missing.left_alone(bucket, grads, plan.arguments) as (arguments, params, aggregate),
+            ops.noted(taken),
+        ):
+            payload = ops.compress_(
+                bucket.memory,
+                grads,
+                k,
+                params=params,
+                aggregate=aggregate,
+                momentum_buffer=bucket.momentum_buffer,
+                wire_dtype=wire_dtype,
+                state=bucket.select_state(k),
+                tag=plan.tag,
+                **arguments,
+            )
         payloads, work = exchange.all_gather(payload)
         skip = yield Sent(work, (payloads,), None)
         use_on_this_stream(payload, payloads)
@@ -188,14 +196,13 @@ def sparse_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], 
                 ops.mask_(bucket.momentum_buffer, payload, k, wire_dtype, skip=skip)
 
         insist_once(lambda: look_back(target, bucket.sparse_aggregate, plan, skip), errors)
-        insist_once(move, errors)
-        applied = True
+        insist_once(move, errors, moved)
         insist_once(mask, errors)
         insist_once(lambda: _keep(bucket, aggregate), errors)
     finally:
-        if not applied:
-            insist(lambda: use_on_this_stream(payload), [])
-            insist(lambda: ops.restore_(bucket.memory, payload, k, wire_dtype), [])
+        if taken and not moved:
+            insist(lambda: use_on_this_stream(*taken), [])
+            insist_once(lambda: ops.restore_(bucket.memory, taken[0], k, wire_dtype), [])
             taken_back(bucket)
     raise_first(errors)
 
@@ -211,19 +218,21 @@ def dense_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], p
     bucket.fold_owner()
     alone = missing.LeftAloneByAll(bucket, grads)
     previous = bucket.dense_aggregate() if bucket.momentum_buffer is None else None
-    total = ops.accumulate_(
-        bucket.memory,
-        grads,
-        params=missing.needed_params(bucket, alone.absent, plan.arguments),
-        aggregate=previous,
-        momentum_buffer=bucket.momentum_buffer,
-        rank=rank,
-        ranks=2 * ranks + len(bucket.params),
-        **plan.arguments,
-    )
-    v, counts, present = total.split([bucket.numel, 2 * ranks, len(bucket.params)])
-    applied = False
+    summed: list[Tensor] = []  # what is to be summed, once the gradients are in memory
+    moved: list[None] = []
     try:
+        with ops.noted(summed):
+            total = ops.accumulate_(
+                bucket.memory,
+                grads,
+                params=missing.needed_params(bucket, alone.absent, plan.arguments),
+                aggregate=previous,
+                momentum_buffer=bucket.momentum_buffer,
+                rank=rank,
+                ranks=2 * ranks + len(bucket.params),
+                **plan.arguments,
+            )
+        v, counts, present = total.split([bucket.numel, 2 * ranks, len(bucket.params)])
         counts[ranks + rank] = float(plan.tag)
         alone.announce(present)
         work = exchange.all_reduce(total)
@@ -248,12 +257,11 @@ def dense_step(bucket: Bucket, exchange: Exchange, grads: list[Tensor | None], p
             )
 
         insist_once(before, errors)
-        insist_once(move, errors)
-        applied = True
+        insist_once(move, errors, moved)
         insist_once(lambda: alone.put_back(v, previous), errors)
         insist_once(lambda: _keep(bucket, v), errors)
     finally:
-        if not applied:  # until then memory holds all of v
+        if summed and not moved:  # until then memory holds all of v
             taken_back(bucket)
     raise_first(errors)
 
@@ -339,19 +347,29 @@ def insist(action: Callable[[], T], errors: list[BaseException]) -> T:
         return action()
 
 
-def insist_once(action: Callable[[], None], errors: list[BaseException]) -> None:
+def insist_once(
+    action: Callable[[], Any], errors: list[BaseException], done: list[Any] | None = None
+) -> None:
     """Repeats an action that must not be done twice, only if it has changed nothing.
 
-    An operator that raises an Exception has changed nothing. The interpreter raises an interrupt of
-    the user's after an operator has returned, that is after it has done its work.
+    An operator that raises an error has changed nothing. One that an interrupt came in has done its
+    work.
+
+    Args:
+        action: may be repeated until it has called an operator of :class:`ops.noted`, and calls one
+            of them at most.
+        errors: as for :func:`insist`.
+        done: an empty list, which gets what that operator returned.
     """
+    done = [] if done is None else done
     try:
-        action()
-    except Exception as error:
-        errors.append(error)
-        action()
+        with ops.noted(done):
+            action()
     except BaseException as error:
         errors.append(error)
+        if not done:
+            with ops.noted(done):
+                action()
 
 
 def attempt(action: Callable[[], None], errors: list[BaseException]) -> None:

@@ -39,10 +39,12 @@ def two_sided_step(
     """As :func:`steps.sparse_step`, with one more yield, of what the owners send to all."""
     errors: list[BaseException] = []
     owning = _Owning(bucket, missing.absent_in(grads), plan, exchange.rank)
-    payloads = _towards_owners(bucket, grads, plan)
+    taken: list[Tensor] = []  # the payloads, once they are no longer in memory
     back: Work | None = None
-    applied = False
+    moved: list[None] = []
     try:
+        with ops.noted(taken):
+            payloads = _towards_owners(bucket, grads, plan)
         received, work = exchange.all_to_all(payloads, *plan.split(exchange.rank))
         try:
             verdict = yield Sent(work, (received,), None, two_sided=True)
@@ -74,18 +76,18 @@ def two_sided_step(
             steps.look_back(target, bucket.sparse_aggregate, plan, skip)
 
         insist_once(look_back, errors)
-        insist_once(move, errors)
-        applied = True
+        insist_once(move, errors, moved)
         insist_once(lambda: owning.take_back(skip), errors)
         if owning.unusable is not None:  # otherwise a step that was called off has raised
             insist_once(lambda: owning.give_back(payloads, gathered), errors)
         insist_once(lambda: _mask(bucket, payloads, plan, skip), errors)
         insist_once(lambda: owning.keep(aggregate, own), errors)
     finally:
-        if not applied:
+        if taken and not moved:
             answers = None if back is None or not back.arrived else gathered
-            insist(lambda: steps.use_on_this_stream(payloads), [])
-            insist(lambda: owning.cancel(payloads, answers), [])
+            insist(lambda: steps.use_on_this_stream(*taken), [])
+            insist_once(lambda: owning.return_what_was_left(taken[0], answers), [])
+            insist_once(lambda: owning.take_back(None), [])
             steps.taken_back(bucket)
     steps.raise_first(errors)
 
@@ -155,9 +157,10 @@ class _Owning:
         self._bucket, self._owner, self._absent = bucket, bucket.owner, frozenset(absent)
         self._plan, self.part = plan, plan.parts[rank]
         self._has_decayed = self._has_momentum = False  # whether r has, in this step
-        self._took_in = False  # whether r has what the workers have sent
-        self._none_took_in = True  # whether no owner has
-        self._answer: Tensor | None = None
+        # d_j, once r has what the workers have sent, without d_j.
+        self._selected: list[Tensor] = []
+        self._none_took_in = True  # whether no owner has taken that in
+        self._answer: Tensor | None = None  # what is sent to all
         # Not zero: what has arrived could not be used, int32 [1]. None where that raises.
         self.unusable: Tensor | None = None
 
@@ -186,17 +189,17 @@ class _Owning:
             if stop is not None:
                 self.unusable = insist(lambda: _unusable(stop, merged), errors)
             self._add_momentum(errors)
-            self._answer = self._select(merged, verdict, errors)
-            self._took_in = True
+            self._select(merged, verdict, errors)
+            self._answer = self._selected[0]
             if self.unusable is not None:
                 insist(partial(_call_off, self._answer, self.unusable), errors)
         except BaseException as error:
-            if isinstance(error, Exception) and not self._took_in:
+            if not self._selected:
                 errors.clear()
                 self._answer = self._nothing(ops.CALLED_OFF)
-            else:  # also after an interrupt, which has let the operator do its work
+            else:
+                self._answer = self._selected[0]
                 self.take_back(None)
-                self._took_in = True
                 self._answer = self._nothing(plan.tag, nonfinite=1)
             return self._answer, error
         return self._answer, None
@@ -220,7 +223,7 @@ class _Owning:
             part.numel, part.k, self._plan.wire_dtype, tag, device, nonfinite
         )
 
-    def _select(self, merged: Tensor, verdict: Tensor, errors: list[BaseException]) -> Tensor:
+    def _select(self, merged: Tensor, verdict: Tensor, errors: list[BaseException]) -> None:
         memory = self._owner.memory
 
         def compress() -> Tensor:
@@ -237,11 +240,7 @@ class _Owning:
                 tag=self._plan.tag,
             )
 
-        try:
-            return compress()
-        except Exception as error:  # not an interrupt, which has let the operator do its work
-            errors.append(error)
-            return compress()
+        insist_once(compress, errors, self._selected)
 
     def _add_momentum(self, errors: list[BaseException]) -> None:
         """r = memory_decay * r + beta * a_{t-1}, but for parameters without a gradient here."""
@@ -279,7 +278,7 @@ class _Owning:
 
     def take_back(self, skip: Tensor | None) -> None:
         """What was sent to all returns to r where the step is skipped; None: it is."""
-        if self._took_in and self._answer is not None:
+        if self._selected and self._answer is not None:
             part, memory = self.part, self._owner.memory
             ops.restore_(memory, self._answer, part.k, self._plan.wire_dtype, skip=skip)
 
@@ -311,8 +310,8 @@ class _Owning:
             self._bucket.keep_aggregate(aggregate)
             self._owner.keep(own, self._bucket.aggregate)
 
-    def cancel(self, payloads: Tensor, answers: Tensor | None) -> None:
-        """Undoes a step that is not made: what owners have not taken in returns to memory.
+    def return_what_was_left(self, payloads: Tensor, answers: Tensor | None) -> None:
+        """In a step that is not made: what owners have not taken in returns to memory.
 
         Args:
             payloads: what this worker has sent to the owners.
@@ -324,10 +323,9 @@ class _Owning:
             taken = [False] * len(parts)
         elif answers is None:  # the group was lost; the other owners are taken to have been faster
             taken = [True] * len(parts)
-            taken[self._owner.rank] = self._took_in
+            taken[self._owner.rank] = bool(self._selected)
         else:
             tags = steps.header_words(answers, steps.TAG).tolist()
             taken = [tag != ops.CALLED_OFF for tag in tags]
         left = [int(not was_taken) for was_taken in taken]
         self._return(payloads, torch.tensor(left, dtype=torch.int32, device=payloads.device))
-        self.take_back(None)
