@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import suppress
 from itertools import chain
 from numbers import Real
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from gmc_cuda._engine import comparison, ddp_guard, engine
 from gmc_cuda._engine import state as states
 from gmc_cuda._engine.bucket import DTYPES, in_storage_order
-from gmc_cuda._engine.exchange import Exchange
+from gmc_cuda._engine.exchange import Exchange, GroupLost
 from gmc_cuda._engine.meeting import meet
 from gmc_cuda._engine.optimizer import CompressedSGD
+from gmc_cuda._engine.steps import raise_first
 from gmc_cuda._engine.wrapper import Failed, Wrapper, raised_by_constructor
 from gmc_cuda.optim import GMC
 
@@ -254,7 +255,8 @@ class LocalUpdates(Wrapper):
         for param in params:
             copy = self._copies.get(param)
             if not param.requires_grad:
-                if copy is not None and between_rounds:  # else it may have moved in this round
+                # Else it may have moved in this round, or will with the gradient that it has.
+                if copy is not None and between_rounds and param.grad is None:
                     copy.requires_grad_(False)
                     self._back_to_common(param)
             elif copy is None or copy.shape != param.shape:
@@ -373,10 +375,7 @@ class LocalUpdates(Wrapper):
                 step was made, and no movement is lost: the next step ends the round.
         """
         with self._scaling_ends():
-            self._follow()
-            self._read_written()
-            if self._written is not None:
-                self._agree_on(self._written)
+            self._take_notice()
             if self._since == 0:
                 self._go_ahead()
             loss = self._inner_step(closure)
@@ -384,6 +383,13 @@ class LocalUpdates(Wrapper):
             if self._since >= self.every:
                 self._end_round()
         return loss
+
+    def _take_notice(self) -> None:
+        """Follows what users have changed since the last step."""
+        self._follow()
+        self._read_written()
+        if self._written is not None:
+            self._agree_on(self._written)
 
     def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
         found_inf = self.__dict__.get("found_inf")
@@ -408,7 +414,13 @@ class LocalUpdates(Wrapper):
             for param, copy in self._copies.items()
             if copy.requires_grad and param in present
         }
-        self._receive(moved)
+        errors: list[BaseException] = []
+        try:
+            self._receive(moved)
+        except GroupLost:
+            raise
+        except BaseException as error:  # the others may know of no error, and send now
+            errors.append(error)
         self._tidy()
         self._send(moved)
         if not self.overlap:
@@ -418,28 +430,26 @@ class LocalUpdates(Wrapper):
                 self._copies[param].requires_grad_(False)
                 self._back_to_common(param)
         self._since = 0
+        raise_first(errors)
 
     def _receive(self, moved: dict[Tensor, Tensor]) -> None:
         """Completes the exchange that is on its way, if there is one, and applies its result.
 
         Args:
-            moved: what this worker has moved since the exchange began. If the exchange fails, what
-                was sent is in memory, and only this remains as movement.
+            moved: what this worker has moved since the exchange began, which remains as movement.
+                If the exchange fails, what was sent is in memory.
         """
         on_the_way = self._on_the_way
         if on_the_way is None:
             return
         try:
             self.outer.step()
-        except BaseException:
+        finally:
             self._on_the_way = None
             for param in on_the_way:
                 if param in self._copies:
                     begun = self._begun(param)
                     param.copy_(begun - moved[param].to(begun) if param in moved else begun)
-            raise
-        self._on_the_way = None
-        self._set_to_begun(on_the_way)
 
     def _send(self, moved: dict[Tensor, Tensor]) -> None:
         outer = self.outer.engine
@@ -449,11 +459,15 @@ class LocalUpdates(Wrapper):
         outer.compares_bits = not self._new  # new copies get rank 0's values below
         outer.round.skips.in_a_row, outer.round.skips.hint = 1, _ROUND_SKIPPED
         before = {param: self._lead(param) for param in moved} if self.overlap else {}
+        called_off = outer.round.called_off
         try:
             outer.begin()
         except BaseException:
+            outer.cancel()
             # What GMC has added to its memory must not count as movement again.
-            self._set_to_begun(param for param, copy in copies.items() if copy.grad is None)
+            self._set_to_begun([param for param, copy in copies.items() if copy.grad is None])
+            if self.overlap and outer.round.called_off > called_off:
+                self._since = 0  # the others learn of it at the end of their next round
             raise
         finally:
             for copy in copies.values():
@@ -476,9 +490,11 @@ class LocalUpdates(Wrapper):
             RuntimeError: another worker did not call it within the time-out of the process group;
                 this worker's round continues. The other errors are those of :meth:`step`.
         """
-        meet(self.outer.engine.exchange, "synchronize()")
-        self._follow()
-        if self._since:
+        exchange = self.outer.engine.exchange
+        meet(exchange, "synchronize()")
+        self._take_notice()
+        moved = self._since > 0 or bool(self._new) or self._has_moved()
+        if any(exchange.gather_objects(moved, engine.device_of(self.inner))):
             self._end_round()
         self._receive({})
         for param in list(self._ahead):
@@ -524,11 +540,19 @@ class LocalUpdates(Wrapper):
             # What was written to the parameter since stays as it is.
             param.copy_(torch.where(param == begun, self._begun(param), param))
 
-    def _set_to_begun(self, params: Any) -> None:
+    def _set_to_begun(self, params: Iterable[Tensor]) -> None:
         """Sets parameters to the value at which this worker begins the round."""
-        for param in params:
-            if param in self._copies:
-                param.copy_(self._begun(param))
+        known = [param for param in params if param in self._copies]
+        if known:  # all at once, so that an interrupt does not come in between
+            torch._foreach_copy_(known, list(map(self._begun, known)))
+
+    def _has_moved(self) -> bool:
+        """Whether a trained parameter is not where this worker began the round."""
+        return any(
+            param.requires_grad and param in self._copies and not param.is_meta
+            and not torch.equal(param, self._begun(param))
+            for param in self._params()
+        )  # fmt: skip
 
     def stats(self) -> dict[str, Any]:
         """The outer optimizer's :meth:`gmc_cuda.GMC.stats`, with rounds for steps."""

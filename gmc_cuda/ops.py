@@ -103,6 +103,14 @@ def _fake(name: str) -> Callable[[_Function], _Function]:
     return fake
 
 
+def _changes_arguments(*args: Any, **options: Any) -> None:
+    """The fake of an operator that only changes its arguments."""
+
+
+for _name in ("merge_", "apply_", "apply_dense_", "restore_", "mask_"):
+    _fake(_name)(_changes_arguments)
+
+
 def _tensor(op: Any, *args: Any, **kwargs: Any) -> Tensor:
     result: Tensor = _call(op, *args, **kwargs)
     return result
@@ -403,11 +411,6 @@ def apply_dense_(
     _changed(params)
 
 
-@_fake("apply_dense_")
-def _(*args: Any, **options: Any) -> None:
-    """It only changes its arguments."""
-
-
 def unpack(
     payload: Tensor, numel: int, k: int, wire_dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -495,11 +498,6 @@ def _(payloads: Tensor, numel: int, k: int, wire_dtype: Any, *, skip: Any = None
     return payloads.new_empty(_ops.aggregate_nbytes(numel, k, payloads.size(0)))
 
 
-@_fake("merge_")
-def _(*args: Any, **options: Any) -> None:
-    """It only changes its arguments."""
-
-
 def merge_ranges(
     payloads: Tensor,
     numel: int,
@@ -584,11 +582,6 @@ def apply_(
     _changed(params)
 
 
-@_fake("apply_")
-def _(*args: Any, **options: Any) -> None:
-    """It only changes its arguments."""
-
-
 def restore_(
     memory: Tensor,
     payload: Tensor,
@@ -609,11 +602,6 @@ def restore_(
         width, last_k: the ranges, as for :func:`compress_`.
     """
     _call(_ops.restore_, memory, payload, k, wire_dtype, skip=skip, width=width, last_k=last_k)
-
-
-@_fake("restore_")
-def _(*args: Any, **options: Any) -> None:
-    """It only changes its arguments."""
 
 
 def mask_(
@@ -637,11 +625,6 @@ def mask_(
     _call(
         _ops.mask_, momentum_buffer, payload, k, wire_dtype, skip=skip, width=width, last_k=last_k
     )
-
-
-@_fake("mask_")
-def _(*args: Any, **options: Any) -> None:
-    """It only changes its arguments."""
 
 
 def sparsify(dense: Tensor) -> Tensor:

@@ -481,6 +481,72 @@ def test_synchronize_ends_a_round():
     assert torch.equal(flat(params), flat(optimizer.outer.param_groups[0]["params"]))
 
 
+def written_between_rounds(group, at, overlap, ahead):
+    """Weights are written to, as WGAN clips them, on one worker more than on the other."""
+    rank, params = dist.get_rank(group), parameters()
+    outer = gmc(group, lr=1.0, momentum=0.0, density=0.1)
+    inner = torch.optim.SGD(params, lr=0.1)
+    optimizer = gmc_cuda.LocalUpdates(inner, outer, H, overlap=overlap, step_ahead=ahead)
+    for step in range(at):
+        set_gradients(params, rank, step)
+        optimizer.step()
+        with torch.no_grad():
+            for p in params:
+                p.clamp_(-0.5 - rank, 0.5)
+    optimizer.synchronize()
+    assert same_on_all_ranks(group, params)
+    rounds = optimizer.stats()["steps"]
+    optimizer.synchronize()
+    assert optimizer.stats()["steps"] == rounds, "nothing had moved"
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("ahead", [0.0, 1.0])
+@pytest.mark.parametrize("at", [2 * H, 2 * H + 1])
+def test_synchronize_exchanges_what_was_written_after_a_round(pool, at, ahead, overlap):
+    pool.run(2, written_between_rounds, at, overlap, ahead)
+
+
+def loaded_and_synchronized(group):
+    rank, params = dist.get_rank(group), parameters()
+    optimizer = plain(params, process_group=group)
+    with torch.no_grad():
+        params[1].add_(1.0 + rank)
+    expected = flat(params)
+    dist.broadcast(expected, 0, group=group)
+    optimizer.synchronize()
+    assert torch.equal(flat(params), expected)
+
+
+def test_synchronize_before_the_first_step_takes_over_loaded_weights(pool):
+    pool.run(2, loaded_and_synchronized)
+
+
+def frozen_with_a_gradient(group, at):
+    """The inner optimizer still moves a layer that was frozen after its backward pass."""
+    rank, params = dist.get_rank(group), parameters()
+    optimizer = gmc_cuda.LocalUpdates(
+        torch.optim.SGD(params, lr=0.1), gmc(group, lr=1.0, momentum=0.0, density=1.0), H
+    )
+    for step in range(at + 2 * H):
+        set_gradients(params, rank, step)
+        if step == at:
+            params[1].requires_grad_(False)
+        if step > at:
+            params[1].grad = None
+        before = params[1].detach().clone()
+        optimizer.step()
+        if step == at:
+            assert not torch.equal(params[1], before)
+    optimizer.synchronize()
+    assert same_on_all_ranks(group, params)
+
+
+@pytest.mark.parametrize("at", [H - 1, H, H + 1])
+def test_a_layer_frozen_with_a_gradient_is_exchanged(pool, at):
+    pool.run(2, frozen_with_a_gradient, at)
+
+
 def disagreeing(group):
     every = 2 + dist.get_rank(group)
     with pytest.raises(ValueError, match="every: 2 on rank 0, 3 on rank 1"):
@@ -945,19 +1011,15 @@ def failing(group, overlap, when):
         if step != 2 * H - 1:
             optimizer.step()
             continue
-        if when == "option":
-            optimizer.outer.param_groups[0]["lr"] = -1.0
-        else:
-            optimizer.outer.engine.round.finish, finish = (
-                _raise,
-                optimizer.outer.engine.round.finish,
-            )
-        with pytest.raises((ValueError, KeyError)):
-            optimizer.step()
-        if when == "option":
-            optimizer.outer.param_groups[0]["lr"] = 1.0
-        else:
-            optimizer.outer.engine.round.finish = finish
+        with pytest.MonkeyPatch.context() as patch:
+            if when == "option":
+                patch.setitem(optimizer.outer.param_groups[0], "lr", -1.0)
+            elif when == "finish":
+                patch.setattr(optimizer.outer.engine.round, "finish", _raise)
+            else:
+                patch.setattr(gmc_cuda.ops, "accumulate_", _raise)
+            with pytest.raises((ValueError, KeyError)):
+                optimizer.step()
     optimizer.synchronize()
     optimizer.synchronize()
     for _ in range(H):  # what is in memory goes with the next round
@@ -969,14 +1031,50 @@ def failing(group, overlap, when):
     torch.testing.assert_close(flat(params), start + moves, rtol=1e-5, atol=1e-5)
 
 
-def _raise(*args):
+def _raise(*args, **kwargs):
     raise KeyError("mine")
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("when", ["option", "finish"])
+@pytest.mark.parametrize("when", ["option", "finish", "begin"])
 def test_a_failed_exchange_loses_and_doubles_nothing(pool, overlap, when):
     pool.run(2, failing, overlap, when)
+
+
+def changed_on_one(group, overlap, option, value):
+    """With overlap the other worker learns of it one round later, and both stay in step."""
+    rank, params = dist.get_rank(group), parameters()
+    outer = gmc(group, lr=1.0, momentum=0.0, density=0.2, wire_dtype=torch.float32)
+    optimizer = gmc_cuda.LocalUpdates(
+        torch.optim.SGD(params, lr=0.1), outer, H, overlap=overlap, step_ahead=0.0
+    )
+    own, errors = optimizer.outer.param_groups[0], []
+    start, right = mean(group, flat(params)), own[option]
+    came_in = torch.zeros_like(start)
+    for step in range(6 * H):
+        set_gradients(params, rank, step)
+        came_in += flat([p.grad for p in params])
+        if step == H and rank == 0:
+            own[option] = value
+        try:
+            optimizer.step()
+        except ValueError as error:
+            errors.append(f"{option} of group 0" in str(error))
+            own[option] = right
+    optimizer.synchronize()
+    assert all(errors)
+    assert errors
+    assert same_on_all_ranks(group, params)
+    left = mean(group, memory_of(optimizer.outer, optimizer.outer.param_groups[0]["params"]))
+    came_in = mean(group, came_in)
+    torch.testing.assert_close(flat(params) - left, start - 0.1 * came_in, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "option,value,overlap", [("density", 0.1, False), ("density", 0.1, True), ("lr", 0.5, False)]
+)
+def test_an_option_changed_on_one_worker(pool, option, value, overlap):
+    pool.run(2, changed_on_one, overlap, option, value)
 
 
 # ---------------------------------------------------------------------- state, saving and copying

@@ -1,6 +1,7 @@
 """GMC and DGC as torch optimizers, on one worker."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -221,6 +222,8 @@ def test_buckets_put_unaligned_tensors_last_and_keep_to_the_cap():
     params = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
     optimizer = gmc_cuda.GMC(params, lr=0.1, bucket_cap_mb=200 * 4 / 2**20)
     assert [b.sizes for b in optimizer.engine.buckets] == [[16, 9], [1000], [32, 64, 7]]
+    optimizer = gmc_cuda.GMC(params, lr=0.1, bucket_cap_mb=1e308)
+    assert len(optimizer.engine.buckets) == 1
 
 
 def test_views_of_memory_follow_the_bucket():
@@ -334,10 +337,11 @@ def test_bad_parameters(values, exception, words):
         gmc_cuda.GMC([("w", torch.nn.Parameter(values))], lr=0.1)
 
 
-def test_gradients_that_cannot_be_used_change_nothing():
+@pytest.mark.parametrize("make", [gmc_cuda.GMC, partial(gmc_cuda.DGC, clip_norm=1.0)])
+def test_gradients_that_cannot_be_used_change_nothing(make):
     embedding = torch.nn.Embedding(10, 4, sparse=True)
     other = torch.nn.Parameter(torch.ones(5))
-    optimizer = gmc_cuda.GMC([other, *embedding.parameters()], lr=0.1)
+    optimizer = make([other, *embedding.parameters()], lr=0.1)
     other.grad = torch.ones(5)
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(TypeError, match="gradient of parameter 1 of group 0: got layout"):

@@ -62,7 +62,7 @@ class Settings:
             # are better; but each bucket costs the network's latency.
             if self.overlap:
                 mb = min(mb, max(1.0, numel * 4 / 2**20 / OVERLAPPED_BUCKETS))
-        return min(int(mb * 2**20 / 4), MAX_NUMEL)
+        return int(min(mb * 2**20 / 4, MAX_NUMEL))
 
     def facts(self) -> dict[str, Any]:
         return {**vars(self), "wire_dtype": str(self.wire_dtype)}
@@ -207,7 +207,7 @@ class Engine:
         waiting = self.round.waiting if self.round.is_open else self.buckets
         if self.round.steps == 0:
             ddp_guard.refuse_communicating(params_of(optimizer), self.exchange.group)
-        alone = len(waiting) == 1 and waiting[0].owner is None
+        alone = len(waiting) == 1 and waiting[0].owner is None and not self.rule.reads_gradients
         if alone and self._just_checked and self._send_unchecked(waiting[0]):
             return
         grads = [bucket.flat_grads(self._refuse_gradient) for bucket in waiting]

@@ -47,6 +47,7 @@ class Round:
     Attributes:
         steps: number of steps so far, skipped ones and those that were called off included.
         made: the same without those that were called off.
+        called_off: those that this worker has called off, and the others know of.
         skipped: number of skipped steps, int64 [1] on the device; None before the first step.
         verdict: the last step's verdict, int32 [1], from ops.verdict; None if it failed before.
         device: where the parameters are.
@@ -63,7 +64,7 @@ class Round:
     ) -> None:
         self.exchange, self.wire_dtype, self.nonfinite = exchange, wire_dtype, nonfinite
         self.number, self._way = number, way
-        self.steps = self.made = 0
+        self.steps = self.made = self.called_off = 0
         self.skipped: Tensor | None = None
         self.verdict: Tensor | None = None
         self.device = torch.device("cpu")
@@ -153,6 +154,7 @@ class Round:
         tag = tag_of(self.number, self.steps, *chain.from_iterable(sizes))
         try:
             if self._verdict_of(self._notices(before[:1], tag)):
+                self.called_off += 1
                 self._verdict_of(self._notices(before[1:], ops.CALLED_OFF))
                 self._raise_mismatch()
         except GroupLost as error:
@@ -411,6 +413,7 @@ class Round:
         waiting, self._waiting = self._waiting, deque()
         if not self._sent:
             return
+        self.called_off += 1
         verdict = 0
         try:
             plans = [plan for _, plan in waiting]

@@ -167,6 +167,11 @@ class Rule:
             grad_scale: the factor by which a GradScaler has multiplied them; None: 1.
         """
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether :meth:`prepare` reads the gradients, which must have been checked then."""
+        return False
+
     def arguments(self, group: Group) -> dict[str, Any]:
         """How v is made: keyword arguments of ops.compress_."""
         return {name: as_float(group[name]) for name in _HOW_V_IS_MADE}
@@ -264,6 +269,10 @@ class LocalMomentum(Rule):
                 "clip_norm: got a number with overlap=True, but the norm of the whole gradient is "
                 "known only after the backward pass: use overlap=False"
             )
+
+    @property
+    def reads_gradients(self) -> bool:
+        return self.clip_norm is not None
 
     def prepare(
         self, grads: Iterable[Tensor], exchange: Exchange, grad_scale: Tensor | None
