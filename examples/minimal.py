@@ -17,7 +17,7 @@ if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):  # a GPU fo
 torch.manual_seed(0)
 teacher = nn.Linear(64, 10).to(device)
 model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 10)).to(device)
-optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1, momentum=0.9, density=0.01)
+optimizer = gmc_cuda.GMC(model.parameters(), lr=0.5, momentum=0.5, density=0.01)
 
 torch.manual_seed(rank)  # from here on every worker draws numbers of its own
 for step in range(1, 301):
@@ -27,5 +27,5 @@ for step in range(1, 301):
     loss.backward()
     optimizer.step()  # compress, exchange, apply: the same weights on every worker
     if rank == 0 and step % 100 == 0:
-        print(f"step {step}: loss {loss.item():.4f}, sent {optimizer.stats()['bytes_per_step']} B")
+        print(f"step {step}: loss {loss.item():.4f}, sent {optimizer.stats()['link_bytes_sent']} B")
 dist.destroy_process_group()
