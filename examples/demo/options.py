@@ -25,10 +25,11 @@ TASK_DEFAULTS = {
     "text": {"steps": 600, "seeds": 1, "batch": 4},
     "digits": {"steps": 100, "seeds": 3, "batch": 16},
 }
-# (momentum, lr) at which a method does best with these steps, 4 workers, the default exchange and a
-# hundredth of the bytes on a link, by benchmarks/training/convergence.py. What waits in memory acts
-# like momentum, so sparse methods want less of it, at about the same lr / (1 - momentum). On
-# digits memory SGD's were found for the all-gather with payloads of 1/100.
+# (momentum, lr) that benchmarks/training/convergence.py found for these steps, 4 workers, the
+# default exchange and a hundredth of the bytes on a link. Unsent entries are applied late, which
+# has the effect of additional momentum, so sparse methods want less of it, at about the same
+# lr / (1 - momentum). Digits were searched with all classes only, and memory SGD there for the
+# all-gather with payloads of 1/100.
 BEST = {
     "text": {"dmsgd": (0.8, 0.512), "gmc": (0.3, 1.792), "dgc": (0.8, 1.44815),
              "memsgd": (0.5, 1.28)},
