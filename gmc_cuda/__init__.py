@@ -8,11 +8,12 @@ local_gradients DistributedDataParallel leaves the gradients to the optimizer
 gmc_hook        GMC as DistributedDataParallel's communication hook, with a GMCHookState
 LocalUpdates    an exchange every H steps of another optimizer
 NodeAverage     dense inside a node, GMC across nodes
-integrations    Trainer, Accelerate, Lightning: import gmc_cuda.integrations.<name>
+integrations    Trainer, Accelerate, Lightning, Fabric: import gmc_cuda.integrations.<name>
 checkpoint      save and load with every worker's memory, on any number of workers
 advise          what a step takes with each method on this network, also as a command
+info            how the extension was built, and a self-check: python -m gmc_cuda.info
 ops             the functional layer, on CPU or CUDA tensors (also torch.ops.gmc_cuda.*)
-reference       the same functions in plain PyTorch, to read beside the papers
+reference       the operators in plain PyTorch, to read beside the papers
 """
 
 import importlib

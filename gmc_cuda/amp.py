@@ -20,7 +20,11 @@ class GradScaler(torch.amp.GradScaler):
     holds scaled values.
 
     The arguments are those of :class:`torch.amp.GradScaler`. For an optimizer that is not a GMC,
-    DGC or NodeAverage it behaves exactly like torch's.
+    DGC or NodeAverage it behaves exactly like torch's; with LocalUpdates a worker skips its inner
+    step alone.
+
+    Raises:
+        RuntimeError: ``step(optimizer)`` of an optimizer with ``overlap=True``.
     """
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:

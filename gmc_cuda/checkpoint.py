@@ -42,10 +42,10 @@ def save(
     Args:
         folder: where the checkpoint goes, on storage that all workers see.
         model: the model; torch's wrappers around it do not matter. Buffers that differ between
-            workers (BatchNorm's) are saved as worker 0 has them.
+            workers (BatchNorm's) are saved as rank 0 has them.
         optimizer: a GMC or DGC over the model's parameters, which FSDP2 may have sharded.
         extra: what else the run needs, such as a scheduler's state_dict or the epoch: tensors,
-            numbers, strings and containers of them. Worker 0's is saved.
+            numbers, strings and containers of them. Rank 0's is saved.
         wait: False copies the state and writes it in the background while the training goes on,
             even after the process group was destroyed. The next save and the end of the script
             wait for it.
@@ -226,7 +226,7 @@ def _read(
     optimizer: CompressedSGD,
     everyone: Exchange,
 ) -> snapshot.Found:
-    """Reads, on every worker, what it needs of the part that worker 0 finds."""
+    """Reads, on every worker, what it needs of the part that rank 0 finds."""
     found: list[snapshot.Found] = []
 
     def find() -> str:

@@ -39,9 +39,8 @@ class LocalUpdates(Wrapper):
     """Trains each worker alone for H steps of an inner optimizer, then exchanges what they moved.
 
     In a round each worker moves to its own w_k. The outer optimizer takes what it has moved as the
-    gradient, and all workers continue from its result w. What is not sent stays in the outer memory
-    u_k for later rounds, and the worker that has moved so far goes on from w - step_ahead * u_k, as
-    if it had been applied::
+    gradient, and its result is w on all workers. What a worker has not sent stays in its outer
+    memory u_k for later rounds, and the worker starts the next round from w - step_ahead * u_k::
 
         inner = torch.optim.AdamW(model.parameters(), lr=1e-3)
         optimizer = gmc_cuda.LocalUpdates(inner, every=20)
@@ -69,7 +68,8 @@ class LocalUpdates(Wrapper):
         overlap: exchange during the next round, and apply the result at its end, one round late.
             Until then each worker continues from its own parameters.
         step_ahead: the share of what it has not sent that a worker keeps in its parameters, 0 to 1.
-            With 0 it makes that way again in each round until it is sent.
+            With 0 the worker starts each round from w. It then repeats the movement that is still
+            in its memory and adds it to the memory again, which learns clearly worse.
 
     Raises:
         TypeError, ValueError: an argument cannot be used, or the workers differ. If only one worker

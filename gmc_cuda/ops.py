@@ -1,9 +1,11 @@
 """The functional layer: gradient compression operators on CPU or CUDA tensors.
 
 Every function checks its arguments and raises ``ValueError`` or ``TypeError`` naming the argument,
-what it was and what it must be, before anything is changed. None synchronises the host with a CUDA
-device. They are registered as ``torch.ops.gmc_cuda.*``; :mod:`gmc_cuda.reference` has the same
-functions in plain PyTorch.
+what it was and what it must be, before anything is changed. On the CPU :func:`unpack`,
+:func:`merge` and :func:`merge_ranges` also raise ``RuntimeError`` for a damaged payload. Only
+:func:`repairs` synchronises the host with a CUDA device. The operators are registered as
+``torch.ops.gmc_cuda.*``. :mod:`gmc_cuda.reference` has all functions but :func:`repairs` in plain
+PyTorch, with the same bytes in payloads and memories, and others in aggregates.
 
 Notation, as in the GMC paper: memory u, gradient g, momentum coefficient beta, aggregate a, vector
 to compress v, what is sent c, parameters w, learning rate eta, numel N, world size p.
@@ -39,15 +41,22 @@ __all__ = [
     "mask_",
     "sparsify",
     "densify",
+    "NONFINITE",
+    "DAMAGED",
+    "MISMATCH",
+    "OFF",
+    "CALLED_OFF",
 ]
 
 _ops = torch.ops.gmc_cuda
 
-NONFINITE, DAMAGED = 1, 2  # bits of a verdict and of an aggregate's flags
-MISMATCH, OFF = 4, 8  # bits of a verdict
+NONFINITE = 1  #: Bit of a :func:`verdict`: some rank met a non-finite value.
+DAMAGED = 2  #: Bit of a :func:`verdict` and of ``flags``: a payload is damaged.
+MISMATCH = 4  #: Bit of a :func:`verdict`: in some bucket the tags of two ranks differ.
+OFF = 8  #: Bit of a :func:`verdict`: a rank has called its step off.
 _is_negative: Any = Tensor.is_neg  # torch's negative bit, which conj() of a complex tensor leaves
 _SMALLEST_STATE = 64  # bytes, on the CPU
-CALLED_OFF = 1  # the tag by which a rank calls its step off
+CALLED_OFF = 1  #: The tag by which a rank calls its step off.
 _KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError)}
 # The operators of which a second call would count something twice.
 _ADDING = {
@@ -163,6 +172,8 @@ def select_state(
 
     Args:
         numel: elements of the bucket, or of each range that it is cut into.
+        k: the largest number of entries to send that it is to serve, 1 to numel.
+        device: the memory's device.
         state: one for fewer elements to send, whose knowledge the new one takes over.
         ranges: how many ranges the bucket is cut into; None: it is not cut.
 
@@ -416,6 +427,10 @@ def unpack(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reads a payload.
 
+    Args:
+        payload: uint8 [payload_nbytes(numel, k, wire_dtype)].
+        numel, k, wire_dtype: as for :func:`payload_nbytes`.
+
     Returns:
         indices (int64 [k], ascending), values (float32 [k]), and how many non-finite values the
         sender met (int64 scalar tensor).
@@ -476,6 +491,7 @@ def merge(
 
     Args:
         payloads: one bucket's gathered payloads, uint8 [p, payload_nbytes].
+        numel, k, wire_dtype: what the payloads were made with, as for :func:`payload_nbytes`.
         skip: int32 [1] from :func:`verdict`; non-zero gives an empty aggregate.
         out: an aggregate of as many ranks and the same numel and k, to be overwritten. On the CPU
             that spares a step thousands of new pages.
@@ -516,6 +532,7 @@ def merge_ranges(
         numel: N, elements of the bucket.
         width: elements of a range; the last has what is left.
         k, last_k: entries in a payload of a full range, and in that of the last one.
+        wire_dtype: dtype of the values sent.
         skip: int32 [1] from :func:`verdict`; non-zero gives an empty aggregate.
 
     Returns:
@@ -564,6 +581,7 @@ def apply_(
             raises), and keeps them.
         memory: float32 [numel], which a skipped step gives ``payload`` back to. None: it does not.
         payload: this rank's own, uint8 [payload_nbytes(numel, k, wire_dtype)].
+        k, wire_dtype: what the payload was made with; needed with ``payload`` only.
     """
     params = list(params)
     _call(
@@ -597,6 +615,7 @@ def restore_(
     Args:
         memory: float32 [numel], updated in place.
         payload: this rank's own payload, or those of its ranges, from :func:`compress_`.
+        k, wire_dtype: what the payload was made with.
         skip: int32 [1]; acts when it is non-zero. Or int32 [ranges], one for each range's payload.
             None: always.
         width, last_k: the ranges, as for :func:`compress_`.
@@ -619,6 +638,7 @@ def mask_(
     Args:
         momentum_buffer: float32 [numel], updated in place.
         payload: this rank's own payload, or those of its ranges, from :func:`compress_`.
+        k, wire_dtype: what the payload was made with.
         skip: int32 [1]; non-zero does nothing.
         width, last_k: the ranges, as for :func:`compress_`.
     """
@@ -628,9 +648,13 @@ def mask_(
 
 
 def sparsify(dense: Tensor) -> Tensor:
-    """An aggregate that holds the non-zero entries of ``dense``, float32 [numel].
+    """An aggregate that holds the non-zero entries of a dense tensor.
 
-    It has room for numel entries (6 bytes each).
+    Args:
+        dense: float32 [numel], contiguous.
+
+    Returns:
+        The aggregate, as from :func:`merge`. It has room for numel entries (6 bytes each).
     """
     return _tensor(_ops.sparsify, dense)
 
@@ -642,7 +666,15 @@ def _(dense: Tensor) -> Tensor:
 
 
 def densify(aggregate: Tensor, numel: int) -> Tensor:
-    """The aggregate as a dense tensor, float32 [numel]."""
+    """An aggregate as a dense tensor, float32 [numel].
+
+    Args:
+        aggregate: from :func:`merge`, :func:`merge_ranges` or :func:`sparsify`.
+        numel: N, elements of the bucket.
+
+    Raises:
+        ValueError: the aggregate is not one of this many elements.
+    """
     return _tensor(_ops.densify, aggregate, numel)
 
 

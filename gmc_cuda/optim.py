@@ -31,18 +31,20 @@ class GMC(CompressedSGD):
         params: parameters, named parameters or param groups: float32, bfloat16 or float16, all on
             one device. Parameters that do not require a gradient are left alone.
         lr: learning rate eta, a number or a tensor that holds one.
-        momentum: beta, 0 <= beta < 1.
+        momentum: beta, 0 <= beta < 1, a number or a tensor that holds one. The paper uses 0.9; at
+            most 0.6 was best in our searches (0.3 to 0.6 on text).
         density: share of the entries that are sent, 0 < density <= 1; K = ceil(density * N) for
             each bucket. A param group with density=1.0 is sent dense.
         bytes_ratio: instead of density: how many times fewer bytes a link carries than with a ring
-            all-reduce of a float32 gradient, framing counted, at least 1. Each bucket sends the
-            largest K that fits, and density is None. A single worker counts as one of two.
+            all-reduce of a float32 gradient, headers and indices counted, at least 1. Each bucket
+            sends the largest K that fits, and density is None. A single worker counts as one of
+            two.
         weight_decay: lambda >= 0, added as lambda * w to the gradient.
         memory_decay: d, 0 <= d <= 2: v_k has d * u_k in the place of u_k. With d = 1 what is sent
-            adds up to what came in. With less, what waits fades out ("Communication Efficient LLM
-            Pre-training with SparseLoCo" uses 0.95 with momentum 0). With a little more than 1,
-            at most 1 + (1 - momentum) * density, it grows, which makes up for its coming late. With
-            more it may diverge, of which the constructor warns.
+            adds up to what came in. With less, unsent entries fade out ("Communication Efficient
+            LLM Pre-training with SparseLoCo" uses 0.95 with momentum 0). With a little more than 1,
+            at most 1 + (1 - momentum) * density, they grow, which makes up for their delay. With
+            more, training may diverge, of which the constructor warns.
         maximize: ascend instead of descend.
         nesterov: w = w - lr * ((1 + momentum) * a_t - momentum * a_{t-1}), at density 1 equal to
             ``torch.optim.SGD(nesterov=True)``. A skipped step moves nothing, and what the step
@@ -74,8 +76,10 @@ class GMC(CompressedSGD):
         check_replicas_every: compare the bits of all workers' parameters after every so many steps,
             and raise RuntimeError on every worker if they differ; 0: never. Reads the device.
 
-    ``optimizer.state[p]["memory"]`` is u, float32, shaped like p. With two-sided compression
-    ``optimizer.state[p]["owner_memory"]`` is r, which is zero outside this worker's range. ``lr``,
+    ``optimizer.state[p]["memory"]`` is u, float32, shaped like p. So is a_{t-1} in
+    ``optimizer.state[p]["momentum_buffer"]`` (named "aggregate" with momentum_form="iterate"). With
+    two-sided compression ``optimizer.state[p]["owner_memory"]`` is r, which is zero outside this
+    worker's range. ``lr``,
     ``momentum``, ``density`` or ``bytes_ratio``, ``weight_decay`` and ``memory_decay`` are read
     from the param group at every step.
 
@@ -85,7 +89,7 @@ class GMC(CompressedSGD):
 
     Example::
 
-        optimizer = gmc_cuda.GMC(model.parameters(), lr=0.1, momentum=0.9, density=0.01)
+        optimizer = gmc_cuda.GMC(model.parameters(), lr=0.5, momentum=0.5, density=0.01)
         loss_fn(model(x), y).backward()
         optimizer.step()
 

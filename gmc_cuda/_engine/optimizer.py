@@ -63,18 +63,22 @@ class CompressedSGD(torch.optim.Optimizer):
 
     @property
     def wire_dtype(self) -> torch.dtype:
+        """The dtype of the values sent."""
         return self.engine.settings.wire_dtype
 
     @property
     def overlap(self) -> bool:
+        """Whether buckets are sent during the backward pass."""
         return self.engine.settings.overlap
 
     @property
     def exchange(self) -> str:
+        """How payloads travel: "all_gather" or "reduce_scatter"."""
         return self.engine.settings.exchange
 
     @property
     def nonfinite(self) -> str:
+        """What a non-finite gradient does: "skip" or "raise"."""
         return self.engine.settings.nonfinite
 
     @property
