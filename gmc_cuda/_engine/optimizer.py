@@ -73,12 +73,12 @@ class CompressedSGD(torch.optim.Optimizer):
 
     @property
     def exchange(self) -> str:
-        """How payloads travel: "all_gather" or "reduce_scatter"."""
+        """The way payloads travel, "all_gather" or "reduce_scatter"."""
         return self.engine.settings.exchange
 
     @property
     def nonfinite(self) -> str:
-        """What a non-finite gradient does: "skip" or "raise"."""
+        """What a non-finite gradient makes of a step, "skip" or "raise"."""
         return self.engine.settings.nonfinite
 
     @property
