@@ -6,6 +6,7 @@ keeps four for the whole run and hands them one function after the other.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -61,7 +62,7 @@ class Workers:
         self.ranks = range(size)
         pipes = [context.Pipe(duplex=False) for _ in self.ranks]
         self._pipes = [ours for ours, _ in pipes]
-        store = str(folder / "store")
+        self._store = store = str(folder / "store")
         self._processes = [
             context.Process(target=_work, args=(rank, size, store, seconds, theirs, function, args))
             for rank, (_, theirs) in enumerate(pipes)
@@ -95,6 +96,12 @@ class Workers:
         pid = self._processes[rank].pid
         assert pid is not None
         os.kill(pid, number)
+
+    def where(self, rank: int) -> str:
+        """The stacks of a worker that hangs."""
+        self.send_signal(rank, signal.SIGUSR1)
+        time.sleep(1.0)
+        return _stacks(self._store, rank).read_text()
 
     def wait_until_stopped(self, rank: int) -> None:
         """Waits until a worker that sends itself SIGSTOP has done so."""
@@ -138,11 +145,12 @@ class WorkerPool:
         while waiting := [pipe for rank, pipe in enumerate(pipes) if rank not in results]:
             ready = connection.wait(waiting, deadline - time.monotonic())
             if not ready:
+                late = sorted(set(range(size)) - results.keys())
+                told = [f"rank {late} of {size} hangs in {function.__name__}"]
+                told += [f"rank {rank}: {x.trace}" for rank, x in results.items() if _failed(x)]
+                told += [f"rank {rank}: {self._worlds[world].where(rank)}" for rank in late]
                 self.stop()
-                late = min(set(range(size)) - results.keys())
-                failed = [f"rank {rank}: {x.trace}" for rank, x in results.items() if _failed(x)]
-                told = "\n".join([f"rank {late} of {size} hangs in {function.__name__}", *failed])
-                raise AssertionError(told)
+                raise AssertionError("\n".join(told))
             for pipe in ready:
                 rank = pipes.index(pipe)
                 results[rank] = pipe.recv()
@@ -172,6 +180,9 @@ class _World:
         for pipe in theirs:
             pipe.close()
 
+    def where(self, rank: int) -> str:
+        return self._workers.where(rank)
+
     def stop(self) -> None:
         self._workers.__exit__()
         self._folder.cleanup()
@@ -188,6 +199,7 @@ def _work(
 ) -> None:
     """The whole work of a process of Workers."""
     gc.freeze()  # what has been imported is no garbage, and no DDP: an optimizer looks for those
+    faulthandler.register(signal.SIGUSR1, _stacks(store, rank).open("w"))
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
@@ -207,6 +219,11 @@ def _work(
     except Exception as error:
         say(Failure(error))
     os._exit(0)  # the interpreter's shutdown may wait for peers that are gone
+
+
+def _stacks(store: str, rank: int) -> Path:
+    """Where a worker writes its stacks when it is asked for them."""
+    return Path(f"{store}.{rank}.stacks")
 
 
 def _serve(say: Callable[[Any], None], pipes: list[Any]) -> None:
