@@ -7,7 +7,6 @@ Either the optimizer communicates and DDP does not (``local_gradients``), or DDP
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -285,7 +284,7 @@ class GMCHookState:
         stamp = states.Stamp(type(self).__name__, exchange.rank, exchange.size, False)
         return {
             "parameters": {name: held[p] for name, p in self._names.items() if p in held},
-            "saved_by": asdict(stamp),
+            "saved_by": stamp.entry(),
         }
 
     @torch.no_grad()

@@ -659,7 +659,10 @@ class LocalUpdates(Wrapper):
                     outer_dict["state"][ids[-1]] = tensors
             outer_dict["param_groups"].append({**saved, "params": ids})
         # The checks of load_state_dict(), before anything is changed.
-        states.read(outer_dict, outer_groups, self.outer.engine.rule, type(self.outer).__name__)
+        outer = self.outer.engine
+        states.read(
+            outer_dict, outer_groups, outer.rule, type(self.outer).__name__, outer.shard_place()
+        )
         self.inner.load_state_dict(_inner_part(state_dict, state, groups))
         states.make_place(self.inner.param_groups, _KEY)
         for param in begun:

@@ -1,10 +1,16 @@
 """Parameters sharded inside a node, sparse across nodes, on two nodes of two gloo workers."""
 
 import functools
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -241,6 +247,84 @@ def other_shards(group, folder):
 
 def test_checkpoint_of_other_shards_is_refused(pool, tmp_path):
     pool.run(4, other_shards, str(tmp_path))
+
+
+def refused_of_shard_0(group, load, optimizer):
+    """Asserts that only workers with the same shard load shard 0's state, without a warning."""
+    if dist.get_rank(group) % 2 == 0:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load()
+        return
+    before = [t.clone() for s in optimizer.state.values() for t in s.values()]
+    with pytest.raises(ValueError) as error:
+        load()
+    assert str(error.value) == (
+        "state_dict: got that of shard 0 of 2, must be of shard 1 of 2: each worker of a node "
+        "holds another shard of the parameters, and of memory and momentum. Let each worker save "
+        "and load its own state, or use gmc_cuda.checkpoint; torch.distributed.checkpoint keeps "
+        "only one shard's"
+    )
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    for a, b in zip(before, (t for s in optimizer.state.values() for t in s.values()), strict=True):
+        assert torch.equal(a, b)
+
+
+def of_another_shard(group, folder):
+    def start():
+        mesh = mesh_of_nodes()
+        model = network(20)[:3]  # all shards have one shape
+        fully_shard(model, mesh=mesh["shard"])
+        return model, gmc_cuda.GMC(model.parameters(), 0.1, density=0.05, process_group=mesh)
+
+    model, optimizer = start()
+    train(model, optimizer, range(2))
+    optimizer.average_memory_()
+    optimizer.param_groups[0]["lr"] = 0.2
+    states = [None] * 4
+    dist.all_gather_object(states, optimizer.state_dict(), group)
+    state = states[0]
+    other, again = start()
+    refused_of_shard_0(group, lambda: again.load_state_dict(state), again)
+    for saved in state["param_groups"]:  # as states were before they said of which shard they are
+        del saved["saved_by"]["shard"], saved["saved_by"]["shards"]
+    again.load_state_dict(state)
+
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+    other, again = start()
+    loaded = {"optimizer": get_optimizer_state_dict(other, again)}
+    dcp.load(loaded, checkpoint_id=folder)
+    refused_of_shard_0(
+        group, lambda: set_optimizer_state_dict(other, again, loaded["optimizer"]), again
+    )
+
+    plain = network(20)[:3]
+    alone = gmc_cuda.GMC(plain.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"shard \d of 2, must be of parameters that are not"):
+        alone.load_state_dict(optimizer.state_dict())
+
+
+def test_the_state_of_another_shard_is_refused(pool, tmp_path):
+    pool.run(4, of_another_shard, str(tmp_path))
+
+
+def of_replicas(group):
+    """Tensor parallelism: what is whole on each worker of a node has the same state there."""
+    mesh, model = parallel()
+    whole = [p for p in model.parameters() if p.placements[0].is_replicate()]
+    optimizer = gmc_cuda.GMC(whole, 0.1, density=0.5, process_group=mesh)
+    model(batch(mesh.get_local_rank("replicate"), 0)).square().mean().backward()
+    optimizer.step()
+    optimizer.average_memory_()
+    states = [None] * 4
+    dist.all_gather_object(states, optimizer.state_dict(), group)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(states[0])
+
+
+def test_the_state_of_replicas_is_anyones(pool):
+    pool.run(4, of_replicas)
 
 
 HAND_OVER = (

@@ -444,6 +444,10 @@ class Engine:
             "size": self.exchange.size,
         }
 
+    def shard_place(self) -> tuple[int, int] | None:
+        """Which shard of the parameters this worker holds, of how many; see shards.place."""
+        return shards.place(params_of(self.optimizer), self.exchange.shard_group)
+
     def set_exchange(self, exchange: Exchange) -> None:
         """Makes these the workers."""
         own = self.settings.owner(self.exchange)

@@ -212,7 +212,8 @@ class CompressedSGD(torch.optim.Optimizer):
         state lacks keep their present values.
 
         Raises:
-            ValueError, TypeError: the state does not fit; nothing was changed.
+            ValueError, TypeError: the state does not fit, or is of another shard of the parameters;
+                nothing was changed.
 
         Warns:
             UserWarning: another rank saved the memory, and it is not the mean of all.
@@ -224,7 +225,9 @@ class CompressedSGD(torch.optim.Optimizer):
             changed = hook(self, state_dict)
             if changed is not None:
                 state_dict = changed
-        loaded = states.read(state_dict, self.param_groups, own.rule, type(self).__name__)
+        loaded = states.read(
+            state_dict, self.param_groups, own.rule, type(self).__name__, own.shard_place()
+        )
         for g, group in enumerate(loaded.groups):
             engine.check_group(group, g, own.rule)
         _ = own.buckets  # raises for parameters that cannot be trained
@@ -313,7 +316,9 @@ def _complete(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> N
     assert isinstance(optimizer, CompressedSGD)
     own = optimizer.engine
     own.refuse_open_round("state_dict")
+    shard, shards = own.shard_place() or (None, None)
     stamp = states.Stamp(
-        type(optimizer).__name__, own.exchange.rank, own.exchange.size, own.averaged
-    )
+        type(optimizer).__name__, own.exchange.rank, own.exchange.size, own.averaged,
+        shard=shard, shards=shards,
+    )  # fmt: skip
     states.add(state_dict, engine.params_of(optimizer), own.held(), stamp)

@@ -30,6 +30,21 @@ def is_flattened(tensor: Tensor) -> bool:
     return getattr(tensor, "_fsdp_flattened", False)
 
 
+def place(params: Sequence[Tensor], inside: Any) -> tuple[int, int] | None:
+    """Which shard of the parameters this worker holds, of how many; None if it holds them whole.
+
+    The parts of FSDP's first version count as whole, because torch gathers and cuts their state by
+    itself; so do NodeAverage's, whose states say by themselves whose they are.
+
+    Args:
+        inside: the workers that hold the other shards; None if parameters are not sharded.
+    """
+    cut = any(is_sharded(p) and not p.placements[0].is_replicate() for p in params)  # type: ignore[attr-defined]
+    if not cut or inside is None or dist.get_world_size(inside) == 1:
+        return None
+    return dist.get_rank(inside), dist.get_world_size(inside)
+
+
 class Parts:
     """What NodeAverage hands on as process_group: its plain tensors are parts, by this 2-D mesh."""
 

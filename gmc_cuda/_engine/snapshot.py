@@ -92,7 +92,9 @@ def _check_shards(name: str, value: Tensor, optimizer: CompressedSGD) -> None:
         raise TypeError(
             f"model: got {name} as a DTensor over the ranks {mesh.mesh.tolist()}, must be one over "
             f"{ranks}, like the parameters of this optimizer. Give all of the model to one "
-            "optimizer, or save such a model by torch.distributed.checkpoint"
+            "optimizer, or save such a model by torch.distributed.checkpoint, and let each worker "
+            "save and load its own state of each optimizer:\n"
+            "    torch.save(optimizer.state_dict(), f'optimizer{rank}.pt')"
         )
 
 
@@ -173,7 +175,7 @@ def read(part: Path, model: torch.nn.Module, optimizer: CompressedSGD) -> Found:
     averaged = facts["averaged"] or size != exchange.size
     stamp = states.Stamp(type(optimizer).__name__, exchange.rank, exchange.size, averaged)
     whole = states.assemble(state, facts["groups"], stamp)
-    states.read(whole, optimizer.param_groups, optimizer.engine.rule, stamp.optimizer)
+    states.read(whole, optimizer.param_groups, optimizer.engine.rule, stamp.optimizer, None)
     return Found(_for_model(model, shared), whole, facts["extra"])
 
 

@@ -47,6 +47,8 @@ class Stamp:
         format: the state's format, raised when the meaning of a key changes.
         frozen: the frozen parameters with non-zero memory or momentum, as "group.index", separated
             by blanks. torch's set_optimizer_state_dict leaves their state out.
+        shard, shards: which shard of the parameters it is of, and of how many; None if the worker
+            holds them whole.
     """
 
     optimizer: str
@@ -55,6 +57,15 @@ class Stamp:
     averaged: bool
     format: int = FORMAT
     frozen: str = ""
+    shard: int | None = None
+    shards: int | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """What a state_dict holds of it, without what does not apply.
+
+        torch.distributed.checkpoint finds no older state whose stamp lacks a key that is asked for.
+        """
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 # ------------------------------------------------------------------------- buckets and parameters
@@ -215,7 +226,7 @@ def add(state_dict: dict[str, Any], params: list[Tensor], held: Held, stamp: Sta
     stamp = replace(stamp, frozen=" ".join(frozen))
     for group in state_dict["param_groups"]:
         group.update({key: _plain(value) for key, value in group.items()})
-        group[_STAMP] = asdict(stamp)
+        group[_STAMP] = stamp.entry()
 
 
 def _plain(value: Any) -> Any:
@@ -227,7 +238,7 @@ def _plain(value: Any) -> Any:
 
 def assemble(state: dict[int, ParamState], groups: list[Group], stamp: Stamp) -> dict[str, Any]:
     """Makes a state_dict from each parameter's state and the groups of a state_dict."""
-    groups = [{**group, _STAMP: asdict(stamp)} for group in groups]
+    groups = [{**group, _STAMP: stamp.entry()} for group in groups]
     return {"state": state, "param_groups": groups}
 
 
@@ -248,11 +259,21 @@ class Loaded:
     stamp: Stamp | None
 
 
-def read(state_dict: dict[str, Any], groups: list[Group], rule: Rule, name: str) -> Loaded:
+def read(
+    state_dict: dict[str, Any],
+    groups: list[Group],
+    rule: Rule,
+    name: str,
+    shard: tuple[int, int] | None,
+) -> Loaded:
     """Checks a state_dict against an optimizer's groups, and changes nothing.
 
+    Args:
+        name: the optimizer's class.
+        shard: which shard of the parameters it trains, see shards.place.
+
     Raises:
-        ValueError: it is of another optimizer, format or model.
+        ValueError: it is of another optimizer, format, shard or model.
     """
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
@@ -274,6 +295,7 @@ def read(state_dict: dict[str, Any], groups: list[Group], rule: Rule, name: str)
                 raise ValueError(f"state_dict: parameter {i!r} appears twice")
             ids[i] = param
     stamp = _read_stamp(saved_groups, state_dict["state"], name)
+    _check_shard(stamp, shard)
     loaded_groups = [
         _merged(own, saved if stamp is not None else _from_sgd(saved, own))
         for saved, own in zip(saved_groups, groups, strict=True)
@@ -382,6 +404,22 @@ def _read_stamp(groups: list[Group], state: dict[Any, Any], name: str) -> Stamp 
             f"state_dict: got format {stamp['format']}, this version of gmc_cuda reads {FORMAT}"
         )
     return Stamp(**stamp)
+
+
+def _check_shard(stamp: Stamp | None, own: tuple[int, int] | None) -> None:
+    """Refuses another shard's state. Its tensors may have the right shapes, but are of other rows.
+
+    States of earlier versions do not say of which shard they are.
+    """
+    if stamp is None or stamp.shard is None or (stamp.shard, stamp.shards) == own:
+        return
+    must = "be of parameters that are not sharded" if own is None else "be of shard {} of {}"
+    raise ValueError(
+        f"state_dict: got that of shard {stamp.shard} of {stamp.shards}, must "
+        f"{must.format(*own or ())}: each worker of a node holds another shard of the parameters, "
+        "and of memory and momentum. Let each worker save and load its own state, or use "
+        "gmc_cuda.checkpoint; torch.distributed.checkpoint keeps only one shard's"
+    )
 
 
 def _from_sgd(saved: Group, own: Group) -> Group:
