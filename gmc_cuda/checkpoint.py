@@ -57,7 +57,7 @@ def save(
 
     Raises:
         TypeError: the optimizer is not a GMC or DGC, or torch.load(weights_only=True) would refuse
-            extra.
+            extra, or an entry that you have added to a param group.
         ValueError: folder or keep cannot be used.
         RuntimeError: on all workers, if one could not write, does not see the folder, or did not
             call save within the time-out of the process group. Older checkpoints are intact.

@@ -1,12 +1,14 @@
 """gmc_cuda.checkpoint: every worker's memory, on as many workers and on others."""
 
 import copy
+import enum
 import os
 import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -188,6 +190,34 @@ def test_extra_that_could_not_be_loaded_is_refused(tmp_path):
     with pytest.raises(TypeError, match="extra: got an object that torch.load"):
         checkpoint.save(tmp_path, model, optimizer, {"scheduler": scheduler})
     assert not list(tmp_path.iterdir())
+
+
+class Kind(enum.Enum):
+    MATRIX = 1
+
+
+@pytest.mark.parametrize("value", [max, Kind.MATRIX, np.zeros(2)])
+def test_a_group_entry_that_could_not_be_loaded_is_refused(tmp_path, value):
+    model, optimizer, _ = build(None)
+    checkpoint.save(tmp_path, model, optimizer, {"step": 0})
+    before = sorted(tmp_path.iterdir())
+    optimizer.param_groups[0]["kind"] = value
+    with pytest.raises(TypeError, match=r"param_groups\[0\]\['kind'\]: got an object that"):
+        checkpoint.save(tmp_path, model, optimizer, {"step": 1})
+    assert sorted(tmp_path.iterdir()) == before
+    assert checkpoint.load(tmp_path, model, optimizer) == {"step": 0}
+
+
+def refused_group_entry(group, folder):
+    model, optimizer, _ = build(group)
+    optimizer.param_groups[0]["kind"] = max
+    with pytest.raises(TypeError, match="got an object that torch.load"):
+        checkpoint.save(folder, model, optimizer)
+    assert not os.path.exists(folder) or not os.listdir(folder)
+
+
+def test_all_workers_refuse_a_group_entry(pool, tmp_path):
+    pool.run(2, refused_group_entry, str(tmp_path / "checkpoint"))
 
 
 def test_other_optimizers_are_refused_with_the_line_to_write(tmp_path):

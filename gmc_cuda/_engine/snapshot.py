@@ -41,6 +41,12 @@ def take(
     own_engine = optimizer.engine
     place = {param: i for i, param in enumerate(engine.params_of(optimizer))}
     own, shard = own_engine.rule.own_state(), _shard(optimizer)
+    # Before held(), because state_dict() makes copies of the momentum too, which are freed here.
+    groups = {
+        f"param_groups[{g}]": group
+        for g, group in enumerate(optimizer.state_dict()["param_groups"])
+    }
+    groups = _loadable_entries(groups)
     momentum: dict[str, Tensor] = {}
     private: dict[str, Tensor] = {}
     for param, tensors in own_engine.held().items():
@@ -55,7 +61,7 @@ def take(
         files[parts.FACTS] = describe(model, optimizer) | {
             "world_size": own_engine.exchange.size,
             "averaged": own_engine.averaged,
-            "groups": optimizer.state_dict()["param_groups"],
+            "groups": list(groups.values()),
             "extra": extra,
         }
     return _copied(files) if copy else files
@@ -114,6 +120,18 @@ def loadable(what: str, value: Any) -> Any:
             f"{what}: got an object that torch.load(weights_only=True) refuses, must be made of "
             "tensors, numbers, strings and containers of them (a state_dict, not the object)"
         ) from error
+
+
+def _loadable_entries(named: dict[str, dict[Any, Any]]) -> dict[str, dict[Any, Any]]:
+    """loadable() of the optimizer's dicts, to which users may add; names the entry refused."""
+    try:
+        found: dict[str, dict[Any, Any]] = loadable("optimizer", named)
+    except TypeError:
+        for what, entries in named.items():
+            for key, value in entries.items():
+                loadable(f"optimizer.{what}[{key!r}]", value)
+        raise
+    return found
 
 
 def _copied(value: Any) -> Any:
