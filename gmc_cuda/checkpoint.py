@@ -57,7 +57,7 @@ def save(
 
     Raises:
         TypeError: the optimizer is not a GMC or DGC, or torch.load(weights_only=True) would refuse
-            extra, or an entry that you have added to a param group.
+            extra, or an entry that you have added to a param group or to the optimizer's state.
         ValueError: folder or keep cannot be used.
         RuntimeError: on all workers, if one could not write, does not see the folder, or did not
             call save within the time-out of the process group. Older checkpoints are intact.
@@ -95,7 +95,8 @@ def load(
     """Loads a checkpoint of :func:`save` into model and optimizer. All workers must call it.
 
     On the same number of workers each gets its own memory, and the run continues bit for bit. On
-    another number each gets the mean of the saved memories, so that nothing unsent is lost. Of
+    another number each gets the mean of the saved memories, so that nothing unsent is lost, and
+    worker 0's of what users have added to the optimizer's state. Of
     sharded models the number of nodes may change, but not the number of workers in a node.
 
     Args:

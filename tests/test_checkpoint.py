@@ -220,6 +220,46 @@ def test_all_workers_refuse_a_group_entry(pool, tmp_path):
     pool.run(2, refused_group_entry, str(tmp_path / "checkpoint"))
 
 
+def save_with_entries(group, folder, wait):
+    """Each worker has entries of its own, also for a frozen parameter."""
+    model, optimizer, _ = run = build(group)
+    params = list(model.parameters())
+    params[0].requires_grad_(False)
+    go_on(run, range(2), dist.get_rank(group))
+    for p in params[:2]:
+        optimizer.state[p]["ema"] = torch.full((2, 2), 1.0 + dist.get_rank(group))[:1]
+        optimizer.state[p]["seen"] = {"steps": 2}
+    saved = checkpoint.save(folder, model, optimizer, wait=wait)
+    for p in params[:2]:
+        optimizer.state[p]["ema"].zero_()
+    saved.result()
+    optimizer.state[params[1]]["ema"] = max
+    with pytest.raises(TypeError, match=r"optimizer.state\[1\]\['ema'\]: got an object that"):
+        checkpoint.save(folder, model, optimizer)
+
+
+def load_with_entries(group, folder):
+    model, optimizer, _ = build(group)
+    params = list(model.parameters())
+    params[0].requires_grad_(False)
+    checkpoint.load(folder, model, optimizer)
+    assert [set(optimizer.state[p]) & {"ema", "seen"} for p in params[1:]] == [
+        {"ema", "seen"}, *[set()] * (len(params) - 2)
+    ]  # fmt: skip
+    assert all(optimizer.state[p]["seen"] == {"steps": 2} for p in params[:2])
+    set_gradients(params[1:], dist.get_rank(group), 2)
+    optimizer.step()
+    return [optimizer.state[p]["ema"].tolist() for p in params[:2]]
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_entries_of_the_user_are_kept(pool, tmp_path, wait):
+    pool.run(2, save_with_entries, str(tmp_path), wait)
+    found = pool.run(2, load_with_entries, str(tmp_path))
+    assert found == [[[[1.0, 1.0]]] * 2, [[[2.0, 2.0]]] * 2]
+    assert pool.run(4, load_with_entries, str(tmp_path)) == [found[0]] * 4
+
+
 def test_other_optimizers_are_refused_with_the_line_to_write(tmp_path):
     model = network()
     inner = torch.optim.AdamW(model.parameters())

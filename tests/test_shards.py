@@ -203,8 +203,9 @@ def checkpointed(group, folder, make, wait):
     """Returns what was saved, and checks that the run goes on bit for bit."""
     mesh, model, optimizer = start(make)
     train(model, optimizer, range(3))
-    future = gmc_cuda.checkpoint.save(folder, model, optimizer, {"step": 3}, wait=wait)
     params = list(model.parameters())
+    optimizer.state[params[0]]["ema"] = (params[0] * 2).detach()
+    future = gmc_cuda.checkpoint.save(folder, model, optimizer, {"step": 3}, wait=wait)
     saved = whole(params), mean(
         mesh.get_group("r"), full(params, memories(optimizer, params))
     )  # fmt: skip
@@ -214,6 +215,9 @@ def checkpointed(group, folder, make, wait):
     assert gmc_cuda.checkpoint.load(folder, other, again) == {"step": 3}
     train(other, again, range(3, 6))
     assert torch.equal(whole(params), whole(list(other.parameters())))
+    ema = [o.state[next(m.parameters())]["ema"] for m, o in ((model, optimizer), (other, again))]
+    assert torch.equal(whole(ema[:1]), whole(ema[1:]))
+    assert ema[0].placements == ema[1].placements
     return saved
 
 

@@ -1,8 +1,9 @@
 """The files of a checkpoint: what they hold of a model and its optimizer, and how they are read.
 
 ``facts.pt`` describes the model and the optimizer. ``shared.pt`` holds the model, and the momentum
-if all workers have the same. ``worker0.pt``, ``worker1.pt`` ... hold each worker's own state. If
-parameters are sharded, each worker of a node writes its shard: ``shared.shard1.pt`` and so on.
+if all workers have the same. ``worker0.pt``, ``worker1.pt`` ... hold each worker's own state, and
+``entries0.pt`` ... what users have put into optimizer.state, if anything. If parameters are
+sharded, each worker of a node writes its shard: ``shared.shard1.pt`` and so on.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ def take(
                 continue
             (private if name in own else momentum)[f"{place[param]}.{name}"] = tensor
     files: dict[str, Any] = {f"worker{own_engine.exchange.rank}{shard}.pt": private}
+    entries = _users_entries(optimizer)
+    if entries:
+        files[f"entries{own_engine.exchange.rank}{shard}.pt"] = entries
     if own_engine.exchange.rank == 0:
         files[f"shared{shard}.pt"] = {**_model_state(model, optimizer), _MOMENTUM: momentum}
     if everyone.rank == 0:
@@ -134,6 +138,38 @@ def _loadable_entries(named: dict[str, dict[Any, Any]]) -> dict[str, dict[Any, A
     return found
 
 
+def _users_entries(optimizer: CompressedSGD) -> dict[int, dict[str, Any]]:
+    """What users have put into optimizer.state, by the place of the parameter.
+
+    A DTensor would name the ranks of this run, so its shard is kept, and "shards" has its key.
+    """
+    named: dict[str, dict[Any, Any]] = {}
+    shards: dict[str, list[Any]] = {}
+    for i, param in enumerate(engine.params_of(optimizer)):
+        what = f"state[{i}]"
+        for key, value in (optimizer.state.get(param) or {}).items():
+            if key in states.SHOWN:
+                continue
+            if isinstance(value, Tensor) and is_sharded(value):
+                if not _is_cut_like(value, param):
+                    raise TypeError(
+                        f"optimizer.{what}[{key!r}]: got a DTensor that is not sharded like its "
+                        "parameter, must be, or be a plain tensor"
+                    )
+                shards.setdefault(what, []).append(key)
+                value = shard_of(value)
+            named.setdefault(what, {})[key] = value
+    return {
+        int(what[len("state[") : -1]): {"entries": entries, "shards": shards.get(what, [])}
+        for what, entries in _loadable_entries(named).items()
+    }
+
+
+def _is_cut_like(value: Any, param: Any) -> bool:
+    same = is_sharded(param) and value.shape == param.shape
+    return same and (value.device_mesh, value.placements) == (param.device_mesh, param.placements)
+
+
 def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
@@ -189,7 +225,16 @@ def read(part: Path, model: torch.nn.Module, optimizer: CompressedSGD) -> Found:
 
     size = facts["world_size"]
     own = private(exchange.rank) if size == exchange.size else _mean(private, size)
-    state = _by_parameter(shared[_MOMENTUM] | own)
+    state: dict[int, dict[Any, Any]] = _by_parameter(shared[_MOMENTUM] | own)
+    # On another number of workers all get worker 0's, for nobody knows how to average them.
+    entries = f"entries{exchange.rank if size == exchange.size else 0}{shard}.pt"
+    if listing is not None and entries in listing:
+        params = engine.params_of(optimizer)
+        for i, users in open_file(entries).items():
+            for key in users["shards"]:
+                name = f"state[{i}][{key!r}]"
+                users["entries"][key] = _like(params[i], users["entries"][key], name)
+            state[i] = {**state.get(i, {}), **users["entries"]}
     averaged = facts["averaged"] or size != exchange.size
     stamp = states.Stamp(type(optimizer).__name__, exchange.rank, exchange.size, averaged)
     whole = states.assemble(state, facts["groups"], stamp)

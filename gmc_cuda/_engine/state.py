@@ -444,6 +444,8 @@ def _merged(own: Group, saved: Group) -> Group:
 def _checked(
     tensors: dict[str, Any], required: set[str], known: set[str], param: Tensor, i: Any
 ) -> ParamState:
+    if tensors and not any(name in tensors for name in SHOWN):
+        return {}  # a frozen parameter, with entries of the user's only
     missing = required - set(tensors)
     if missing:
         hint = "" if tensors else (
