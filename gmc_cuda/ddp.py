@@ -36,8 +36,9 @@ def local_gradients(ddp_model: torch.nn.Module) -> torch.nn.Module:
 
     It is for frameworks that wrap the model in DDP; your own training loop needs no DDP. Call it
     once on every worker, right after the model is wrapped; a second call does nothing. It works
-    with all options of DDP, and makes ``no_sync()`` unnecessary. DDP then no longer broadcasts
-    buffers either: call :func:`gmc_cuda.broadcast_buffers` before you evaluate or save.
+    with all options of DDP, and makes ``no_sync()`` unnecessary. ``join()`` then raises an error,
+    because the optimizer's steps need all workers, and DDP no longer broadcasts buffers: call
+    :func:`gmc_cuda.broadcast_buffers` before you evaluate or save.
 
     Args:
         ddp_model: a DistributedDataParallel, or a module that contains one or more (as those of

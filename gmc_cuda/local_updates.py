@@ -406,7 +406,7 @@ class LocalUpdates(Wrapper):
 
     @torch.no_grad()
     def _end_round(self) -> None:
-        if self.outer.engine.round.steps == 0:
+        if ddp_guard.is_due(self.outer.engine.round.steps):
             ddp_guard.refuse_communicating(self._params(), self.outer.process_group)
         present = set(self._params())
         moved = {

@@ -423,7 +423,7 @@ class NodeAverage(Wrapper):
         self._inside.check()
         workers = self._across.size * self.workers_in_node
         checks.check_scaler(hasattr(self, "found_inf"), self.engine.scaled_together, workers, False)
-        if self.engine.round.steps == 0:
+        if ddp_guard.is_due(self.engine.round.steps):
             for exchange in (self._across, self._inside):
                 ddp_guard.refuse_communicating(self._params, exchange.group)
         for g, group in enumerate(self.param_groups):

@@ -1,5 +1,6 @@
 """DistributedDataParallel: made local for the optimizer, or with GMC as its communication hook."""
 
+import gc
 import pickle
 from contextlib import nullcontext
 from copy import deepcopy
@@ -7,6 +8,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import gmc_cuda
@@ -347,6 +349,84 @@ def dense_inside_sparse_across(group):
 
 def test_ddp_over_other_workers_is_not_refused(pool):
     pool.run(4, dense_inside_sparse_across)
+
+
+def wrapped_late(group):
+    """A DDP that comes after the first step; one that is dropped before is not meant."""
+    rank = dist.get_rank(group)
+    net = Net()
+    optimizer = gmc_cuda.GMC(net.parameters(), 0.1, process_group=group)
+
+    def train(model, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            backward(model, rank, step)
+            optimizer.step()
+
+    train(net, range(2))
+    gc.disable()  # so that the dropped one lives on, as it may on one worker alone
+    train(DDP(net, process_group=group), range(2, 4))
+    train(net, range(4, 20))
+    gc.enable()
+    model = DDP(net, process_group=group)
+    with pytest.raises(RuntimeError, match=r"gmc_cuda\.local_gradients\(ddp_model\)"):
+        train(model, range(20, 40))
+    assert optimizer.stats()["steps"] == 32
+    gmc_cuda.local_gradients(model)
+    train(model, range(32, 34))
+
+
+def test_ddp_that_comes_after_the_first_step_is_refused(pool):
+    pool.run(2, wrapped_late)
+
+
+def first_in_no_sync(group):
+    net = Net()
+    model = DDP(net, process_group=group)
+    optimizer = gmc_cuda.GMC(net.parameters(), 0.1, process_group=group)
+    with model.no_sync():
+        backward(model, dist.get_rank(group), 0)
+        with pytest.raises(RuntimeError, match=r"gmc_cuda\.local_gradients\(ddp_model\)"):
+            optimizer.step()
+
+
+def test_ddp_that_communicates_too_is_refused_in_no_sync(pool):
+    pool.run(2, first_in_no_sync)
+
+
+def joined(group):
+    model = DDP(Net(), process_group=group)
+    gmc_cuda.local_gradients(model)
+    for join in (model.join, lambda: Join([model])):
+        with pytest.raises(RuntimeError) as error, join():
+            pass
+        assert str(error.value).startswith("join: got a DistributedDataParallel that leaves the")
+        assert "sampler = torch.utils.data.DistributedSampler(dataset)" in str(error.value)
+        assert "ddp_model.register_comm_hook(gmc_cuda.GMCHookState(), gmc_" in str(error.value)
+
+
+def test_join_is_refused_under_local_gradients(pool):
+    """A worker whose batches have run out would leave the others waiting in step()."""
+    pool.run(2, joined)
+
+
+def hook_in_join(group):
+    """Uneven numbers of batches: the replicas stay the same."""
+    rank = dist.get_rank(group)
+    net = Net()
+    model = DDP(net, process_group=group)
+    model.register_comm_hook(gmc_cuda.GMCHookState(group, density=0.05), gmc_cuda.gmc_hook)
+    sgd = torch.optim.SGD(net.parameters(), lr=LR)
+    with model.join():
+        for step in range(3 + 2 * rank):
+            sgd.zero_grad()
+            backward(model, rank, step)
+            sgd.step()
+    assert same_on_all_ranks(group, list(net.parameters()))
+
+
+def test_hook_lets_a_worker_run_out_of_batches(pool):
+    pool.run(2, hook_in_join)
 
 
 def wrong_uses(group):

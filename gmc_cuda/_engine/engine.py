@@ -205,7 +205,7 @@ class Engine:
             check_group(group, g, self.rule)
         self._just_checked = not self.round.is_open
         waiting = self.round.waiting if self.round.is_open else self.buckets
-        if self.round.steps == 0:
+        if ddp_guard.is_due(self.round.steps):
             ddp_guard.refuse_communicating(params_of(optimizer), self.exchange.group)
         alone = len(waiting) == 1 and waiting[0].owner is None and not self.rule.reads_gradients
         if alone and self._just_checked and self._send_unchecked(waiting[0]):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
+from gmc_cuda._engine import ddp_guard
 from gmc_cuda._engine.optimizer import CompressedSGD
 from gmc_cuda.integrations import (
     refuse_with_overlap,
@@ -32,7 +34,7 @@ def leave_gradients_to_optimizer(accelerator: Accelerator, *models: nn.Module) -
 
     Args:
         accelerator: the accelerator, after it has prepared model and optimizer.
-        models: the models that ``prepare()`` returned. Default: all of them.
+        models: the models that ``prepare()`` returned. Default: all that its optimizers train.
 
     Raises:
         ValueError: no optimizer was prepared, or one that is not gmc_cuda's; or gradients are
@@ -54,7 +56,10 @@ def leave_gradients_to_optimizer(accelerator: Accelerator, *models: nn.Module) -
     for optimizer in accelerator._optimizers:
         refuse_with_overlap(optimizer, {"gradient_accumulation_steps": (steps, steps > 1)})
     share_accelerators_scale(accelerator, "accelerator")
-    for model in models or accelerator._models:
+    if not models:  # accelerator._models has the models as they were before DDP wrapped them
+        groups = chain.from_iterable(o.param_groups for o in accelerator._optimizers)
+        models = tuple(ddp_guard.over(p for group in groups for p in group["params"]))
+    for model in models:
         silence_ddp(model)
     for name in ("clip_grad_norm_", "clip_grad_value_"):
         setattr(accelerator, name, _refusing(accelerator, name))

@@ -91,6 +91,8 @@ def accelerate():
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     if HOW == "saves alone":
         gmc_cuda.local_gradients(model)
+    elif HOW == "names no model":
+        leave_gradients_to_optimizer(accelerator)
     elif HOW != "communicates":
         leave_gradients_to_optimizer(accelerator, model)
     for batch in loader:
@@ -98,6 +100,8 @@ def accelerate():
         if CLIP:
             accelerator.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
+    if HOW == "names no model":  # which is right
+        say("nothing")
     if HOW == "saves alone":
         accelerator.save_state(FOLDER)
         accelerator.wait_for_everyone()
