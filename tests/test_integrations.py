@@ -217,7 +217,11 @@ ALONE = (
     "state, or use gmc_cuda.checkpoint",
 )
 
-
+AT_A_SIGNAL = (
+    "enable_jit_checkpoint: got True, must be False on several workers: its checkpoint would have "
+    "rank 0's memory only, without what the other workers had not sent. Write\n"
+    "    TrainingArguments(..., enable_jit_checkpoint=False)"
+)
 ANOTHER = (
     "got SGD, must be a GMC, DGC, LocalUpdates or NodeAverage: DistributedDataParallel leaves the "
     "gradients to the optimizer here, and with another one the workers would train apart. Write\n"
@@ -251,6 +255,7 @@ EARLY = (
     ]
     + [("lightning", "clips by hand")]
     + [("transformers", "saves alone"), ("transformers", "saves the best")]
+    + [("transformers", "saves at a signal")]
     + [("accelerate", "saves alone"), ("accelerate", "comes too early")]
     + [("accelerate", "names no model"), ("fabric", "saves alone")],
 )
@@ -279,6 +284,7 @@ def test_wrong_use_is_refused_with_the_line_to_write(framework, how, tmp_path):
         "takes another optimizer": f"ValueError: {another}",
         "comes too early": f"ValueError: {EARLY}",
         "saves alone": f"UserWarning: {ALONE[framework != 'transformers']}",
+        "saves at a signal": f"UserWarning: {AT_A_SIGNAL}",
         "saves the best": "nothing",
         "names no model": "nothing",
     }[how]

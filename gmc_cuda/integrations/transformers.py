@@ -34,7 +34,8 @@ class GMCCallback(TrainerCallback):
             gmc_cuda's.
 
     Warns:
-        UserWarning: a checkpoint was written without what other workers had not sent.
+        UserWarning: a checkpoint was written without what other workers had not sent, or
+            enable_jit_checkpoint is to write one so.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -57,6 +58,14 @@ class GMCCallback(TrainerCallback):
         )
         share_accelerators_scale(self._trainer.accelerator, "trainer.accelerator")
         silence_ddp(self._trainer.model_wrapped)
+        if getattr(args, "enable_jit_checkpoint", False) and args.world_size > 1:
+            # Each worker decides alone when to write it, so they may not meet to average memory.
+            warnings.warn(
+                "enable_jit_checkpoint: got True, must be False on several workers: its checkpoint "
+                "would have rank 0's memory only, without what the other workers had not sent. "
+                "Write\n    TrainingArguments(..., enable_jit_checkpoint=False)",
+                stacklevel=2,
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save:

@@ -58,6 +58,7 @@ def transformers():
         label_names=["y"], per_device_train_batch_size=2, use_cpu=True, report_to="none",
         disable_tqdm=True, save_strategy="best" if HOW == "saves the best" else "no",
         **(best if HOW == "saves the best" else {}),
+        **({"enable_jit_checkpoint": True} if HOW == "saves at a signal" else {}),
     )  # fmt: skip
     trainer = Trainer(
         Model(),
@@ -185,7 +186,8 @@ def main():
         except (ValueError, RuntimeError) as error:
             say(f"{type(error).__name__}: {error}")
     for warning in caught:
-        if re.search("the checkpoint of step|this optimizer is rank", str(warning.message)):
+        ours = "the checkpoint of step|this optimizer is rank|enable_jit"
+        if re.search(ours, str(warning.message)):
             say(f"{warning.category.__name__}: {warning.message}")
 
 
