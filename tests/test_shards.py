@@ -397,6 +397,25 @@ def test_what_cannot_be_sharded_is_refused_with_the_reason(pool):
     pool.run(4, refused)
 
 
+def other_group(group):
+    """A new process_group is checked as the constructor's is, and changes nothing if refused."""
+    mesh = mesh_of_nodes()
+    model = network()
+    fully_shard(model, mesh=mesh["shard"])
+    optimizer = gmc_cuda.GMC(model.parameters(), 0.1, process_group=mesh)
+    before = optimizer.process_group
+    for other in (None, dist.group.WORLD, mesh["shard"]):
+        with pytest.raises(ValueError, match="process_group: got "):
+            optimizer.process_group = other
+    assert optimizer.process_group is before
+    optimizer.process_group = mesh
+    train(model, optimizer, range(2))
+
+
+def test_a_new_process_group_is_checked_as_the_first(pool):
+    pool.run(4, other_group)
+
+
 def one_shard_differs(group, way):
     """Every worker raises, whichever shard it has, and names the workers that differ."""
     mesh, rank = mesh_of_nodes(), dist.get_rank()

@@ -89,7 +89,9 @@ class CompressedSGD(torch.optim.Optimizer):
     @process_group.setter
     def process_group(self, group: Any) -> None:
         self.engine.refuse_open_round("a new process_group")
-        self.engine.set_exchange(Exchange(group))
+        exchange = Exchange(group)
+        engine.check_params(self, self.engine.rule, self.engine.settings, exchange)
+        self.engine.set_exchange(exchange)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, with rank 0's parameters. All workers must call it.
