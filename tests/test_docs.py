@@ -362,6 +362,14 @@ def test_the_losses_of_a_larger_model_are_those_of_the_file():
     assert table == {name: [cell] for name, cell in zip(names, found.values(), strict=True)}
 
 
+def test_the_losses_of_a_search_with_two_seeds_are_those_of_the_file():
+    found = losses_at_their_best(newest("convergence-text-4-workers-amd-epyc"))
+    dense, gmc, growing, dgc = found.values()
+    text = " ".join(PAGES["docs/results.md"].split())
+    said = f"{dense} for dense SGD, {gmc} for GMC, {growing} if its memory grows and {dgc} for DGC"
+    assert said in text
+
+
 def test_the_loss_at_1000_times_fewer_bytes_is_that_of_the_file():
     gmc, dgc = (losses_at_their_best(newest(f"convergence-text-4-workers-1000-times-{machine}"))
                 for machine in ("amd-epyc", "intel-xeon-processor"))  # fmt: skip
