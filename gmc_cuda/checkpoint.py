@@ -96,7 +96,7 @@ def load(
 
     On the same number of workers each gets its own memory, and the run continues bit for bit. On
     another number each gets the mean of the saved memories, so that nothing unsent is lost, and
-    worker 0's of what users have added to the optimizer's state. Of
+    rank 0's of what users have added to the optimizer's state. Of
     sharded models the number of nodes may change, but not the number of workers in a node.
 
     Args:

@@ -424,8 +424,7 @@ class NodeAverage(Wrapper):
         workers = self._across.size * self.workers_in_node
         checks.check_scaler(hasattr(self, "found_inf"), self.engine.scaled_together, workers, False)
         if ddp_guard.is_due(self.engine.round.steps):
-            for exchange in (self._across, self._inside):
-                ddp_guard.refuse_communicating(self._params, exchange.group)
+            ddp_guard.refuse_communicating(self._params, self._across.group, self._inside.group)
         for g, group in enumerate(self.param_groups):
             engine.check_group(group, g, self.engine.rule)
         try:

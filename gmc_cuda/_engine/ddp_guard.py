@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,17 +62,19 @@ def is_due(steps: int) -> bool:
     return steps % 16 == 0 and steps & (steps - 1) == 0  # 0, 16, 32, 64, 128, ...
 
 
-def refuse_communicating(params: Iterable[Tensor], group: Any) -> None:
-    """Raises RuntimeError if a DDP averages these parameters' gradients over this group.
+def refuse_communicating(params: Sequence[Tensor], *groups: Any) -> None:
+    """Raises RuntimeError if a DDP averages these parameters' gradients over one of these groups.
 
     A DDP over other workers is right: it makes the exchange dense inside a node, sparse across.
 
     Args:
-        group: the optimizer's process group; None for a single worker.
+        groups: the optimizer's process groups, of which this worker is a member; None for a single
+            worker.
     """
-    if group is None or dist.get_world_size(group) == 1:
+    ranks = {rank for group in groups if group is not None
+             for rank in dist.get_process_group_ranks(group)}  # fmt: skip
+    if len(ranks) <= 1:
         return
-    ranks = set(dist.get_process_group_ranks(group))
 
     def communicates() -> bool:
         # require_backward_grad_sync does not count: no_sync() makes it False for a while only.

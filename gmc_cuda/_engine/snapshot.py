@@ -43,11 +43,8 @@ def take(
     place = {param: i for i, param in enumerate(engine.params_of(optimizer))}
     own, shard = own_engine.rule.own_state(), _shard(optimizer)
     # Before held(), because state_dict() makes copies of the momentum too, which are freed here.
-    groups = {
-        f"param_groups[{g}]": group
-        for g, group in enumerate(optimizer.state_dict()["param_groups"])
-    }
-    groups = _loadable_entries(groups)
+    groups = dict(enumerate(optimizer.state_dict()["param_groups"]))
+    groups = _loadable_entries("param_groups", groups)
     momentum: dict[str, Tensor] = {}
     private: dict[str, Tensor] = {}
     for param, tensors in own_engine.held().items():
@@ -126,14 +123,14 @@ def loadable(what: str, value: Any) -> Any:
         ) from error
 
 
-def _loadable_entries(named: dict[str, dict[Any, Any]]) -> dict[str, dict[Any, Any]]:
+def _loadable_entries(what: str, dicts: dict[int, dict[Any, Any]]) -> dict[int, dict[Any, Any]]:
     """loadable() of the optimizer's dicts, to which users may add; names the entry refused."""
     try:
-        found: dict[str, dict[Any, Any]] = loadable("optimizer", named)
+        found: dict[int, dict[Any, Any]] = loadable("optimizer", dicts)
     except TypeError:
-        for what, entries in named.items():
+        for i, entries in dicts.items():
             for key, value in entries.items():
-                loadable(f"optimizer.{what}[{key!r}]", value)
+                loadable(f"optimizer.{what}[{i}][{key!r}]", value)
         raise
     return found
 
@@ -143,25 +140,24 @@ def _users_entries(optimizer: CompressedSGD) -> dict[int, dict[str, Any]]:
 
     A DTensor would name the ranks of this run, so its shard is kept, and "shards" has its key.
     """
-    named: dict[str, dict[Any, Any]] = {}
-    shards: dict[str, list[Any]] = {}
+    found: dict[int, dict[Any, Any]] = {}
+    shards: dict[int, list[Any]] = {}
     for i, param in enumerate(engine.params_of(optimizer)):
-        what = f"state[{i}]"
         for key, value in (optimizer.state.get(param) or {}).items():
             if key in states.SHOWN:
                 continue
             if isinstance(value, Tensor) and is_sharded(value):
                 if not _is_cut_like(value, param):
                     raise TypeError(
-                        f"optimizer.{what}[{key!r}]: got a DTensor that is not sharded like its "
-                        "parameter, must be, or be a plain tensor"
+                        f"optimizer.state[{i}][{key!r}]: got a DTensor that is not sharded like "
+                        "its parameter, must be, or be a plain tensor"
                     )
-                shards.setdefault(what, []).append(key)
+                shards.setdefault(i, []).append(key)
                 value = shard_of(value)
-            named.setdefault(what, {})[key] = value
+            found.setdefault(i, {})[key] = value
     return {
-        int(what[len("state[") : -1]): {"entries": entries, "shards": shards.get(what, [])}
-        for what, entries in _loadable_entries(named).items()
+        i: {"entries": entries, "shards": shards.get(i, [])}
+        for i, entries in _loadable_entries("state", found).items()
     }
 
 
@@ -226,7 +222,7 @@ def read(part: Path, model: torch.nn.Module, optimizer: CompressedSGD) -> Found:
     size = facts["world_size"]
     own = private(exchange.rank) if size == exchange.size else _mean(private, size)
     state: dict[int, dict[Any, Any]] = _by_parameter(shared[_MOMENTUM] | own)
-    # On another number of workers all get worker 0's, for nobody knows how to average them.
+    # On another number of workers all get rank 0's, for nobody knows how to average them.
     entries = f"entries{exchange.rank if size == exchange.size else 0}{shard}.pt"
     if listing is not None and entries in listing:
         params = engine.params_of(optimizer)

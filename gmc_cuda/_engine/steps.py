@@ -118,7 +118,7 @@ def send(
     try:
         sent: Sent = next(step)
     except BaseException:
-        step.close()
+        step.close()  # an interrupt may have come when it had sent, and what it took must return
         raise
     bucket.sent_nbytes, bucket.sent_entries = plan.nbytes, plan.k
     bucket.link_nbytes = plan.link_nbytes
